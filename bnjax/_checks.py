@@ -1,0 +1,222 @@
+"""One small function for each mistake a user can make, with the text of its error.
+
+Each message says what was expected, what came, and the likely repair.
+"""
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_NUMBER = (int, float, np.number)
+
+
+def feature_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """The feature axes as sorted non-negative numbers."""
+    axes = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
+    if not axes or any(not -ndim <= a < ndim for a in axes):
+        raise ValueError(
+            f"`axis` must lie between {-ndim} and {ndim - 1} for an input of {ndim} dimensions, "
+            f"got {axis}. It names the channel axis: -1 for channels last, 1 for NCHW."
+        )
+    return tuple(sorted({int(a) % ndim for a in axes}))
+
+
+def rank(x: jax.Array, layouts: Mapping[int, str], layer: str) -> None:
+    """The input of a 1d, 2d or 3d layer has a number of dimensions that it knows."""
+    if x.ndim in layouts:
+        return
+    expected = " or ".join(f"{n}D input {layout}" for n, layout in layouts.items())
+    raise ValueError(
+        f"{layer} expected {expected}, got {x.ndim}D input of shape {x.shape}. "
+        f"{_rank_repair(x.ndim, layer)}"
+    )
+
+
+def _rank_repair(ndim: int, layer: str) -> str:
+    fits = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}.get(ndim)
+    if fits is not None and fits != layer:
+        return f"Use {fits}, or reshape the input."
+    return "Reshape the input; bnjax.linen.BatchNorm takes any rank."
+
+
+def real_floating(x: jax.Array, name: str = "x") -> None:
+    """PyTorch's batch norm takes real floating point input alone."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"`{name}` must be real floating point, got {x.dtype}. "
+            f"Convert it first, as in `{name}.astype(jnp.float32)`."
+        )
+
+
+def features(x: jax.Array, axes: tuple[int, ...], num_features: int) -> None:
+    """The channel axis of the input has as many channels as the layer was made for."""
+    (axis,) = axes
+    if x.shape[axis] == num_features:
+        return
+    repair = "Make the layer for the channels it gets."
+    if num_features in x.shape[1:]:
+        fits = x.shape.index(num_features, 1)
+        repair = f"Axis {fits} has that size: did you mean `axis={fits}`?"
+    raise ValueError(
+        f"`num_features` is {num_features}, but axis {axis} of the input of shape {x.shape} has "
+        f"{x.shape[axis]} channels. {repair}"
+    )
+
+
+def momentum(value: Any, name: str = "momentum") -> None:
+    """A momentum is a weight. Traced values are taken as they are."""
+    if isinstance(value, _NUMBER) and not 0 <= value <= 1:
+        raise ValueError(
+            f"`{name}` must lie between 0 and 1, got {value}. In PyTorch's convention it is the "
+            "weight of the new batch (0.1), in Flax's the weight of the old statistics (0.9)."
+        )
+
+
+def eps(value: Any, *, training: bool, name: str = "eps") -> None:
+    """Epsilon keeps the reciprocal of a zero variance finite."""
+    if not isinstance(value, _NUMBER):
+        return
+    if value < 0:
+        raise ValueError(f"`{name}` must not be negative, got {value}. The usual value is 1e-5.")
+    if training and value == 0:
+        raise ValueError(
+            f"`{name}` must be positive in training, got {value}: a channel of zero variance would "
+            "give NaN. The usual value is 1e-5."
+        )
+
+
+def several_values(x: jax.Array, reduced: tuple[int, ...], correction: Any) -> None:
+    """One value has no variance, so it can't be normalized by it (PyTorch's rule)."""
+    if correction and all(x.shape[a] == 1 for a in reduced):
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input shape {x.shape}. "
+            "Use a larger batch, drop the last partial batch, or normalize with the running "
+            "statistics (mutable=False)."
+        )
+
+
+def mask(value: Any, shape: tuple[int, ...]) -> jax.Array:
+    """A mask, brought to the rank of the input."""
+    array = jnp.asarray(value)
+    if array.dtype != jnp.bool_:
+        raise TypeError(
+            f"`mask` must be boolean, got {array.dtype}. Convert it first, as in `mask != 0`."
+        )
+    trailing = shape[len(shape) - array.ndim :] if array.ndim <= len(shape) else None
+    if trailing is None or any(m not in (1, n) for m, n in zip(array.shape, trailing, strict=True)):
+        repair = "Give it the rank of the input, with size 1 where it does not vary."
+        if array.ndim < len(shape) and array.shape == shape[: array.ndim]:
+            index = ", ".join([":"] * array.ndim + ["None"] * (len(shape) - array.ndim))
+            repair = f"It fits the leading axes: write `mask[{index}]`."
+        raise ValueError(
+            f"`mask` must broadcast to the input of shape {shape}, got shape {array.shape}. {repair}"
+        )
+    return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
+
+
+def tree(name: str, value: Any, allowed: Sequence[tuple[str, ...]], repair: str) -> None:
+    """A flat dict of arrays has exactly the keys of one of the allowed sets."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{name}` must be a dict of arrays, got {type(value).__name__}. {repair}")
+    if any(set(value) == set(keys) for keys in allowed):
+        return
+    nearest = min(allowed, key=lambda k: (abs(len(value) - len(k)), len(set(value) ^ set(k))))
+    missing, unknown = sorted(set(nearest) - set(value)), sorted(set(value) - set(nearest))
+    found = [
+        f"{what} {keys}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys
+    ]
+    sets = " or ".join("{" + ", ".join(keys) + "}" for keys in allowed)
+    raise ValueError(
+        f"`{name}` must have the keys {sets}, got {sorted(value)}: {' and '.join(found)}. {repair}"
+    )
+
+
+def shapes(name: str, value: Mapping[str, Any], expected: tuple[int, ...]) -> None:
+    """All per-channel arrays of a tree have the shape of the channels."""
+    wrong = {
+        key: jnp.shape(leaf)
+        for key, leaf in value.items()
+        if jnp.shape(leaf) != (() if key == "count" else expected)
+    }
+    if wrong:
+        raise ValueError(
+            f"`{name}` must hold arrays of shape {expected}, one entry for each channel of the "
+            f"input, got {wrong}. Was it made for another `num_features`, or is `axis` wrong?"
+        )
+
+
+def where(path: Sequence[str]) -> str:
+    """A module path as the user would write it."""
+    return f"'{'/'.join(path)}'" if path else "the top of the model"
+
+
+def given_once(at_init: bool | None, at_call: bool | None) -> None:
+    """A mode is given to the constructor or to the call."""
+    if at_init is not None and at_call is not None:
+        raise ValueError(
+            "`use_running_average` was given to the constructor and to the call. Give it to one."
+        )
+
+
+def given(use_running_average: bool | None) -> None:
+    """Flax's convention has no default mode."""
+    if use_running_average is None:
+        raise ValueError(
+            "`use_running_average` was given neither to the constructor nor to the call. Pass "
+            "use_running_average=False to train, True to evaluate; bnjax.BatchNorm2d needs neither."
+        )
+
+
+def mutable_statistics(mutable: bool, path: Sequence[str]) -> None:
+    """Training moves the statistics, so they must be mutable."""
+    if not mutable:
+        raise ValueError(
+            f"The batch norm at {where(path)} was asked to train (use_running_average=False), but "
+            "its `batch_stats` are immutable. To train, call `y, updates = model.apply(variables, "
+            "x, mutable=['batch_stats'])`; to evaluate, pass use_running_average=True."
+        )
+
+
+def statistics(held: Mapping[str, Any], expected: Sequence[str], path: Sequence[str]) -> None:
+    """The collection `batch_stats` of a layer holds the statistics it is about to use."""
+    missing = sorted(set(expected) - set(held))
+    if not missing:
+        return
+    others = sorted(set(held) - set(expected))
+    has = f"it has {others}" if others else "it has none"
+    raise ValueError(
+        f"The batch norm at {where(path)} misses {missing} in `batch_stats`: {has}. Pass the "
+        "collection as `model.init` made it or training updated it, as in "
+        "`model.apply({'params': params, 'batch_stats': batch_stats}, x)`."
+    )
+
+
+def torch_momentum_is_plausible(value: Any) -> None:
+    """Warn of a momentum that looks like Flax's."""
+    if isinstance(value, _NUMBER) and value >= 0.5:
+        _warn_once(
+            f"momentum={value} gives the new batch a weight of {value} (PyTorch's convention): the "
+            "running statistics are little more than those of the last batch. If it comes from "
+            f"Flax, Keras or Haiku, write momentum={round(1 - value, 10):g}."
+        )
+
+
+def flax_momentum_is_plausible(value: Any) -> None:
+    """Warn of a momentum that looks like PyTorch's."""
+    if isinstance(value, _NUMBER) and value <= 0.5:
+        _warn_once(
+            f"momentum={value} gives the old statistics a weight of {value} (Flax's convention): "
+            "the running statistics are little more than those of the last batch. If it comes "
+            f"from PyTorch, write momentum={round(1 - value, 10):g}."
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    # Above: the check, the layer's __post_init__, the dataclass's __init__, and then the user.
+    warnings.warn(message, stacklevel=5)

@@ -1,0 +1,195 @@
+"""Count, mean and variance of a batch, without cancellation at any mean.
+
+Everything that pools statistics (a batch, a mask, devices, micro-batches, a data set) does it with
+`Moments` and `merge`. The mean is kept as a sum of two numbers, `origin + offset`: the origin is a
+typical value of the data, so that `x - origin` is exact and of the size of the deviations, and
+`offset`, small, carries the digits that the mean itself has no room for.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Axes = tuple[int, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations of a set of values, per channel.
+
+    Attributes:
+        count: how many values were seen; real, shape () or (C,).
+        origin: a reference point near the values, shape (C,).
+        offset: mean minus origin, shape (C,).
+        m2: sum of |value - mean|^2, real, shape (C,).
+    """
+
+    count: jax.Array
+    origin: jax.Array
+    offset: jax.Array
+    m2: jax.Array
+
+    @property
+    def mean(self) -> jax.Array:
+        """The mean, rounded to the working precision."""
+        return self.origin + self.offset
+
+    def variance(self, correction: int = 0) -> jax.Array:
+        """`m2 / (count - correction)`: 0 gives the biased variance, 1 the unbiased one.
+
+        Where count <= correction there is no variance; the result there is m2, which is 0.
+        """
+        return self.m2 / jnp.maximum(self.count - correction, 1)
+
+
+def measure(x: jax.Array, axes: Axes, mask: jax.Array | None = None) -> Moments:
+    """Moments of `x` over all axes but the feature axes, in one pass over x (two with a mask).
+
+    Args:
+        x: values of any shape and dtype; integers and half precision are taken as float32.
+        axes: the feature axes, non-negative and sorted.
+        mask: bool, of x's rank (sizes 1 broadcast); only True positions are seen.
+
+    Returns:
+        Moments in float32 at least, of the shape of the feature axes; zeros if no value is seen.
+    """
+    features = tuple(x.shape[a] for a in axes)
+    reduced = other_axes(x.ndim, axes)
+    working = working_dtype(x.dtype)
+    real = jnp.finfo(working).dtype
+    if x.size == 0:
+        empty = jnp.zeros(features, working)
+        return Moments(jnp.zeros((), real), empty, empty, jnp.zeros(features, real))
+    count = _count(x.shape, reduced, features, mask).astype(real)
+    origin, offset, var = _centred(x, mask, count, reduced)
+    return Moments(count, origin, offset, var * count)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of the union of two disjoint sets (Chan, Golub and LeVeque 1983).
+
+    `m2 = a.m2 + b.m2 + delta^2 * a.count * b.count / count`, with delta the difference of the
+    means taken between offsets and origins separately, so that nothing cancels. Either side may be
+    empty.
+    """
+    origin = jnp.where(a.count > 0, a.origin, b.origin)
+    from_origin_a = (a.origin - origin) + a.offset
+    from_origin_b = (b.origin - origin) + b.offset
+    count = a.count + b.count
+    weight = b.count / jnp.maximum(count, 1)
+    delta = jnp.where((a.count > 0) & (b.count > 0), from_origin_b - from_origin_a, 0)
+    offset = jnp.where(a.count > 0, from_origin_a + delta * weight, from_origin_b)
+    return Moments(count, origin, offset, a.m2 + b.m2 + _abs2(delta) * a.count * weight)
+
+
+def deviations(x: jax.Array, origin: jax.Array, reduced: Axes) -> jax.Array:
+    """`x - origin` in the working precision, with the origin given per channel."""
+    return x.astype(working_dtype(x.dtype)) - jnp.expand_dims(origin, reduced)
+
+
+def working_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype in which statistics of `dtype` are taken: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def other_axes(ndim: int, axes: Sequence[int]) -> Axes:
+    """The axes that are not in `axes`."""
+    return tuple(i for i in range(ndim) if i not in axes)
+
+
+def _count(shape: Axes, reduced: Axes, features: Axes, mask: jax.Array | None) -> jax.Array:
+    """How many positions count: a number, or one per channel where the mask differs by channel."""
+    if mask is None:
+        return jnp.asarray(math.prod(shape[a] for a in reduced))
+    unseen = math.prod(shape[a] for a in reduced if mask.shape[a] == 1)
+    return jnp.broadcast_to(jnp.sum(mask, reduced, dtype=jnp.int32) * unseen, features)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _centred(
+    x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axes
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Origin, mean minus origin, and biased variance.
+
+    The rule for derivatives is written out because it is so much simpler than what happens above:
+    however the origin was chosen, it does not move, and d mean = mean(dx),
+    d var = 2 mean(Re(conj(x - mean) dx)).
+    """
+    origin = _origin(x, mask, count, reduced)
+    n = jnp.maximum(count, 1)
+    # The barrier gives each sum a reading of x of its own: XLA would write x - origin for both.
+    x1, origin1, x2, origin2 = lax.optimization_barrier((x, origin, x, origin))
+    offset = jnp.sum(_where(mask, deviations(x1, origin1, reduced)), reduced) / n
+    squares = jnp.sum(_where(mask, _abs2(deviations(x2, origin2, reduced))), reduced) / n
+    # |offset| is at most about one standard deviation, so this difference loses no digits.
+    return origin, offset, jnp.maximum(squares - _abs2(offset), 0)
+
+
+@_centred.defjvp
+def _centred_jvp(reduced, primals, tangents):  # pyright: ignore[reportUnusedFunction]
+    x, mask, count = primals
+    origin, offset, var = _centred(x, mask, count, reduced)
+    n = jnp.maximum(count, 1)
+
+    # With checkpoint, a backward pass keeps x itself, not a float32 copy of its deviations.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def tangent(x, origin, offset, dx):
+        x, origin, offset = lax.optimization_barrier((x, origin, offset))
+        dx = _where(mask, dx.astype(origin.dtype))
+        from_mean = deviations(x, origin, reduced) - jnp.expand_dims(offset, reduced)
+        from_mean = _where(mask, from_mean)
+        return (
+            jnp.sum(dx, reduced) / n,
+            2 * jnp.sum(jnp.real(jnp.conj(from_mean) * dx), reduced) / n,
+        )
+
+    d_offset, d_var = tangent(x, origin, offset, tangents[0])
+    return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)
+
+
+def _origin(x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axes) -> jax.Array:
+    """A typical value of each channel, not much further from the mean than the others are."""
+    if mask is not None or _is_sharded(x, reduced):
+        # Which samples count, or where they are, is not known: take the mean, in its own pass.
+        values = _where(mask, x.astype(working_dtype(x.dtype)))
+        return jnp.sum(values, reduced) / jnp.maximum(count, 1)
+    # The median of nine values spread over the batch: a value of the channel, so a constant channel
+    # is centred exactly, and rare outliers do not become the origin.
+    sizes = tuple(x.shape[a] for a in reduced)
+    spread = (2 * np.arange(9) + 1) * math.prod(sizes) // 18
+    index: list = [slice(None)] * x.ndim
+    for axis, positions in zip(reduced, np.unravel_index(spread, sizes), strict=True):
+        index[axis] = positions
+    rows = jnp.moveaxis(x, reduced, range(len(reduced)))[tuple(index[a] for a in reduced)]
+    rows = rows.astype(working_dtype(x.dtype))
+    return _median_of_3(_median_of_3(rows.reshape(3, 3, *rows.shape[1:])))
+
+
+def _median_of_3(rows: jax.Array) -> jax.Array:
+    """The median over a leading axis of size 3: the largest of the smaller ones of each pair."""
+    # It ends in a reduction because XLA computes one once, where it would fuse a few elementwise
+    # operations into every use, and repeat them for every element of x.
+    return jnp.max(jnp.minimum(rows, jnp.roll(rows, 1, 0)), 0)
+
+
+def _is_sharded(x: jax.Array, axes: Axes) -> bool:
+    """Whether the type of x says that one of the axes is split over an explicit mesh axis."""
+    spec = jax.typeof(x).sharding.spec
+    return any(spec[a] is not None for a in axes if a < len(spec))
+
+
+def _where(mask: jax.Array | None, values: jax.Array) -> jax.Array:
+    return values if mask is None else jnp.where(mask, values, 0)
+
+
+def _abs2(x: jax.Array) -> jax.Array:
+    return (
+        lax.square(jnp.real(x)) + lax.square(jnp.imag(x)) if jnp.iscomplexobj(x) else lax.square(x)
+    )
