@@ -114,7 +114,8 @@ def mask(value: Any, shape: tuple[int, ...]) -> jax.Array:
             index = ", ".join([":"] * array.ndim + ["None"] * (len(shape) - array.ndim))
             repair = f"It fits the leading axes: write `mask[{index}]`."
         raise ValueError(
-            f"`mask` must broadcast to the input of shape {shape}, got shape {array.shape}. {repair}"
+            f"`mask` must broadcast to the input of shape {shape}, got shape {array.shape}. "
+            f"{repair}"
         )
     return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
 
@@ -218,5 +219,5 @@ def flax_momentum_is_plausible(value: Any) -> None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    # Above: the check, the layer's __post_init__, the dataclass's __init__, and then the user.
-    warnings.warn(message, stacklevel=5)
+    # Between here and the user: the check, the layer's __post_init__, and two dataclass __init__.
+    warnings.warn(message, stacklevel=6)

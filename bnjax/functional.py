@@ -94,7 +94,7 @@ def batch_norm(
             PyTorch's unbiased variance, 0 Flax's biased one.
         mask: bool, broadcastable to `x`: statistics are over the True positions only. What stands
             at the others (NaN too) reaches neither the other outputs nor any gradient.
-        dtype: dtype of `y`; that of `x` if None.
+        dtype: dtype of `y`; that of `x` if None (float32 for integers).
 
     Returns:
         `(y, batch_stats)`. The statistics are a new dict in float32 at least. A channel whose batch
@@ -115,6 +115,8 @@ def batch_norm(
     0.2
     """
     x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(working_dtype(x.dtype))
     axes = _checks.feature_axes(axis, x.ndim)
     features = tuple(x.shape[a] for a in axes)
     _check_trees(params, batch_stats, features, momentum)
@@ -138,9 +140,7 @@ def batch_norm(
         offset = jnp.zeros_like(origin)
     scale = lax.rsqrt(var + eps) * params.get("scale", 1)
     shift = params.get("bias", 0) - offset * scale
-    if dtype is None:
-        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else shift.dtype
-    return _affine(x, mask, origin, scale, shift, reduced, dtype), updated
+    return _affine(x, mask, origin, scale, shift, reduced, dtype or x.dtype), updated
 
 
 def _check_trees(
@@ -173,7 +173,11 @@ def _move(
         updated["count"] = batch_stats["count"] + jnp.any(counts)
     for key, new in batch.items():
         old = _at_least(jnp.float32, batch_stats[key])
-        weight = momentum if momentum is not None else 1 / updated["count"].astype(old.dtype)
+        weight = (
+            momentum
+            if momentum is not None
+            else 1 / jnp.maximum(updated["count"], 1).astype(old.dtype)
+        )
         moved = (1 - weight) * old + weight * new.astype(old.dtype)
         updated[key] = jnp.where(counts, moved, old)
     return {key: updated[key] for key in batch_stats}
