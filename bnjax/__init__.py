@@ -1,8 +1,11 @@
 """Batch normalization for JAX and Flax, done completely."""
 
 from bnjax import linen as linen
+from bnjax import masks as masks
+from bnjax import training as training
 from bnjax.functional import batch_norm as batch_norm
 from bnjax.functional import init as init
 from bnjax.linen import BatchNorm1d as BatchNorm1d
 from bnjax.linen import BatchNorm2d as BatchNorm2d
 from bnjax.linen import BatchNorm3d as BatchNorm3d
+from bnjax.masks import decay_mask as decay_mask

@@ -197,6 +197,15 @@ def statistics(held: Mapping[str, Any], expected: Sequence[str], path: Sequence[
     )
 
 
+def per_example(name: str, shape: tuple[int, ...], size: int) -> None:
+    """A loss or metric is a mean, or has one entry for each example."""
+    if shape not in ((), (size,)):
+        raise ValueError(
+            f"`loss_fn` must give `{name}` as a mean of shape () or with one entry for each "
+            f"example, ({size},), got shape {shape}. Take the mean over the other axes."
+        )
+
+
 def torch_momentum_is_plausible(value: Any) -> None:
     """Warn of a momentum that looks like Flax's."""
     if isinstance(value, _NUMBER) and value >= 0.5:

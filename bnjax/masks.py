@@ -1,0 +1,31 @@
+"""Which parameters an optimizer treats differently, as trees for optax."""
+
+from typing import Any
+
+from jax.tree_util import keystr, tree_map_with_path
+
+_WITHOUT_DECAY = ("scale", "bias")
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay belongs: not on normalization scales and biases, nor other biases.
+
+    Decay of a batch norm's scale and bias shrinks the output of the layer, where decay of the
+    weights before it changes nothing but their effective learning rate. It goes by name, as Flax
+    names them: `scale` and `bias`. (The habit of `ndim > 1` is right by accident, and wrong for a
+    scale that is stacked by `nn.scan`.)
+
+    Args:
+        params: a tree of parameters, as in `variables["params"]`.
+
+    Returns:
+        A tree of the same structure with bools, for the `mask` of `optax.adamw` and others. Pass
+        the function itself, as in `optax.adamw(1e-3, mask=bnjax.decay_mask)`, to have it applied to
+        whatever is optimized.
+
+    >>> decay_mask({"conv": {"kernel": 1, "bias": 2}, "bn": {"scale": 3, "bias": 4}})
+    {'bn': {'bias': False, 'scale': False}, 'conv': {'bias': False, 'kernel': True}}
+    """
+    return tree_map_with_path(
+        lambda path, _: keystr(path[-1:], simple=True) not in _WITHOUT_DECAY, params
+    )

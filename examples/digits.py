@@ -1,0 +1,152 @@
+"""The data and the network that the examples share: scanned digits and a small residual CNN."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+
+import bnjax
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Images (N, H, W, C) in float32, standardized, and labels (N,)."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.y)
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Training, validation and test data, and the number of classes."""
+
+    train: Data
+    validation: Data
+    test: Data
+    classes: int
+
+
+def load(path: Path | None = None, seed: int = 0) -> Splits:
+    """scikit-learn's 1,797 digits, or a user's own `.npz` with `images` and `labels`."""
+    if path is None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images, labels = digits.images, digits.target
+    else:
+        images, labels = _read(path)
+    images = images.astype(np.float32).reshape(*images.shape[:3], -1)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    test, validation, train = np.split(order, [len(order) // 5, len(order) // 5 + len(order) // 10])
+    mean, std = images[train].mean(), images[train].std()
+    images = (images - mean) / max(float(std), 1e-6)
+    parts = (Data(images[index], labels[index]) for index in (train, validation, test))
+    return Splits(*parts, classes=int(labels.max()) + 1)
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays of a user's file, or an error that says what is wrong with it."""
+    expected = "expected an .npz with `images` (N, H, W) or (N, H, W, C) and integer `labels` (N,)"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"Cannot read {path}: {expected} ({error}).") from error
+    if missing := {"images", "labels"} - set(arrays):
+        raise ValueError(f"{path} misses {sorted(missing)}: {expected}, got {sorted(arrays)}.")
+    images, labels = arrays["images"], arrays["labels"]
+    wrong = (
+        images.ndim not in (3, 4)
+        or labels.shape != images.shape[:1]
+        or not np.issubdtype(labels.dtype, np.integer)
+        or not np.issubdtype(images.dtype, np.number)
+    )
+    if wrong:
+        got = f"images {images.dtype}{images.shape} and labels {labels.dtype}{labels.shape}"
+        raise ValueError(f"{path} does not fit: {expected}, got {got}.")
+    if len(labels) < 20 or labels.min() < 0 or not np.isfinite(images).all():
+        raise ValueError(
+            f"{path} can't be trained on: it needs at least 20 images, labels from 0 up, and "
+            f"finite pixels; got {len(labels)} images and labels from {labels.min()}."
+        )
+    return images, labels
+
+
+def batches(data: Data, size: int, seed: int | None = None) -> Iterator[Batch]:
+    """Batches in order; with a seed, of shuffled and shifted images, without a partial batch."""
+    if seed is None:
+        for start in range(0, len(data), size):
+            yield {"x": data.x[start : start + size], "y": data.y[start : start + size]}
+        return
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(data))
+    for start in range(0, len(data) - size + 1, size):
+        index = order[start : start + size]
+        yield {"x": _shift(data.x[index], rng), "y": data.y[index]}
+
+
+def _shift(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Move each image by up to one pixel, its border repeated."""
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    moves = rng.integers(0, 3, (len(x), 2))
+    height, width = x.shape[1:3]
+    return np.stack(
+        [p[i : i + height, j : j + width] for p, (i, j) in zip(padded, moves, strict=True)]
+    )
+
+
+class Block(nn.Module):
+    """Two convolutions with batch norm, and a way around them."""
+
+    features: int
+    stride: int = 1
+    track_running_stats: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, H, W, C) to (N, H / stride, W / stride, features)."""
+        step = (self.stride, self.stride)
+
+        def norm(h: jax.Array) -> jax.Array:
+            layer = bnjax.BatchNorm2d(self.features, track_running_stats=self.track_running_stats)
+            return layer(h)
+
+        h = nn.relu(norm(nn.Conv(self.features, (3, 3), step, use_bias=False)(x)))
+        h = norm(nn.Conv(self.features, (3, 3), use_bias=False)(h))
+        if x.shape != h.shape:
+            x = norm(nn.Conv(self.features, (1, 1), step, use_bias=False)(x))
+        return nn.relu(x + h)
+
+
+class ResNet(nn.Module):
+    """A residual CNN for small images: logits (N, classes)."""
+
+    classes: int = 10
+    widths: tuple[int, ...] = (32, 64, 128)
+    track_running_stats: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, H, W, C) to (N, classes)."""
+        x = nn.Conv(self.widths[0], (3, 3), use_bias=False)(x)
+        x = bnjax.BatchNorm2d(self.widths[0], track_running_stats=self.track_running_stats)(x)
+        x = nn.relu(x)
+        for number, width in enumerate(self.widths):
+            x = Block(width, 2 if number else 1, self.track_running_stats)(x)
+        return nn.Dense(self.classes)(x.mean((1, 2)))
+
+
+def loss_fn(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross entropy and accuracy, for each example."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    return loss, {"accuracy": logits.argmax(-1) == batch["y"]}

@@ -1,0 +1,185 @@
+"""Train a small residual CNN with batch norm on scanned digits, and check what it learned.
+
+Checkpoints are written after each epoch. After a kill at any moment, the same command with
+--resume goes on from the last one, to the same final numbers as an uninterrupted run.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import typer
+from digits import ResNet, Splits, batches, load, loss_fn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bnjax import decay_mask
+from bnjax.plotting import plot_curves, plot_statistics
+from bnjax.training import TrainState, eval_step, evaluate, init_state, train_step
+
+SAVED = ("step", "params", "opt_state", "batch_stats", "rng", "rejected")
+console = Console()
+
+
+@dataclasses.dataclass
+class Run:
+    """All that a run has to remember: the state of the training, and its records."""
+
+    state: TrainState
+    epochs: list[dict[str, float]]
+    statistics: dict[str, dict[str, list[list[float]]]]
+
+
+def start(splits: Splits, lr: float, epochs: int, batch_size: int, seed: int) -> Run:
+    """A new run, with AdamW on a warmed-up cosine schedule."""
+    steps = epochs * (len(splits.train) // batch_size)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, steps // 10, steps)
+    tx = optax.adamw(schedule, weight_decay=0.02, mask=decay_mask)
+    model = ResNet(splits.classes)
+    state = init_state(model, tx, jax.random.PRNGKey(seed), splits.train.x[:2])
+    return Run(state, [], {})
+
+
+def save(manager: ocp.CheckpointManager, run: Run) -> None:
+    """Write a checkpoint; it appears under its final name only when it is whole."""
+    tree = {name: getattr(run.state, name) for name in SAVED}
+    records = {"epochs": run.epochs, "statistics": run.statistics}
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(tree), records=ocp.args.JsonSave(records)
+    )
+    manager.save(len(run.epochs), args=items)
+
+
+def restore(manager: ocp.CheckpointManager, run: Run) -> Run:
+    """The run as the last whole checkpoint has it; `run` gives the shapes."""
+    tree = {name: getattr(run.state, name) for name in SAVED}
+    wanted = ocp.args.Composite(
+        state=ocp.args.StandardRestore(tree), records=ocp.args.JsonRestore()
+    )
+    items = manager.restore(manager.latest_step(), args=wanted)
+    return Run(run.state.replace(**items["state"]), **items["records"])
+
+
+def record(run: Run, before: Any, after: Any, momentum: float = 0.1) -> None:
+    """Append the statistics of the first and the last layer after one more step."""
+    layers = jax.tree_util.tree_flatten_with_path(after, is_leaf=lambda tree: "mean" in tree)[0]
+    for path, stats in (layers[0], layers[-1]):
+        name = "/".join(key.key for key in path)
+        old = before
+        for key in path:
+            old = old[key.key]
+        lines = run.statistics.setdefault(name, {})
+        for key in ("mean", "var"):
+            # running = (1 - momentum) * old + momentum * batch, solved for the batch
+            batch = (stats[key] - (1 - momentum) * old[key]) / momentum
+            lines.setdefault(key, []).append(stats[key][:1].tolist())
+            lines.setdefault(f"batch_{key}", []).append(batch[:1].tolist())
+
+
+def train(run: Run, manager: Any, splits: Splits, epochs: int, batch_size: int, seed: int) -> Run:
+    """The epochs that are left, each with a checkpoint at its end."""
+    step, test = train_step(loss_fn), eval_step(loss_fn)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("training", total=epochs, completed=len(run.epochs))
+        for epoch in range(len(run.epochs), epochs):
+            measured = []
+            before = jax.device_get(run.state.batch_stats)
+            for batch in batches(splits.train, batch_size, seed=seed * 100_003 + epoch):
+                run.state, metrics = step(run.state, batch)
+                after = jax.device_get(run.state.batch_stats)
+                record(run, before, after)
+                before = after
+                measured.append(metrics)
+            means = jax.tree.map(lambda *values: float(np.mean(values)), *measured)
+            validation = evaluate(test, run.state, batches(splits.validation, 256))
+            names = ("loss", "accuracy")
+            run.epochs.append(
+                {f"train_{name}": means[name] for name in names}
+                | {f"validation_{name}": validation[name] for name in names}
+            )
+            save(manager, run)
+            text = f"loss {means['loss']:.4f}  validation accuracy {validation['accuracy']:.4f}"
+            progress.update(bar, advance=1, description=text)
+    manager.wait_until_finished()
+    return run
+
+
+def check_restored(run: Run, restored: Run, splits: Splits) -> list[tuple[str, bool]]:
+    """What a user may expect of a reloaded model, each with whether it holds."""
+    forward = jax.jit(run.state.apply_fn)
+
+    def logits(state: TrainState, x: np.ndarray, size: int) -> np.ndarray:
+        parts = [forward(state.variables, x[i : i + size]) for i in range(0, len(x), size)]
+        return np.concatenate(jax.device_get(parts))
+
+    x = splits.test.x
+    ours, theirs = logits(run.state, x, 128), logits(restored.state, x, 128)
+    order = np.random.default_rng(0).permutation(len(x))
+    digits = ours.argmax(-1)
+    same = [np.array_equal(logits(restored.state, x, n).argmax(-1), digits) for n in (1, 7, len(x))]
+    shuffled = logits(restored.state, x[order], 128).argmax(-1)
+    return [
+        ("restored checkpoint: bit-identical logits for the same batches", (ours == theirs).all()),
+        (f"same predictions at batch sizes 1, 7, 128 and {len(x)}", all(same)),
+        ("same predictions in another order", np.array_equal(shuffled, digits[order])),
+    ]
+
+
+def main(
+    data: Annotated[
+        Path | None, typer.Option(help="Your own .npz with `images` and `labels`.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/digits"),
+    epochs: Annotated[int, typer.Option(min=1)] = 40,
+    batch_size: Annotated[int, typer.Option(min=2)] = 64,
+    lr: Annotated[float, typer.Option(min=0, help="The highest learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and the order.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
+) -> None:
+    """Train a small residual CNN with batch norm on scanned digits (or your own images)."""
+    try:
+        splits = load(data, seed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from error
+    if len(splits.train) < batch_size:
+        message = f"the training split has {len(splits.train)} images, fewer than one batch"
+        raise typer.BadParameter(message, param_hint="--batch-size")
+    out = out.resolve()
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    with ocp.CheckpointManager(out / "checkpoints", options=options) as manager:
+        run = start(splits, lr, epochs, batch_size, seed)
+        if manager.latest_step() is not None:
+            if not resume:
+                message = f"{out} holds a run already: add --resume, or choose another folder"
+                raise typer.BadParameter(message, param_hint="--out")
+            run = restore(manager, run)
+            console.print(f"Resumed after epoch {len(run.epochs)} of {epochs}.")
+        run = train(run, manager, splits, epochs, batch_size, seed)
+        restored = restore(manager, start(splits, lr, epochs, batch_size, seed))
+    result = evaluate(eval_step(loss_fn), restored.state, batches(splits.test, 256))
+    console.print(
+        f"test accuracy {result['accuracy']:.4f} in eval mode, loss {result['loss']:.6f} "
+        f"({len(splits.test)} images, {int(run.state.rejected)} steps rejected)"
+    )
+    checks = check_restored(run, restored, splits)
+    for text, holds in checks:
+        console.print(f"[green]yes[/]  {text}" if holds else f"[red]NO[/]   {text}")
+    plot_curves(run.epochs, out / "curves.png")
+    plot_statistics(run.statistics, out / "statistics.png")
+    console.print(f"pictures and checkpoints: {out}", soft_wrap=True)
+    if not all(holds for _, holds in checks):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
