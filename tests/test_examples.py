@@ -1,0 +1,134 @@
+"""The examples as a user runs them: from the shell, killed, resumed, with files that do not fit."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TRAIN = EXAMPLES / "train_digits.py"
+WIDE = os.environ | {"COLUMNS": "300", "MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu"}
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=WIDE)
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    process = start(*arguments)
+    output, _ = process.communicate()
+    return process.returncode, output
+
+
+def result(output: str) -> str:
+    """The line with the final numbers."""
+    found = re.search(r"test accuracy .*", output)
+    assert found, output
+    return found.group()
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    """Everything the last checkpoint holds."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(folder / "checkpoints") as manager:
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore())
+        tree = manager.restore(manager.latest_step(), args=wanted)["state"]
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.mark.filterwarnings("ignore")  # orbax warns of restoring without a target, as meant here
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = ("--epochs", "4", "--batch-size", "256", "--seed", "3")
+    code, expected = run(TRAIN, "--out", whole, *settings)
+    assert code == 0, expected
+    kills = 0
+    # Kill it as soon as a checkpoint appears under any name, whole or not; then again a bit later.
+    for wanted in (1, 2):
+        process = start(TRAIN, "--out", killed, "--resume", *settings)
+        while process.poll() is None and not has_checkpoint(killed, wanted):
+            os.sched_yield()
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        process.communicate()
+    assert kills
+    code, output = run(TRAIN, "--out", killed, "--resume", *settings)
+    assert code == 0, output
+    assert result(output) == result(expected)
+    ours, theirs = arrays(killed), arrays(whole)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def has_checkpoint(folder: Path, number: int) -> bool:
+    return any((folder / "checkpoints").glob(f"{number}*"))
+
+
+def test_all_promises_hold_and_pictures_are_written(tmp_path):
+    code, output = run(TRAIN, "--out", tmp_path / "run", "--epochs", "2")
+    assert code == 0, output
+    assert output.count("yes  ") == 3
+    for picture in ("curves.png", "statistics.png"):
+        assert (tmp_path / "run" / picture).stat().st_size > 10_000
+    code, output = run(
+        EXAMPLES / "running_statistics.py", "--run", tmp_path / "run", "--epochs", "2"
+    )
+    assert code == 0, output
+    assert re.search(r"model\.apply\(\.\.\.\) +│ 0, not a bit +│ 0, not a bit", output)
+    assert re.search(r"128 │ +\d\.\d{3} std │ +\d\.\d{3} │ +\d\.\d{3} │ +0, not a bit", output)
+    assert (tmp_path / "run" / "running_statistics.png").stat().st_size > 10_000
+    code, output = run(TRAIN, "--out", tmp_path / "run")
+    assert code == 2
+    assert "holds a run already: add --resume, or choose another folder" in output
+
+
+def test_a_users_own_images_train(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 120)
+    images = rng.integers(0, 100, (120, 9, 7, 3)) + 50 * labels[:, None, None, None]
+    np.savez(tmp_path / "own.npz", images=images, labels=labels)
+    settings = ("--epochs", "1", "--batch-size", "16", "--out", tmp_path / "run")
+    code, output = run(TRAIN, "--data", tmp_path / "own.npz", *settings)
+    assert code == 0, output
+    assert "(24 images, 0 steps rejected)" in output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no archive", "Cannot read "),
+        ({"images": np.ones((30, 8, 8))}, r"misses \['labels'\]"),
+        ({"images": np.ones((30, 8)), "labels": np.ones(30, int)}, r"got images float64\(30, 8\)"),
+        ({"images": np.ones((30, 8, 8)), "labels": np.ones(30)}, "and labels float64"),
+        ({"images": np.ones((9, 8, 8)), "labels": np.ones(9, int)}, "at least 20 images"),
+        ({"images": np.full((30, 8, 8), np.nan), "labels": np.ones(30, int)}, "finite pixels"),
+        ({"images": np.ones((30, 8, 8)), "labels": np.full(30, None)}, "Cannot read "),
+    ],
+)
+def test_a_file_that_does_not_fit_is_an_error_before_anything_starts(
+    tmp_path, monkeypatch, content, message
+):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from digits import load
+
+    path = tmp_path / "data.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.savez(path, **content)
+    with pytest.raises(
+        ValueError, match=rf"^(Cannot read )?{re.escape(str(path))}.*|{message}"
+    ) as error:
+        load(path)
+    assert re.search(message, str(error.value))

@@ -1,0 +1,194 @@
+"""The train state, its steps, and the commit of an accepted step."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import bnjax
+from bnjax.training import TrainState, commit, eval_step, evaluate, init_state, train_step
+
+
+class Net(nn.Module):
+    norm: bool = True
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        x = nn.Dense(8)(x)
+        x = bnjax.BatchNorm1d()(x) if self.norm else x
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(1)(x)[:, 0]
+
+
+def squared_error(outputs, batch):
+    error = (outputs - batch["y"]) ** 2
+    return error, {"distance": jnp.sqrt(error)}
+
+
+def make(rng, size=16, **fields) -> tuple[TrainState, dict[str, np.ndarray]]:
+    x = rng.normal(size=(size, 4)).astype(np.float32)
+    state = init_state(Net(**fields), optax.adam(1e-2), jax.random.key(0), x)
+    return state, {"x": x, "y": x.sum(1)}
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_comparison_of_bits_can_fail():
+    with pytest.raises(AssertionError, match="Arrays are not equal"):
+        assert_same_bits({"a": jnp.ones(2)}, {"a": jnp.ones(2).at[1].add(1e-7)})
+
+
+def test_training_lowers_the_loss_and_moves_the_statistics(rng):
+    state, batch = make(rng)
+    before = jax.device_get(state.batch_stats)
+    step = train_step(squared_error)
+    state, first = step(state, batch)
+    for _ in range(100):
+        state, last = step(state, batch)
+    assert last["loss"] < 0.1 * first["loss"]
+    assert (
+        np.abs(state.batch_stats["BatchNorm1d_0"]["mean"] - before["BatchNorm1d_0"]["mean"]).max()
+        > 0
+    )
+    assert (int(state.step), int(state.rejected)) == (101, 0)
+
+
+def test_a_step_equals_the_same_by_hand(rng):
+    state, batch = make(rng)
+
+    def objective(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        outputs, updates = Net().apply(variables, batch["x"], mutable=["batch_stats"])
+        return jnp.mean((outputs - batch["y"]) ** 2), updates["batch_stats"]
+
+    (loss, stats), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(state.params)
+    expected = state.apply_gradients(grads=grads)
+    after, metrics = train_step(squared_error, donate=False)(state, batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.batch_stats, stats)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.params, expected.params
+    )
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e38])
+def test_a_rejected_step_leaves_everything_as_it_was_and_is_counted(rng, poison):
+    state, batch = make(rng)
+    step = train_step(squared_error, donate=False)
+    state, _ = step(state, batch)
+    bad = batch | {"y": batch["y"].copy()}
+    bad["y"][3] = poison
+    after, metrics = step(state, bad)
+    assert not metrics["accepted"]
+    for name in ("params", "opt_state", "batch_stats"):
+        assert_same_bits(getattr(after, name), getattr(state, name))
+    assert (int(after.rejected), int(after.step)) == (1, 2)
+    again, metrics = step(after, batch)
+    assert metrics["accepted"]
+    assert_same_bits(again.params, step(state, batch)[0].params)
+
+
+def test_commit_takes_all_or_nothing(rng):
+    state, _ = make(rng)
+    proposed = state.replace(
+        params=jax.tree.map(jnp.ones_like, state.params),
+        batch_stats=jax.tree.map(jnp.ones_like, state.batch_stats),
+    )
+    assert_same_bits(commit(jnp.array(True), proposed, state).params, proposed.params)
+    refused = commit(jnp.array(False), proposed, state)
+    assert_same_bits((refused.params, refused.batch_stats), (state.params, state.batch_stats))
+
+
+def test_the_state_is_donated_unless_told_otherwise(rng):
+    state, batch = make(rng)
+    train_step(squared_error, donate=False)(state, batch)
+    assert not jax.tree.leaves(state.params)[0].is_deleted()
+    train_step(squared_error)(state, batch)
+    assert jax.tree.leaves(state.params)[0].is_deleted()
+
+
+def test_evaluation_counts_each_example_once_and_moves_nothing(rng):
+    state, batch = make(rng, size=10)
+    before = jax.device_get(state.batch_stats)
+    step = eval_step(squared_error)
+    whole = evaluate(step, state, [batch])
+    ragged = [{k: v[i : i + 4] for k, v in batch.items()} for i in (0, 4, 8)]
+    assert evaluate(step, state, ragged) == pytest.approx(whole, rel=1e-6)
+    padded = {k: np.concatenate([v[8:], np.zeros_like(v[:2])]) for k, v in batch.items()}
+    padded["mask"] = np.array([True, True, False, False])
+    assert evaluate(step, state, [*ragged[:2], padded]) == pytest.approx(whole, rel=1e-6)
+    assert_same_bits(state.batch_stats, before)
+
+
+def test_masked_examples_do_not_count_in_the_training_loss(rng):
+    state, batch = make(rng)
+    mask = np.arange(16) < 12
+    wild = batch | {"y": np.where(mask, batch["y"], 1e6).astype(np.float32), "mask": mask}
+    _, metrics = train_step(squared_error, donate=False)(state, wild)
+    assert metrics["loss"] < 1e3
+
+
+def test_a_mean_loss_and_a_model_without_batch_norm_do_too(rng):
+    state, batch = make(rng, norm=False)
+    assert state.batch_stats == {}
+    assert "batch_stats" not in state.variables
+    step = train_step(lambda outputs, batch: jnp.mean((outputs - batch["y"]) ** 2))
+    after, metrics = step(state, batch)
+    assert metrics["accepted"]
+    assert int(after.step) == 1
+
+
+def test_dropout_differs_between_steps_and_repeats_with_the_step_number(rng):
+    state, batch = make(rng, dropout=0.5)
+    step = train_step(squared_error, apply_kwargs={"train": True}, donate=False)
+    losses = [float(step(state.replace(step=n), batch)[1]["loss"]) for n in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]
+    means = eval_step(squared_error, apply_kwargs={"train": False})
+    assert evaluate(means, state, [batch]) == evaluate(means, state, [batch])
+
+
+def test_an_empty_iterator_of_batches_is_an_error(rng):
+    state, _ = make(rng)
+    message = (
+        "`batches` must hold at least one example that counts, got none. An iterator that was "
+        "used before is empty: pass a list, or make it anew."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        evaluate(eval_step(squared_error), state, [])
+
+
+def test_a_loss_of_a_wrong_shape_is_an_error(rng):
+    state, batch = make(rng)
+    message = (
+        "`loss_fn` must give `loss` as a mean of shape () or with one entry for each example, "
+        "(16,), got shape (16, 1). Take the mean over the other axes."
+    )
+    # JAX adds a note of its own to what is raised while it traces.
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}(\n|$)"):
+        eval_step(lambda outputs, batch: outputs[:, None])(state, batch)
+
+
+def test_no_weight_decay_on_scales_and_biases_of_any_layer():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = bnjax.linen.BatchNorm(False)(nn.Conv(4, (3, 3))(x))
+            return nn.Dense(2)(bnjax.BatchNorm2d()(x).mean((1, 2)))
+
+    params = Model().init(jax.random.key(0), jnp.ones((2, 8, 8, 3)))["params"]
+    kernels, others = {"kernel": True, "bias": False}, {"scale": False, "bias": False}
+    assert bnjax.decay_mask(params) == {
+        "Conv_0": kernels,
+        "BatchNorm_0": others,
+        "BatchNorm2d_0": others,
+        "Dense_0": kernels,
+    }
+    assert optax.adamw(1e-3, mask=bnjax.decay_mask).init(params) is not None
