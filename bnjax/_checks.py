@@ -90,9 +90,50 @@ def eps(value: Any, *, training: bool, name: str = "eps") -> None:
         )
 
 
-def several_values(x: jax.Array, reduced: tuple[int, ...], correction: Any) -> None:
+def devices(axis_name: str | Sequence[str] | None, groups: Sequence[Sequence[int]] | None) -> int:
+    """How many devices pool their statistics: those of the axis, or of each of its groups."""
+    if axis_name is None:
+        if groups is not None:
+            raise ValueError(
+                "`axis_index_groups` divides the axis `axis_name`, but that is None. Name the axis."
+            )
+        return 1
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    try:
+        size = jax.lax.axis_size(names)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name` is {axis_name!r}, but no such axis is mapped here ({error}). Name the "
+            "axis of the pmap, shard_map or vmap around this call, or pass None under plain jit."
+        ) from error
+    if groups is None:
+        return size
+    sizes = {len(group) for group in groups}
+    if sorted(i for group in groups for i in group) != list(range(size)) or len(sizes) != 1:
+        raise ValueError(
+            f"`axis_index_groups` must hold each index of the axis {axis_name!r} once, 0 to "
+            f"{size - 1}, in groups of equal size, got {[list(group) for group in groups]}."
+        )
+    return sizes.pop()
+
+
+def virtual_batch_size(size: int | None, groups: Sequence[Sequence[int]] | None) -> None:
+    """A virtual batch has at least one example, and is a division of its own."""
+    if size is None:
+        return
+    if size < 1:
+        raise ValueError(
+            f"`virtual_batch_size` must be at least 1, got {size}. None takes the whole batch."
+        )
+    if groups is not None:
+        raise ValueError(
+            "`virtual_batch_size` and `axis_index_groups` both divide the batch. Give one of them."
+        )
+
+
+def several_values(x: jax.Array, axes: Sequence[int], devices: int, correction: Any) -> None:
     """One value has no variance, so it can't be normalized by it (PyTorch's rule)."""
-    if correction and all(x.shape[a] == 1 for a in reduced):
+    if correction and devices == 1 and all(x.shape[a] == 1 for a in range(x.ndim) if a not in axes):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input shape {x.shape}. "
             "Use a larger batch, drop the last partial batch, or normalize with the running "

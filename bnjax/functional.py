@@ -2,13 +2,25 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bnjax import _checks
-from bnjax.moments import Axes, Moments, deviations, measure, other_axes, working_dtype
+from bnjax.moments import (
+    Axes,
+    AxisName,
+    Groups,
+    Moments,
+    deviations,
+    measure,
+    other_axes,
+    pool,
+    varying_axes,
+    working_dtype,
+)
 
 Params = dict[str, jax.Array]
 BatchStats = dict[str, jax.Array]
@@ -72,6 +84,9 @@ def batch_norm(
     momentum: float | None = 0.1,
     correction: int = 1,
     mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    virtual_batch_size: int | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, BatchStats]:
     """Normalize `x` per channel; return it with the updated running statistics.
@@ -94,6 +109,14 @@ def batch_norm(
             PyTorch's unbiased variance, 0 Flax's biased one.
         mask: bool, broadcastable to `x`: statistics are over the True positions only. What stands
             at the others (NaN too) reaches neither the other outputs nor any gradient.
+        axis_name: name of a mapped axis (`pmap`, `shard_map`, `vmap`), or several: statistics are
+            those of all its devices together, by count. Under plain `jit` a sharded batch needs no
+            name. An evaluation communicates nothing.
+        axis_index_groups: lists of indices of that axis, of equal sizes: statistics are pooled
+            within each.
+        virtual_batch_size: normalize groups of this many examples by themselves in training (ghost
+            batch norm, Hoffer et al. 2017); the last group may be smaller. The running statistics
+            take the average of the groups, by count. Groups are never pooled over devices.
         dtype: dtype of `y`; that of `x` if None (float32 for integers).
 
     Returns:
@@ -125,22 +148,35 @@ def batch_norm(
     by_batch = mutable or not batch_stats
     _checks.momentum(momentum)
     _checks.eps(eps, training=by_batch)
-    reduced = other_axes(x.ndim, axes)
+    _checks.virtual_batch_size(virtual_batch_size, axis_index_groups)
     updated = dict(batch_stats)
+    group, shape = None, x.shape
     if by_batch:
-        _checks.several_values(x, reduced, correction)
+        devices = _checks.devices(axis_name, axis_index_groups)
+        if virtual_batch_size is None:
+            _checks.several_values(x, axes, devices, correction)
+        else:
+            x, mask, group, axes = _split(x, mask, axes, virtual_batch_size, correction)
         moments = measure(x, axes, mask)
-        origin, offset = moments.origin, moments.offset
+        origin = moments.origin
+        if axis_name is not None and group is None:
+            moments = pool(moments, axis_name, axis_index_groups, _reference(batch_stats, origin))
+        offset = (moments.origin - origin) + moments.offset
         # A batch without values is normalized as if it had mean 0 and variance 1.
         var = jnp.where(moments.count > 0, moments.variance(), 1)
         if mutable and batch_stats:
-            updated = _move(batch_stats, moments, momentum, correction)
+            batch = _summary(moments, correction, group, axis_name)
+            updated = _move(batch_stats, *batch, momentum)
     else:
         origin, var = (_at_least(x.dtype, batch_stats[key]) for key in ("mean", "var"))
         offset = jnp.zeros_like(origin)
+    if group is not None:
+        params = {key: jnp.expand_dims(value, axes.index(group)) for key, value in params.items()}
     scale = lax.rsqrt(var + eps) * params.get("scale", 1)
     shift = params.get("bias", 0) - offset * scale
-    return _affine(x, mask, origin, scale, shift, reduced, dtype or x.dtype), updated
+    scale, shift = _as_varying(scale, shift, x)
+    y = _affine(x, mask, origin, scale, shift, other_axes(x.ndim, axes), dtype or x.dtype)
+    return (y if group is None else _join(y, group, shape)), updated
 
 
 def _check_trees(
@@ -158,29 +194,98 @@ def _check_trees(
         _checks.tree("batch_stats", batch_stats, _BATCH_STATS[1:2], repair)
 
 
+def _summary(
+    moments: Moments, correction: int, group: int | None, axis_name: AxisName | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean and variance for the running statistics, and in which channels there are any.
+
+    Groups of a virtual batch size, on all devices, are averaged by their counts.
+    """
+    counts = moments.count > correction
+    mean, var = moments.mean, moments.variance(correction)
+    if group is None:
+        return mean, var, counts
+    weight = jnp.broadcast_to(jnp.where(counts, moments.count, 0), mean.shape)
+    sums = jnp.stack([weight.astype(mean.dtype), weight * mean, weight * var]).sum(group + 1)
+    if axis_name is not None:
+        sums = lax.psum(sums, axis_name)
+    total = jnp.real(sums[0])
+    some = jnp.maximum(total, 1)
+    return sums[1] / some, jnp.real(sums[2]) / some, total > 0
+
+
 def _move(
     batch_stats: Mapping[str, jax.Array],
-    moments: Moments,
+    mean: jax.Array,
+    var: jax.Array,
+    counts: jax.Array,
     momentum: float | None,
-    correction: int,
 ) -> BatchStats:
     """The running statistics after one more batch, in each channel where that is a number."""
-    batch = {"mean": moments.mean, "var": moments.variance(correction)}
-    counts = jnp.isfinite(batch["mean"]) & jnp.isfinite(batch["var"])
-    counts &= moments.count > correction
+    counts = counts & jnp.isfinite(mean) & jnp.isfinite(var)
     updated = {}
+    weight: Any = momentum
     if "count" in batch_stats:
         updated["count"] = batch_stats["count"] + jnp.any(counts)
-    for key, new in batch.items():
+    for key, new in (("mean", mean), ("var", var)):
         old = _at_least(jnp.float32, batch_stats[key])
-        weight = (
-            momentum
-            if momentum is not None
-            else 1 / jnp.maximum(updated["count"], 1).astype(old.dtype)
-        )
-        moved = (1 - weight) * old + weight * new.astype(old.dtype)
-        updated[key] = jnp.where(counts, moved, old)
+        if momentum is None:
+            weight = 1 / jnp.maximum(updated["count"], 1).astype(jnp.real(old).dtype)
+        updated[key] = jnp.where(counts, (1 - weight) * old + weight * new.astype(old.dtype), old)
     return {key: updated[key] for key in batch_stats}
+
+
+def _split(
+    x: jax.Array, mask: jax.Array | None, axes: Axes, size: int, correction: int
+) -> tuple[jax.Array, jax.Array | None, int, Axes]:
+    """The batch axis as (groups, size): x and mask, the axis of the groups, the feature axes.
+
+    The axis of the groups is one more feature axis. A ragged last group is filled up and masked.
+    """
+    batch = other_axes(x.ndim, axes)[0]
+    n = x.shape[batch]
+    size = min(size, max(n, 1))
+    last = lax.slice_in_dim(x, 0, n - (n - 1) // size * size, axis=batch)
+    _checks.several_values(last, axes, 1, correction)
+
+    def divide(array: jax.Array, rows: int) -> jax.Array:
+        parts = (-1, size) if rows > 1 or n == 1 else (1, 1)
+        return array.reshape(*array.shape[:batch], *parts, *array.shape[batch + 1 :])
+
+    if n % size:
+        fill = [(0, -n % size if a == batch else 0) for a in range(x.ndim)]
+        if mask is None:
+            mask = jnp.ones([1] * x.ndim, bool)
+        rows = [n if a == batch else m for a, m in enumerate(mask.shape)]
+        x, mask = jnp.pad(x, fill), jnp.pad(jnp.broadcast_to(mask, rows), fill)
+    if mask is not None:
+        mask = divide(mask, mask.shape[batch])
+    axes = tuple(sorted([batch, *(a + (a > batch) for a in axes)]))
+    return divide(x, x.shape[batch]), mask, batch, axes
+
+
+def _join(y: jax.Array, group: int, shape: Axes) -> jax.Array:
+    """The inverse of `_split`, for an array of this shape."""
+    merged = y.reshape(*y.shape[:group], -1, *y.shape[group + 2 :])
+    return lax.slice_in_dim(merged, 0, shape[group], axis=group)
+
+
+def _reference(batch_stats: Mapping[str, jax.Array], origin: jax.Array) -> jax.Array:
+    """What all devices know of the mean before they have talked: the running mean, or nothing."""
+    if not batch_stats:
+        return jnp.zeros(origin.shape, origin.dtype)
+    mean = lax.stop_gradient(batch_stats["mean"]).astype(origin.dtype)
+    return jnp.where(jnp.isfinite(mean), mean, 0)
+
+
+def _as_varying(scale: jax.Array, shift: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values that are alike on all devices, used where x differs: one sum in a backward pass."""
+    both = jnp.stack([scale, shift])
+    new = varying_axes(x) - varying_axes(both)
+    if not new:
+        return scale, shift
+    both = lax.pcast(both, tuple(sorted(new)), to="varying")
+    return both[0], both[1]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
@@ -214,7 +319,8 @@ def _affine_jvp(reduced, dtype, primals, tangents):  # pyright: ignore[reportUnu
         by_scale = _guard(x, mask, deviations(x, origin, reduced)) * jnp.expand_dims(
             d_scale, reduced
         )
-        by_shift = jnp.broadcast_to(jnp.expand_dims(d_shift, reduced), x.shape)
+        # Added to zeros, not broadcast_to: its transpose would gather an explicitly sharded dy.
+        by_shift = jnp.zeros_like(by_x) + jnp.expand_dims(d_shift, reduced)
         apart = lax.optimization_barrier((by_scale.astype(dtype), by_shift.astype(dtype)))
         return by_x.astype(dtype) + (apart[0] + apart[1])
 

@@ -13,7 +13,7 @@ from jax.nn.initializers import ones, zeros
 
 from bnjax import _checks
 from bnjax.functional import batch_norm
-from bnjax.moments import working_dtype
+from bnjax.moments import AxisName, Groups, working_dtype
 
 _COLLECTION = "batch_stats"
 
@@ -77,6 +77,9 @@ class _TorchBatchNorm(_Layer):
     _: dataclasses.KW_ONLY
     axis: int = -1
     use_running_average: bool | None = None
+    axis_name: AxisName | None = None
+    axis_index_groups: Groups | None = None
+    virtual_batch_size: int | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     scale_init: Initializer = ones
@@ -139,6 +142,9 @@ class _TorchBatchNorm(_Layer):
             eps=self.eps,
             momentum=self.momentum,
             mask=mask,
+            axis_name=None if self.is_initializing() else self.axis_name,
+            axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
+            virtual_batch_size=self.virtual_batch_size,
             dtype=self.dtype,
         )
 
@@ -172,6 +178,9 @@ class BatchNorm2d(_TorchBatchNorm):
         axis: the channel axis: -1 for channels last, 1 for NCHW.
         use_running_average: None follows the `mutable` flag; True freezes the layer: it uses its
             running statistics, and they stay, in training too; False requires mutable statistics.
+        axis_name: name of a mapped axis, or several: statistics of all its devices together.
+        axis_index_groups: lists of indices of that axis: statistics pooled within each.
+        virtual_batch_size: groups of this many examples, each normalized by itself in training.
         dtype: dtype of the output; that of the input if None.
         param_dtype: dtype of `scale` and `bias`; the statistics are float32 at least.
         scale_init: initializer of `scale`.
@@ -206,9 +215,13 @@ class BatchNorm(_Layer):
         use_scale: learn a `scale`.
         bias_init: initializer of `bias`.
         scale_init: initializer of `scale`.
+        axis_name: name of a mapped axis, or several: statistics of all its devices together, by
+            count, where Flax averages the devices' means.
+        axis_index_groups: lists of indices of that axis: statistics pooled within each.
         use_fast_variance: accepted, and without effect: the variance is both fast and exact.
         force_float32_reductions: False keeps the running statistics in `param_dtype`; the batch
             statistics are taken in float32 at least all the same.
+        virtual_batch_size: bnjax's own: groups of this many examples, each normalized by itself.
     """
 
     use_running_average: bool | None = None
@@ -221,8 +234,12 @@ class BatchNorm(_Layer):
     use_scale: bool = True
     bias_init: Initializer = zeros
     scale_init: Initializer = ones
+    axis_name: AxisName | None = None
+    axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    _: dataclasses.KW_ONLY
+    virtual_batch_size: int | None = None
 
     def __post_init__(self) -> None:  # noqa: D105 - flax's name, not ours
         _checks.momentum(self.momentum)
@@ -269,6 +286,9 @@ class BatchNorm(_Layer):
             momentum=1 - self.momentum,
             correction=0,
             mask=None if mask is None else jnp.asarray(mask, bool),
+            axis_name=None if self.is_initializing() else self.axis_name,
+            axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
+            virtual_batch_size=self.virtual_batch_size,
             dtype=canonicalize_dtype(
                 x, *(jnp.zeros((), self.param_dtype) for _ in inits), dtype=self.dtype
             ),

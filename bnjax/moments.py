@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ import numpy as np
 from jax import lax
 
 Axes = tuple[int, ...]
+AxisName = str | Sequence[str]
+Groups = Sequence[Sequence[int]]
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +70,7 @@ def measure(x: jax.Array, axes: Axes, mask: jax.Array | None = None) -> Moments:
     if x.size == 0:
         empty = jnp.zeros(features, working)
         return Moments(jnp.zeros((), real), empty, empty, jnp.zeros(features, real))
-    count = _count(x.shape, reduced, features, mask).astype(real)
+    count = _count(x.shape, reduced, features, mask, real)
     origin, offset, var = _centred(x, mask, count, reduced)
     return Moments(count, origin, offset, var * count)
 
@@ -89,6 +92,28 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(count, origin, offset, a.m2 + b.m2 + _abs2(delta) * a.count * weight)
 
 
+def pool(
+    local: Moments, axis_name: AxisName, groups: Groups | None, reference: jax.Array
+) -> Moments:
+    """Moments of what all devices of a mapped axis see together, with one all-gather.
+
+    Each device sends its count, mean and m2, 2C + 1 numbers, and merges those of all. Unequal
+    counts and empty shards are exact. A derivative costs one sum of 2C numbers over the devices.
+
+    Args:
+        local: what this device saw.
+        axis_name: the name of the axis of `pmap`, `shard_map` or `vmap`, or several.
+        groups: lists of indices of that axis; the devices of each pool among themselves.
+        reference: a value per channel that all devices know and that is near the mean, such as the
+            running mean. It is the origin of the result; the nearer, the more digits.
+    """
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    mean = (local.origin - reference) + local.offset
+    table = None if groups is None else tuple(map(tuple, groups))
+    count, offset, m2 = _pool(local.count, mean, local.m2, names, table)
+    return Moments(count, reference, offset, m2)
+
+
 def deviations(x: jax.Array, origin: jax.Array, reduced: Axes) -> jax.Array:
     """`x - origin` in the working precision, with the origin given per channel."""
     return x.astype(working_dtype(x.dtype)) - jnp.expand_dims(origin, reduced)
@@ -104,12 +129,15 @@ def other_axes(ndim: int, axes: Sequence[int]) -> Axes:
     return tuple(i for i in range(ndim) if i not in axes)
 
 
-def _count(shape: Axes, reduced: Axes, features: Axes, mask: jax.Array | None) -> jax.Array:
+def _count(
+    shape: Axes, reduced: Axes, features: Axes, mask: jax.Array | None, dtype: jnp.dtype
+) -> jax.Array:
     """How many positions count: a number, or one per channel where the mask differs by channel."""
     if mask is None:
-        return jnp.asarray(math.prod(shape[a] for a in reduced))
+        return jnp.asarray(math.prod(shape[a] for a in reduced), dtype)
     unseen = math.prod(shape[a] for a in reduced if mask.shape[a] == 1)
-    return jnp.broadcast_to(jnp.sum(mask, reduced, dtype=jnp.int32) * unseen, features)
+    count = jnp.sum(mask, reduced, dtype=dtype) * unseen
+    return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, features)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -152,6 +180,62 @@ def _centred_jvp(reduced, primals, tangents):  # pyright: ignore[reportUnusedFun
 
     d_offset, d_var = tangent(x, origin, offset, tangents[0])
     return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _pool(
+    count: jax.Array, mean: jax.Array, m2: jax.Array, names: tuple[str, ...], groups: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Count, mean and m2 of all devices; the rule for derivatives sums where this one gathers."""
+    parts = (count, jnp.real(mean), m2) + ((jnp.imag(mean),) if jnp.iscomplexobj(mean) else ())
+    rows = _gather(jnp.concatenate([jnp.ravel(part) for part in parts]), names, groups)
+    ends = np.cumsum([part.size for part in parts])[:-1]
+    counts, means, m2s, *imaginary = (
+        columns.reshape(len(rows), *part.shape)
+        for columns, part in zip(jnp.split(rows, ends, 1), parts, strict=True)
+    )
+    if imaginary:
+        means = lax.complex(means, imaginary[0])
+    if counts.ndim == 1:
+        counts = counts.reshape(-1, *(1,) * mean.ndim)
+    total = jnp.sum(counts, 0)
+    offset = jnp.sum(counts * means, 0) / jnp.maximum(total, 1)
+    pooled = jnp.sum(m2s, 0) + jnp.sum(counts * _abs2(means - offset), 0)
+    return total.reshape(count.shape), offset, pooled
+
+
+@_pool.defjvp
+def _pool_jvp(names, groups, primals, tangents):  # pyright: ignore[reportUnusedFunction]
+    count, mean, m2 = primals
+    _, d_mean, d_m2 = tangents
+    total, offset, pooled = _pool(count, mean, m2, names, groups)
+    # sum(count * (mean - offset)) is 0, so what the offset's own tangent adds to m2 is 0 too.
+    ours = 2 * count * jnp.real(jnp.conj(mean - offset) * d_mean)
+    mine = jnp.stack([count / jnp.maximum(total, 1) * d_mean, (d_m2 + ours).astype(mean.dtype)])
+    d_offset, d_pooled = (
+        lax.psum(mine, names) if groups is None else _gather(mine, names, groups).sum(0)
+    )
+    return (total, offset, pooled), (jnp.zeros_like(total), d_offset, jnp.real(d_pooled))
+
+
+def _gather(values: jax.Array, names: tuple[str, ...], groups: Any) -> jax.Array:
+    """The values of all devices, stacked; with groups, zeros for those of the other groups."""
+    # Where JAX tracks which values differ between devices, it must learn that these do not.
+    alike = groups is None and not set(names).isdisjoint(varying_axes(values))
+    rows = lax.all_gather(values, names, to="invarying" if alike else "varying")
+    if groups is None:
+        return rows
+    group_of = np.empty(sum(map(len, groups)), int)
+    for number, group in enumerate(groups):
+        group_of[list(group)] = number
+    mine = jnp.asarray(group_of)[lax.axis_index(names)]
+    together = jnp.asarray(group_of) == mine
+    return jnp.where(together.reshape(-1, *(1,) * values.ndim), rows, 0)
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The axes of a `shard_map` with `check_vma=True` along which `x` differs between devices."""
+    return jax.typeof(x).mat.varying
 
 
 def _origin(x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axes) -> jax.Array:
