@@ -238,6 +238,15 @@ def statistics(held: Mapping[str, Any], expected: Sequence[str], path: Sequence[
     )
 
 
+def divides(size: int, devices: int, microbatches: int) -> None:
+    """A training batch is cut into equal parts."""
+    if size % (devices * microbatches):
+        raise ValueError(
+            f"A training batch must divide by the {devices} devices of the mesh (of this process) "
+            f"times {microbatches} micro-batches, got {size} examples. Drop the last partial batch."
+        )
+
+
 def per_example(name: str, shape: tuple[int, ...], size: int) -> None:
     """A loss or metric is a mean, or has one entry for each example."""
     if shape not in ((), (size,)):

@@ -166,7 +166,7 @@ def batch_norm(
         var = jnp.where(moments.count > 0, moments.variance(), 1)
         if mutable and batch_stats:
             batch = _summary(moments, correction, group, axis_name)
-            updated = _move(batch_stats, *batch, momentum)
+            updated = move(batch_stats, *batch, momentum)
     else:
         origin, var = (_at_least(x.dtype, batch_stats[key]) for key in ("mean", "var"))
         offset = jnp.zeros_like(origin)
@@ -214,7 +214,7 @@ def _summary(
     return sums[1] / some, jnp.real(sums[2]) / some, total > 0
 
 
-def _move(
+def move(
     batch_stats: Mapping[str, jax.Array],
     mean: jax.Array,
     var: jax.Array,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -293,3 +293,31 @@ class BatchNorm(_Layer):
                 x, *(jnp.zeros((), self.param_dtype) for _ in inits), dtype=self.dtype
             ),
         )
+
+
+LAYERS = (_TorchBatchNorm, BatchNorm, nn.BatchNorm)
+
+
+class Call(NamedTuple):
+    """What one call of a layer does, in PyTorch's terms whatever the layer's convention."""
+
+    running: bool
+    momentum: float | None
+    correction: int
+    axis: Axes
+    mask: jax.Array | None
+    axis_name: AxisName | None
+    axis_index_groups: Groups | None
+
+
+def describe(layer: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Call:
+    """What a call of a bound layer, bnjax's or Flax's own, does with these arguments."""
+    given = layer.use_running_average if use_running_average is None else use_running_average
+    if isinstance(layer, _TorchBatchNorm):
+        running = not layer.is_mutable_collection(_COLLECTION) if given is None else given
+        running, momentum, correction = running or not layer.track_running_stats, layer.momentum, 1
+    else:
+        running, momentum, correction = bool(given), 1 - layer.momentum, 0
+    mask = None if mask is None else jnp.asarray(mask, bool)
+    groups = layer.axis_index_groups
+    return Call(running, momentum, correction, layer.axis, mask, layer.axis_name, groups)

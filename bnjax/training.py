@@ -5,15 +5,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax.training import train_state
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bnjax import _checks
+from bnjax.accumulation import accumulating, begin, finish
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch], Any]
+Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
 
 class TrainState(train_state.TrainState):
@@ -65,14 +70,26 @@ def init_state(
 
 
 def train_step(
-    loss_fn: LossFn, *, apply_kwargs: Mapping[str, Any] | None = None, donate: bool = True
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    loss_fn: LossFn,
+    *,
+    apply_kwargs: Mapping[str, Any] | None = None,
+    microbatches: int = 1,
+    mesh: Mesh | None = None,
+    donate: bool = True,
+) -> Step:
     """A jitted step: forward with mutable statistics, backward, update, commit.
 
     Args:
         loss_fn: `loss_fn(outputs, batch)` gives the loss, or `(loss, metrics)` with a dict of
             metrics. Each is an array with one entry for each example, (N,), or a mean, ().
         apply_kwargs: passed to the model's call, such as `{"train": True}`.
+        microbatches: cut the batch into this many, one after another, and update once. The running
+            statistics are exactly those of the whole batch: moments are pooled. The gradients are
+            not, since each micro-batch normalizes by its own statistics; with few examples in each
+            they are noisier.
+        mesh: train data-parallel: the batch is split over all devices of the mesh, the state is on
+            each. The result is that of one device. With several processes each passes its own part
+            of the batch.
         donate: reuse the memory of the state that is passed in, which is then gone.
 
     Returns:
@@ -80,40 +97,53 @@ def train_step(
         model, `"mask"`, if there is one, a bool (N,) that says which examples count in loss and
         metrics, and the rest is for `loss_fn`. The metrics are means over the batch, with `loss`,
         and `accepted`, which says whether loss and gradients were finite; see `commit`.
+
+    Raises:
+        ValueError: a batch that does not divide by `microbatches` and the devices.
     """
+    kwargs = dict(apply_kwargs or {})
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rngs = None if state.rng is None else {"dropout": jax.random.fold_in(state.rng, state.step)}
+        key = None if state.rng is None else jax.random.fold_in(state.rng, state.step)
+        count = jnp.maximum(_count(batch), 1)
 
-        def objective(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
-            outputs, updates = state.apply_fn(
-                _variables(params, state.batch_stats),
-                batch["x"],
-                mutable=["batch_stats"],
-                rngs=rngs,
-                **(apply_kwargs or {}),
-            )
-            count, totals = _totals(loss_fn, outputs, batch)
-            means = {name: total / jnp.maximum(count, 1) for name, total in totals.items()}
-            return means["loss"], (updates.get("batch_stats", {}), means)
+        def gradients(batch_stats: Any, part: Batch, key: Any) -> tuple[Any, Any, Metrics]:
+            def objective(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
+                outputs, updates = state.apply_fn(
+                    _variables(params, batch_stats),
+                    part["x"],
+                    mutable=["batch_stats"],
+                    rngs=None if key is None else {"dropout": key},
+                    **kwargs,
+                )
+                totals = _totals(loss_fn, outputs, part)
+                means = {name: total / count for name, total in totals.items()}
+                return means["loss"], (updates.get("batch_stats", {}), means)
 
-        gradient = jax.value_and_grad(objective, has_aux=True)
-        (loss, (batch_stats, metrics)), grads = gradient(state.params)
-        accepted = _all_finite((loss, grads))
+            grads, (moved, means) = jax.grad(objective, has_aux=True)(state.params)
+            return grads, moved, means
+
+        if microbatches == 1:
+            grads, batch_stats, means = gradients(state.batch_stats, batch, key)
+        else:
+            grads, batch_stats, means = _accumulate(gradients, state, batch, key, microbatches)
+        accepted = _all_finite((means["loss"], grads))
         proposed = state.apply_gradients(grads=grads, batch_stats=batch_stats)
-        return commit(accepted, proposed, state), metrics | {"accepted": accepted}
+        return commit(accepted, proposed, state), means | {"accepted": accepted}
 
-    return jax.jit(step, donate_argnums=0 if donate else ())
+    return _jit(step, mesh, microbatches, donate)
 
 
 def eval_step(
-    loss_fn: LossFn, *, apply_kwargs: Mapping[str, Any] | None = None
+    loss_fn: LossFn, *, apply_kwargs: Mapping[str, Any] | None = None, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Batch], Metrics]:
     """A jitted step in evaluation mode: running statistics, nothing moves.
 
     Args:
         loss_fn: as for `train_step`.
         apply_kwargs: passed to the model's call, such as `{"train": False}`.
+        mesh: split the batch over the devices of the mesh. It need not divide by them: it is
+            filled up with examples that do not count.
 
     Returns:
         `step(state, batch) -> totals`: sums over the examples of the batch that count, and their
@@ -122,10 +152,29 @@ def eval_step(
 
     def step(state: TrainState, batch: Batch) -> Metrics:
         outputs = state.apply_fn(state.variables, batch["x"], **(apply_kwargs or {}))
-        count, totals = _totals(loss_fn, outputs, batch)
-        return totals | {"count": count}
+        return _totals(loss_fn, outputs, batch) | {"count": _count(batch)}
 
-    return jax.jit(step)
+    sharded = _jit(step, mesh, 1, donate=False)
+    if mesh is None:
+        return sharded
+    devices = len(mesh.local_devices)
+    return lambda state, batch: sharded(state, pad_batch(batch, devices))
+
+
+def pad_batch(batch: Batch, multiple: int) -> Batch:
+    """The batch, filled up to a multiple of a size, with a `mask` of the examples that count.
+
+    >>> pad_batch({"x": jnp.array([1.0, 2.0, 3.0])}, 2)["mask"].tolist()
+    [True, True, True, False]
+    """
+    size = _size(batch)
+    extra = -size % multiple
+    masked = {**batch, "mask": np.asarray(batch.get("mask", np.ones(size, bool)))}
+    # Repeat the last example: unlike zeros it is surely something that the model can take.
+    index = np.minimum(np.arange(size + extra), size - 1)
+    padded = jax.tree.map(lambda leaf: np.asarray(leaf)[index], masked)
+    padded["mask"][size:] = False
+    return padded
 
 
 def evaluate(
@@ -182,21 +231,85 @@ def _variables(params: Any, batch_stats: Any) -> dict[str, Any]:
     return {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
 
 
-def _totals(loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-    """The number of examples that count, and the sums of loss and metrics over them."""
+def _size(batch: Batch) -> int:
+    return jax.tree.leaves(batch["x"])[0].shape[0]
+
+
+def _count(batch: Batch) -> jax.Array:
+    """The number of examples that count."""
+    if "mask" not in batch:
+        return jnp.asarray(_size(batch), jnp.float32)
+    return jnp.sum(batch["mask"], dtype=jnp.float32)
+
+
+def _totals(loss_fn: LossFn, outputs: Any, batch: Batch) -> Metrics:
+    """The sums of loss and metrics over the examples that count."""
     result = loss_fn(outputs, batch)
     loss, metrics = result if isinstance(result, tuple) else (result, {})
-    size = jax.tree.leaves(batch["x"])[0].shape[0]
-    mask = jnp.asarray(batch.get("mask", jnp.ones(size, bool)))
-    count = jnp.sum(mask, dtype=jnp.float32)
+    mask = batch.get("mask", True)
 
     def total(name: str, value: jax.Array) -> jax.Array:
         value = jnp.asarray(value)
-        _checks.per_example(name, value.shape, size)
+        _checks.per_example(name, value.shape, _size(batch))
         value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-        return value * count if value.ndim == 0 else jnp.sum(jnp.where(mask, value, 0))
+        return value * _count(batch) if value.ndim == 0 else jnp.sum(jnp.where(mask, value, 0))
 
-    return count, {name: total(name, value) for name, value in (metrics | {"loss": loss}).items()}
+    return {name: total(name, value) for name, value in (metrics | {"loss": loss}).items()}
+
+
+def _accumulate(
+    gradients: Callable, state: TrainState, batch: Batch, key: Any, microbatches: int
+) -> tuple[Any, Any, Metrics]:
+    """Gradients and means summed, and moments pooled, over the micro-batches."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        # Each part takes every so many-th example, and so the same number from each device.
+        return jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
+
+    def one(carry: tuple[Any, Any], part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        sums, batch_stats = carry
+        part_key = None if key is None else jax.random.fold_in(key, part[0])
+        grads, batch_stats, means = gradients(batch_stats, part[1], part_key)
+        return (jax.tree.map(jnp.add, sums, (grads, means)), batch_stats), None
+
+    parts = jax.tree.map(cut, dict(batch))
+    begun = begin(state.batch_stats)
+    with accumulating() as conventions:
+        first = jax.tree.map(lambda x: x[0], parts)
+        grads, _, means = jax.eval_shape(gradients, begun, first, key)
+        zeros = jax.tree.map(jnp.zeros_like, (grads, means))
+        numbered = (jnp.arange(microbatches), parts)
+        ((grads, means), batch_stats), _ = jax.lax.scan(one, (zeros, begun), numbered)
+    return grads, finish(batch_stats, conventions), means
+
+
+def _jit(step: Callable, mesh: Mesh | None, microbatches: int, donate: bool) -> Callable:
+    """The step compiled, over the devices of a mesh if there is one."""
+    donated = 0 if donate else ()
+    if mesh is None:
+        compiled = jax.jit(step, donate_argnums=donated)
+
+        def run(state: TrainState, batch: Batch) -> Any:
+            _checks.divides(_size(batch), 1, microbatches)
+            return compiled(state, dict(batch))
+
+        return run
+    # Auto, whatever the axis types of the user's mesh: the compiler distributes the model.
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+    alike, split = NamedSharding(auto, P()), NamedSharding(auto, P(auto.axis_names))
+    distributed = jax.jit(
+        step, in_shardings=(alike, split), out_shardings=alike, donate_argnums=donated
+    )
+
+    def run_distributed(state: TrainState, batch: Batch) -> Any:
+        _checks.divides(_size(batch), len(mesh.local_devices), microbatches)
+        parts = jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(split, np.asarray(leaf)),
+            dict(batch),
+        )
+        return distributed(state, parts)
+
+    return run_distributed
 
 
 def _all_finite(tree: Any) -> jax.Array:
