@@ -307,9 +307,18 @@ def _jit(step: Callable, mesh: Mesh | None, microbatches: int, donate: bool) -> 
             lambda leaf: jax.make_array_from_process_local_data(split, np.asarray(leaf)),
             dict(batch),
         )
+        if jax.process_count() > 1:
+            # A state that no step has seen lies on this process alone: its values are for all.
+            state = jax.tree.map(
+                lambda leaf: jax.device_put(leaf, alike) if _is_local(leaf) else leaf, state
+            )
         return distributed(state, parts)
 
     return run_distributed
+
+
+def _is_local(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def _all_finite(tree: Any) -> jax.Array:

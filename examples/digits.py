@@ -82,23 +82,37 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def batches(data: Data, size: int, seed: int | None = None) -> Iterator[Batch]:
-    """Batches in order; with a seed, of shuffled and shifted images, without a partial batch."""
+def batches(
+    data: Data, size: int, seed: int | None = None, part: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
+    """Batches in order; with a seed, of shuffled and shifted images, without a partial batch.
+
+    With `part=(i, n)` it is the i-th of n equal parts of each batch, for process i of n.
+    """
+    number, parts = part
+    own = slice(number * size // parts, (number + 1) * size // parts)
     if seed is None:
         for start in range(0, len(data), size):
-            yield {"x": data.x[start : start + size], "y": data.y[start : start + size]}
+            index = np.arange(start, min(start + size, len(data)))[own]
+            yield _pick(data, index, size // parts)
         return
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data))
     for start in range(0, len(data) - size + 1, size):
-        index = order[start : start + size]
-        yield {"x": _shift(data.x[index], rng), "y": data.y[index]}
+        moves = rng.integers(0, 3, (size, 2))
+        index = order[start : start + size][own]
+        yield {"x": _shift(data.x[index], moves[own]), "y": data.y[index]}
 
 
-def _shift(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _pick(data: Data, index: np.ndarray, size: int) -> Batch:
+    """These examples. Another process may have more: fill up, with examples that do not count."""
+    filled = np.concatenate([index, np.zeros(size - len(index), int)])
+    return {"x": data.x[filled], "y": data.y[filled], "mask": np.arange(size) < len(index)}
+
+
+def _shift(x: np.ndarray, moves: np.ndarray) -> np.ndarray:
     """Move each image by up to one pixel, its border repeated."""
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    moves = rng.integers(0, 3, (len(x), 2))
     height, width = x.shape[1:3]
     return np.stack(
         [p[i : i + height, j : j + width] for p, (i, j) in zip(padded, moves, strict=True)]

@@ -14,6 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 import typer
 from digits import ResNet, Splits, batches, load, loss_fn
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -80,28 +81,37 @@ def record(run: Run, before: Any, after: Any, momentum: float = 0.1) -> None:
             lines.setdefault(f"batch_{key}", []).append(batch[:1].tolist())
 
 
-def train(run: Run, manager: Any, splits: Splits, epochs: int, batch_size: int, seed: int) -> Run:
+def train(
+    run: Run,
+    manager: ocp.CheckpointManager,
+    splits: Splits,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    mesh: Mesh | None = None,
+) -> Run:
     """The epochs that are left, each with a checkpoint at its end."""
-    step, test = train_step(loss_fn), eval_step(loss_fn)
+    step, test = train_step(loss_fn, mesh=mesh), eval_step(loss_fn, mesh=mesh)
+    part = jax.process_index(), jax.process_count()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=part[0] > 0) as progress:
         bar = progress.add_task("training", total=epochs, completed=len(run.epochs))
         for epoch in range(len(run.epochs), epochs):
             measured = []
             before = jax.device_get(run.state.batch_stats)
-            for batch in batches(splits.train, batch_size, seed=seed * 100_003 + epoch):
+            for batch in batches(splits.train, batch_size, seed * 100_003 + epoch, part):
                 run.state, metrics = step(run.state, batch)
                 after = jax.device_get(run.state.batch_stats)
                 record(run, before, after)
                 before = after
                 measured.append(metrics)
             means = jax.tree.map(lambda *values: float(np.mean(values)), *measured)
-            validation = evaluate(test, run.state, batches(splits.validation, 256))
+            validation = evaluate(test, run.state, batches(splits.validation, 256, part=part))
             names = ("loss", "accuracy")
             run.epochs.append(
                 {f"train_{name}": means[name] for name in names}

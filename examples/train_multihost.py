@@ -1,0 +1,117 @@
+"""Train the digits network data-parallel in several processes, on one machine or on many.
+
+On one machine, all processes at once:
+
+    python examples/train_multihost.py --processes 2
+
+On many machines, the same command on each, with its own --process-id:
+
+    python examples/train_multihost.py --coordinator HOST:PORT --processes 4 --process-id 0
+
+Under Slurm, or on a TPU pod, JAX finds all of that itself: srun python examples/train_multihost.py
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import orbax.checkpoint as ocp
+import typer
+from digits import batches, load, loss_fn
+from rich.console import Console
+from train_digits import restore, start, train
+
+from bnjax.training import eval_step, evaluate
+
+console = Console()
+LOST = (
+    "A process of this run was lost. Start it again with --resume: it goes on from the last epoch."
+)
+
+
+def launch(processes: int) -> int:
+    """Start all processes on this machine; when one is lost, stop the others."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    command = [sys.executable, *sys.argv, "--coordinator", coordinator, "--process-id"]
+    # Each process gets its share of the cores: one that waits for another must not take them all.
+    children = [subprocess.Popen([*command, str(number)]) for number in range(processes)]
+    while any(child.poll() is None for child in children):
+        if any(child.poll() not in (None, 0) for child in children):
+            time.sleep(2)  # let the others say what they saw
+            for child in children:
+                child.kill()
+            console.print(f"[red]{LOST}[/]")
+            return 1
+        time.sleep(0.1)
+    return max(abs(child.returncode) for child in children)
+
+
+def work(out: Path, epochs: int, batch_size: int, lr: float, seed: int, resume: bool) -> None:
+    """The part of one process."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    first = jax.process_index() == 0
+    if first:
+        console.print(f"{jax.process_count()} processes, {jax.device_count()} devices")
+    splits = load(seed=seed)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    with ocp.CheckpointManager(out.resolve() / "checkpoints", options=options) as manager:
+        run = start(splits, lr, epochs, batch_size, seed)
+        if manager.latest_step() is not None:
+            if not resume:
+                raise typer.BadParameter(f"{out} holds a run already: add --resume")
+            run = restore(manager, run)
+        run = train(run, manager, splits, epochs, batch_size, seed, mesh)
+    part = jax.process_index(), jax.process_count()
+    test = batches(splits.test, 256, part=part)
+    result = evaluate(eval_step(loss_fn, mesh=mesh), run.state, test)
+    if first:
+        console.print(
+            f"test accuracy {result['accuracy']:.4f} in eval mode, loss {result['loss']:.6f}"
+        )
+
+
+def main(
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="How many; all here if alone.")
+    ] = None,
+    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0.")] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which process this is.")] = None,
+    out: Annotated[Path, typer.Option(help="The run's folder, seen by all.")] = Path(
+        "runs/multihost"
+    ),
+    epochs: Annotated[int, typer.Option(min=1)] = 40,
+    batch_size: Annotated[int, typer.Option(min=2, help="Of all processes together.")] = 64,
+    lr: Annotated[float, typer.Option(min=0, help="The highest learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and the order.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
+    timeout: Annotated[
+        int, typer.Option(help="Seconds until a silent process counts as lost.")
+    ] = 60,
+) -> None:
+    """Train the digits network data-parallel in several processes."""
+    if processes is not None and coordinator is None:
+        raise typer.Exit(launch(processes))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator, processes, process_id, heartbeat_timeout_seconds=timeout
+    )
+    try:
+        work(out, epochs, batch_size, lr, seed, resume)
+    except jax.errors.JaxRuntimeError as error:
+        console.print(
+            f"process {jax.process_index()}: {str(error).splitlines()[0]}\n[red]{LOST}[/]"
+        )
+        sys.stdout.flush()
+        os._exit(1)  # an orderly exit would wait for the process that is gone
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    typer.run(main)

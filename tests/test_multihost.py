@@ -1,0 +1,45 @@
+"""Several real processes: equal to one, and what happens when one of them is lost."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tests.test_examples import EXAMPLES, arrays, result, run, start, wait_for_checkpoint
+
+TRAIN = EXAMPLES / "train_multihost.py"
+SETTINGS = ("--epochs", "3", "--batch-size", "256", "--timeout", "20")
+
+
+def test_a_lost_process_stops_the_run_and_resuming_gives_the_undisturbed_numbers(
+    tmp_path, monkeypatch
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = start(TRAIN, "--processes", "2", "--out", broken, *SETTINGS)
+    wait_for_checkpoint(process, broken, 1)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    killed = time.monotonic()
+    output, _ = process.communicate()
+    assert process.returncode == 1, output
+    assert "A process of this run was lost. Start it again with --resume" in output
+    assert time.monotonic() - killed < 60  # it stops, where a collective could wait for ever
+    code, output = run(TRAIN, "--processes", "2", "--out", broken, "--resume", *SETTINGS)
+    assert code == 0, output
+    # One process with two devices does the same sums.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    code, expected = run(TRAIN, "--processes", "1", "--out", whole, *SETTINGS)
+    assert code == 0, expected
+    assert "1 processes, 2 devices" in expected
+    assert result(output) == result(expected)
+    ours, theirs = arrays(broken), arrays(whole)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in listed]
