@@ -10,3 +10,6 @@ from bnjax.linen import BatchNorm1d as BatchNorm1d
 from bnjax.linen import BatchNorm2d as BatchNorm2d
 from bnjax.linen import BatchNorm3d as BatchNorm3d
 from bnjax.masks import decay_mask as decay_mask
+from bnjax.masks import trainable_labels as trainable_labels
+from bnjax.overrides import freeze as freeze
+from bnjax.overrides import override as override

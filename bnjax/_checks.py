@@ -5,7 +5,7 @@ Each message says what was expected, what came, and the likely repair.
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -194,7 +194,7 @@ def shapes(name: str, value: Mapping[str, Any], expected: tuple[int, ...]) -> No
 
 def where(path: Sequence[str]) -> str:
     """A module path as the user would write it."""
-    return f"'{'/'.join(path)}'" if path else "the top of the model"
+    return f"'{'/'.join(path)}'" if any(path) else "the top of the model"
 
 
 def given_once(at_init: bool | None, at_call: bool | None) -> None:
@@ -245,6 +245,38 @@ def divides(size: int, devices: int, microbatches: int) -> None:
             f"A training batch must divide by the {devices} devices of the mesh (of this process) "
             f"times {microbatches} micro-batches, got {size} examples. Drop the last partial batch."
         )
+
+
+def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
+    """An override names fields that batch norm layers have."""
+    unknown = sorted(set(fields) - known)
+    if unknown or not fields:
+        raise TypeError(
+            f"An override takes fields of batch norm layers, {sorted(known)}, got {unknown}."
+        )
+
+
+def layer_has_fields(layer: Any, fields: Mapping[str, Any], path: str) -> None:
+    """The layer that is overridden has the field: the conventions differ in some names."""
+    missing = sorted(name for name in fields if not hasattr(layer, name))
+    if missing:
+        raise TypeError(
+            f"The {type(layer).__name__} at {where([path])} has no field {missing}. "
+            "PyTorch's convention has `eps` and `affine` where Flax's has `epsilon`, `use_scale` "
+            "and `use_bias`."
+        )
+
+
+def pattern_fits(pattern: str, fits: bool, paths: Iterable[str], what: str = "batch norm") -> None:
+    """A pattern that fits nothing is a mistake, and a silent one."""
+    if fits:
+        return
+    there = sorted(paths)
+    are = f"there are {there}" if there else "none was called or given"
+    raise ValueError(
+        f"The pattern {pattern!r} fits the path of no {what}: {are}. `*` is a part of one name, "
+        "`**` any number of names, as in 'encoder/**'."
+    )
 
 
 def per_example(name: str, shape: tuple[int, ...], size: int) -> None:

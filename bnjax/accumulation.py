@@ -7,7 +7,7 @@ added up travels in the collection `batch_stats`, so that `nn.remat` and `nn.sca
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flax import linen as nn
 from bnjax import _checks, linen
 from bnjax.functional import move
 from bnjax.moments import Moments, measure, merge, pool
+from bnjax.overrides import overridden
 
 _COLLECTION = "batch_stats"
 _SEEN = ("seen_count", "seen_mean", "seen_m2")
@@ -31,11 +32,21 @@ class Convention(NamedTuple):
 
 
 @contextlib.contextmanager
-def accumulating() -> Iterator[dict[Path, Convention]]:
-    """A context in which training batch norms add moments up and leave their statistics alone.
+def accumulating(
+    measured: Callable[[Path, linen.Call], bool] = lambda path, call: not call.running,
+    examples: Any = None,
+) -> Iterator[dict[Path, Convention]]:
+    """A context in which batch norms add their moments up and leave their statistics alone.
 
-    The statistics of the model must come from `begin`. Gives a dict that has, once a model was
-    traced, the path and convention of each layer that trained.
+    The statistics of the model must come from `begin`, and be mutable.
+
+    Args:
+        measured: which calls are measured, by path and what the call does: those that train.
+        examples: bool (N,), the examples of the batch that count, if not all do.
+
+    Yields:
+        A dict that has, once a model was traced, the path and convention of each measured layer,
+        in the order of their first calls.
     """
     conventions: dict[Path, Convention] = {}
 
@@ -45,9 +56,14 @@ def accumulating() -> Iterator[dict[Path, Convention]]:
         module = context.module
         if context.method_name != "__call__" or not isinstance(module, linen.LAYERS):
             return call(*args, **kwargs)
-        x, *others = args
-        does = linen.describe(module, *others, **kwargs)
-        if does.running or not module.has_variable(_COLLECTION, _SEEN[0]):
+        if examples is not None:
+            mask = examples.reshape(-1, *(1,) * (args[0].ndim - 1))
+            given = kwargs.get("mask")
+            kwargs = {**kwargs, "mask": mask if given is None else mask & jnp.asarray(given, bool)}
+        with overridden(module, args, kwargs) as ((x, *others), options):
+            does = linen.describe(module, *others, **options)
+        room = module.has_variable(_COLLECTION, _SEEN[0])
+        if not room or not measured(module.path, does):
             return call(*args, **kwargs)
         conventions[module.path] = Convention(does.momentum, does.correction)
         before = dict(module.variables[_COLLECTION])
@@ -85,6 +101,20 @@ def finish(accumulated: Any, conventions: Mapping[Path, Convention]) -> Any:
         enough = seen.count > correction
         moved = move(kept, seen.mean, seen.variance(correction), enough, momentum)
         return {name: value.astype(kept[name].dtype) for name, value in moved.items()}
+
+    return _map_layers(settle, accumulated)
+
+
+def replace(accumulated: Any, paths: Collection[Path]) -> Any:
+    """The statistics with mean and biased variance of all that was seen, at these paths."""
+
+    def settle(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in stats.items() if name not in _SEEN}
+        if path not in paths:
+            return kept
+        seen = _moments(stats)
+        new = {"mean": seen.mean, "var": seen.variance()}
+        return kept | {name: value.astype(kept[name].dtype) for name, value in new.items()}
 
     return _map_layers(settle, accumulated)
 

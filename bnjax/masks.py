@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from jax.tree_util import keystr, tree_map_with_path
+from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
+
+from bnjax import _checks, _globs
 
 _WITHOUT_DECAY = ("scale", "bias")
 
@@ -28,4 +30,36 @@ def decay_mask(params: Any) -> Any:
     """
     return tree_map_with_path(
         lambda path, _: keystr(path[-1:], simple=True) not in _WITHOUT_DECAY, params
+    )
+
+
+def trainable_labels(params: Any, frozen: _globs.Paths) -> Any:
+    """Labels "frozen" and "trainable", by the same patterns that `bnjax.freeze` takes.
+
+    With both, one list of patterns freezes statistics, mode and parameters:
+    `optax.multi_transform({"trainable": tx, "frozen": optax.set_to_zero()}, labels)`.
+
+    Args:
+        params: a tree of parameters, as in `variables["params"]`.
+        frozen: a glob over module paths or several, such as `"encoder/**"`.
+
+    Returns:
+        A tree of the same structure with strings.
+
+    Raises:
+        ValueError: a pattern fits no module that has parameters.
+
+    >>> trainable_labels({"a": {"bn": {"scale": 1}}, "b": {"kernel": 2}}, frozen="a/**")
+    {'a': {'bn': {'scale': 'frozen'}}, 'b': {'kernel': 'trainable'}}
+    """
+
+    def module(path: Any) -> str:
+        return keystr(path[:-1], simple=True, separator="/")
+
+    modules = {module(path) for path, _ in tree_flatten_with_path(params)[0]}
+    matchers = [_globs.matcher(pattern) for pattern in _globs.as_tuple(frozen)]
+    for pattern, fits in zip(_globs.as_tuple(frozen), matchers, strict=True):
+        _checks.pattern_fits(pattern, any(map(fits, modules)), modules, "module with parameters")
+    return tree_map_with_path(
+        lambda path, _: "frozen" if any(f(module(path)) for f in matchers) else "trainable", params
     )

@@ -1,0 +1,26 @@
+"""Globs over module paths, as in "encoder/**" or "**/bn*"."""
+
+import re
+from collections.abc import Callable, Sequence
+
+Paths = str | Sequence[str]
+
+
+def as_tuple(paths: Paths) -> tuple[str, ...]:
+    """One pattern or several, as a tuple of patterns."""
+    return (paths,) if isinstance(paths, str) else tuple(paths)
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a path, its names joined by "/", fits the pattern.
+
+    `*` is any part of one name, `**` any number of names (none too), `?` one character.
+
+    >>> fits = matcher("encoder/**")
+    >>> [fits(path) for path in ("encoder", "encoder/block/bn", "decoder/bn")]
+    [True, True, False]
+    """
+    parts = {"/**": "(/.*)?", "**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    tokens = re.split(r"(/\*\*(?=/|$)|^\*\*/|\*\*|\*|\?)", pattern)
+    compiled = re.compile("".join(parts.get(token, re.escape(token)) for token in tokens))
+    return lambda path: compiled.fullmatch(path) is not None

@@ -1,0 +1,114 @@
+"""Settings by module path, for any linen model, whoever wrote it: override, freeze."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from bnjax import _checks, _globs
+from bnjax.linen import LAYERS
+
+# JAX compiles a function anew where the value of this context is another one: a function that was
+# jitted outside does not ignore an override, nor keep one after it has ended.
+_active: Any = jax.make_user_context(())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Override:
+    paths: tuple[str, ...]
+    fields: tuple[tuple[str, Any], ...]
+
+    def fits(self, path: str) -> bool:
+        return any(_globs.matcher(pattern)(path) for pattern in self.paths)
+
+
+# The paths of the batch norms that each override meets now, and those it met when last it met any:
+# under jit, a later call of a compiled function meets nothing.
+_meeting: dict[_Override, set[str]] = {}
+_met: dict[_Override, set[str]] = {}
+
+
+@contextlib.contextmanager
+def override(paths: _globs.Paths, **fields: Any) -> Iterator[None]:
+    """A context in which every batch norm whose module path fits takes other settings.
+
+    It holds for bnjax's linen layers and for `flax.linen.BatchNorm`, in any model, without touching
+    its code, under `jit` (a function that was compiled before is compiled anew), `nn.remat` and
+    `nn.scan`. Contexts nest, and the inner one wins.
+
+    Args:
+        paths: a glob over module paths or several, such as `"encoder/**"` or `"**/bn1"`; `*` is a
+            part of one name, `**` any number of names.
+        **fields: the settings, by the names of the layers' fields. `use_running_average` wins over
+            what the model passes to the call.
+
+    Raises:
+        TypeError: no layer has a field of that name.
+        ValueError: a pattern fits no batch norm that was called; the paths there are, are listed.
+    """
+    known = {field.name for layer in LAYERS for field in dataclasses.fields(layer)}
+    _checks.known_fields(fields, known - {"parent", "name"})
+    this = _Override(_globs.as_tuple(paths), tuple((k, _hashable(v)) for k, v in fields.items()))
+    outer, _meeting[this] = _meeting.get(this), set()
+    try:
+        with _active((*_active.value, this)), nn.intercept_methods(_intercept):
+            yield
+        _met[this] = _meeting[this] or _met.get(this, set())
+        for pattern in this.paths:
+            fits = any(map(_globs.matcher(pattern), _met[this]))
+            _checks.pattern_fits(pattern, fits, _met[this])
+    finally:
+        del _meeting[this]
+        if outer is not None:
+            _meeting[this] = outer
+
+
+def freeze(paths: _globs.Paths) -> contextlib.AbstractContextManager[None]:
+    """A context in which the batch norms whose module path fits are frozen, in training too.
+
+    They normalize with their running statistics, and those stay as they are, bit for bit. The same
+    patterns keep an optimizer from their parameters: `bnjax.trainable_labels`.
+
+    Args:
+        paths: a glob over module paths or several, as for `override`.
+    """
+    return override(paths, use_running_average=True)
+
+
+@contextlib.contextmanager
+def overridden(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple]:
+    """The layer with the settings that are active for its path, and the arguments of its call."""
+    path = "/".join(layer.path)
+    fields: dict[str, Any] = {}
+    for active in _active.value:
+        _meeting[active].add(path)
+        if active.fits(path):
+            fields.update(active.fields)
+    if "use_running_average" in fields:
+        args, kwargs = args[:1], {k: v for k, v in kwargs.items() if k != "use_running_average"}
+    _checks.layer_has_fields(layer, fields, path)
+    before = {name: getattr(layer, name) for name in fields}
+    try:
+        # A linen module is frozen for good reasons, but here it is put back before anyone looks.
+        for name, value in fields.items():
+            object.__setattr__(layer, name, value)
+        yield args, kwargs
+    finally:
+        for name, value in before.items():
+            object.__setattr__(layer, name, value)
+
+
+def _intercept(
+    call: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext
+) -> Any:
+    if context.method_name != "__call__" or not isinstance(context.module, LAYERS):
+        return call(*args, **kwargs)
+    with overridden(context.module, args, kwargs) as (new_args, new_kwargs):
+        return call(*new_args, **new_kwargs)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
