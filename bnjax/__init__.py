@@ -13,3 +13,4 @@ from bnjax.masks import decay_mask as decay_mask
 from bnjax.masks import trainable_labels as trainable_labels
 from bnjax.overrides import freeze as freeze
 from bnjax.overrides import override as override
+from bnjax.recalibration import recalibrate as recalibrate

@@ -5,7 +5,7 @@ Each message says what was expected, what came, and the likely repair.
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -277,6 +277,44 @@ def pattern_fits(pattern: str, fits: bool, paths: Iterable[str], what: str = "ba
         f"The pattern {pattern!r} fits the path of no {what}: {are}. `*` is a part of one name, "
         "`**` any number of names, as in 'encoder/**'."
     )
+
+
+def has_statistics(variables: Any) -> None:
+    """A tool for running statistics needs some."""
+    if not isinstance(variables, Mapping) or not variables.get("batch_stats"):
+        got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
+            f"norms has it, got {got}."
+        )
+
+
+def some_batch(some: bool) -> None:
+    """An iterator of batches is not empty."""
+    if not some:
+        raise ValueError(
+            "`batches` must hold at least one batch, got none. An iterator that was used before is "
+            "empty: pass a list, or make it anew."
+        )
+
+
+def iterable_again(batches: Any) -> None:
+    """What is read more than once is no iterator."""
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"`batches` must be iterable once for each layer, got a {type(batches).__name__}, "
+            "which is empty after its first use. Pass a list, or use sequential=False."
+        )
+
+
+def finite_statistics(bad: Mapping[str, int]) -> None:
+    """Data give each channel a finite mean and variance."""
+    if bad:
+        layers = ", ".join(f"{path} ({count} channels)" for path, count in sorted(bad.items()))
+        raise ValueError(
+            f"These layers saw no finite mean and variance: {layers}. Is there NaN or inf in the "
+            "batches or the parameters, or a mask without True?"
+        )
 
 
 def per_example(name: str, shape: tuple[int, ...], size: int) -> None:

@@ -119,6 +119,20 @@ def replace(accumulated: Any, paths: Collection[Path]) -> Any:
     return _map_layers(settle, accumulated)
 
 
+def unmeasured(accumulated: Any, paths: Collection[Path]) -> dict[str, int]:
+    """How many channels have no finite mean and variance, for the layers where any have not."""
+    channels: dict[str, int] = {}
+
+    def look(path: Path, stats: Mapping[str, Any]) -> None:
+        if path in paths:
+            seen = _moments(stats)
+            fine = (seen.count > 0) & jnp.isfinite(seen.mean) & jnp.isfinite(seen.m2)
+            channels["/".join(path)] = int(jnp.sum(~fine))
+
+    _map_layers(look, accumulated)
+    return {path: count for path, count in channels.items() if count}
+
+
 def merge_batch_stats(batch_stats: Any, axis: int = 0) -> Any:
     """One set of running statistics from several, such as those of devices that never talked.
 

@@ -5,17 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from flax.training import train_state
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from bnjax import _checks
 from bnjax.accumulation import accumulating, begin, finish
+from bnjax.batches import Batch, on_all, pad_batch, shardings, size_of, split_over
 
-Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch], Any]
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
@@ -161,22 +159,6 @@ def eval_step(
     return lambda state, batch: sharded(state, pad_batch(batch, devices))
 
 
-def pad_batch(batch: Batch, multiple: int) -> Batch:
-    """The batch, filled up to a multiple of a size, with a `mask` of the examples that count.
-
-    >>> pad_batch({"x": jnp.array([1.0, 2.0, 3.0])}, 2)["mask"].tolist()
-    [True, True, True, False]
-    """
-    size = _size(batch)
-    extra = -size % multiple
-    masked = {**batch, "mask": np.asarray(batch.get("mask", np.ones(size, bool)))}
-    # Repeat the last example: unlike zeros it is surely something that the model can take.
-    index = np.minimum(np.arange(size + extra), size - 1)
-    padded = jax.tree.map(lambda leaf: np.asarray(leaf)[index], masked)
-    padded["mask"][size:] = False
-    return padded
-
-
 def evaluate(
     step: Callable[[TrainState, Batch], Metrics], state: TrainState, batches: Iterable[Batch]
 ) -> dict[str, float]:
@@ -231,14 +213,10 @@ def _variables(params: Any, batch_stats: Any) -> dict[str, Any]:
     return {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
 
 
-def _size(batch: Batch) -> int:
-    return jax.tree.leaves(batch["x"])[0].shape[0]
-
-
 def _count(batch: Batch) -> jax.Array:
     """The number of examples that count."""
     if "mask" not in batch:
-        return jnp.asarray(_size(batch), jnp.float32)
+        return jnp.asarray(size_of(batch), jnp.float32)
     return jnp.sum(batch["mask"], dtype=jnp.float32)
 
 
@@ -250,7 +228,7 @@ def _totals(loss_fn: LossFn, outputs: Any, batch: Batch) -> Metrics:
 
     def total(name: str, value: jax.Array) -> jax.Array:
         value = jnp.asarray(value)
-        _checks.per_example(name, value.shape, _size(batch))
+        _checks.per_example(name, value.shape, size_of(batch))
         value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
         return value * _count(batch) if value.ndim == 0 else jnp.sum(jnp.where(mask, value, 0))
 
@@ -290,35 +268,20 @@ def _jit(step: Callable, mesh: Mesh | None, microbatches: int, donate: bool) -> 
         compiled = jax.jit(step, donate_argnums=donated)
 
         def run(state: TrainState, batch: Batch) -> Any:
-            _checks.divides(_size(batch), 1, microbatches)
+            _checks.divides(size_of(batch), 1, microbatches)
             return compiled(state, dict(batch))
 
         return run
-    # Auto, whatever the axis types of the user's mesh: the compiler distributes the model.
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    alike, split = NamedSharding(auto, P()), NamedSharding(auto, P(auto.axis_names))
+    alike, split = shardings(mesh)
     distributed = jax.jit(
         step, in_shardings=(alike, split), out_shardings=alike, donate_argnums=donated
     )
 
     def run_distributed(state: TrainState, batch: Batch) -> Any:
-        _checks.divides(_size(batch), len(mesh.local_devices), microbatches)
-        parts = jax.tree.map(
-            lambda leaf: jax.make_array_from_process_local_data(split, np.asarray(leaf)),
-            dict(batch),
-        )
-        if jax.process_count() > 1:
-            # A state that no step has seen lies on this process alone: its values are for all.
-            state = jax.tree.map(
-                lambda leaf: jax.device_put(leaf, alike) if _is_local(leaf) else leaf, state
-            )
-        return distributed(state, parts)
+        _checks.divides(size_of(batch), len(mesh.local_devices), microbatches)
+        return distributed(on_all(state, alike), split_over(split, dict(batch)))
 
     return run_distributed
-
-
-def _is_local(leaf: Any) -> bool:
-    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def _all_finite(tree: Any) -> jax.Array:

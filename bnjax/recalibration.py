@@ -1,0 +1,157 @@
+"""Exact population statistics for the batch norms of a model, from an iterator of batches."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any
+
+import jax
+from flax import errors
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from bnjax import _checks, _globs
+from bnjax.accumulation import Path, accumulating, begin, replace, unmeasured
+from bnjax.batches import Batch, pad_batch, shardings, split_over
+from bnjax.linen import Call
+from bnjax.overrides import override
+
+Batches = Iterable[Any]
+
+
+def recalibrate(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: Batches,
+    *,
+    paths: _globs.Paths = "**",
+    sequential: bool = False,
+    apply_kwargs: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The variables with running statistics that are those of the data, exactly.
+
+    Running statistics are a decaying average over the last batches, seen by parameters that have
+    changed since. Here each batch norm's mean and (biased) variance are taken over all batches by
+    pooled moments, weighted by count: for batches at mean 0 and 10 the variance is 26, not 1
+    (PreciseBN: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021). It is needed after weights
+    were averaged (EMA, SWA), and helps where the batches of the training were small.
+
+    Args:
+        model: a linen model with batch norms, bnjax's or Flax's own.
+        variables: its variables. They are not touched, whatever happens.
+        batches: inputs of the model; or dicts with `"x"` and perhaps `"mask"`, bool (N,), the
+            examples that count. A ragged last batch is fine.
+        paths: which batch norms, as globs over module paths; all of them by default.
+        sequential: False, the default, needs one pass over the data: each batch runs as in
+            training, normalized by its own statistics, so deep layers see what they saw there. True
+            takes one pass for each layer, in the order of their calls, in evaluation: each layer
+            sees what the recalibrated layers before it made, as it will when the model is used.
+            `batches` must then be iterable more than once, such as a list.
+        apply_kwargs: passed to the model's call, such as `{"train": False}`. Batch norms measure
+            whatever they say; dropout and the like go by them.
+        mesh: split each batch over the devices of the mesh.
+        progress: show a progress bar.
+
+    Returns:
+        New variables: `batch_stats` has new means and variances, all other values are the same.
+
+    Raises:
+        ValueError: no batch, no batch norm, variables of another model, or a channel without a
+            finite mean and variance.
+    """
+    _checks.has_statistics(variables)
+    measure = _Measurement(model, variables, dict(apply_kwargs or {}), mesh, paths)
+    stats = variables["batch_stats"]
+    if not sequential:
+        stats = measure(stats, batches, None, progress, "recalibrating")
+        return {**variables, "batch_stats": stats}
+    _checks.iterable_again(batches)
+    order = measure.order(stats, batches)
+    _checks.some_batch(bool(order))
+    for number, path in enumerate(order, 1):
+        label = f"{'/'.join(path)} ({number} of {len(order)})"
+        stats = measure(stats, batches, path, progress, label)
+    return {**variables, "batch_stats": stats}
+
+
+class _Measurement:
+    """Passes over the data in which batch norms measure what they see."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: Mapping[str, Any],
+        kwargs: dict[str, Any],
+        mesh: Mesh | None,
+        paths: _globs.Paths,
+    ) -> None:
+        self.model, self.kwargs, self.mesh, self.paths = model, kwargs, mesh, paths
+        self.others = {name: tree for name, tree in variables.items() if name != "batch_stats"}
+        self.steps: dict[Path | None, tuple[Callable, dict[Path, Any]]] = {}
+
+    def __call__(
+        self, stats: Any, batches: Batches, path: Path | None, progress: bool, label: str
+    ) -> Any:
+        """The statistics after one pass that measures the layer at this path, or all."""
+        step, conventions = self._step(path)
+        accumulated, some = begin(stats), False
+        for batch in _tracked(batches, progress, label):
+            some = True
+            try:
+                accumulated = step(accumulated, self.others, self._placed(batch))
+            except (errors.ScopeParamNotFoundError, errors.ScopeParamShapeError) as error:
+                raise ValueError(f"`variables` do not fit the model: {error}") from error
+        _checks.some_batch(some)
+        _checks.finite_statistics(unmeasured(accumulated, conventions))
+        return replace(accumulated, conventions)
+
+    def order(self, stats: Any, batches: Batches) -> list[Path]:
+        """The paths of the layers, in the order of their first calls."""
+        step, conventions = self._step(None)
+        for batch in batches:
+            jax.eval_shape(step, begin(stats), self.others, self._placed(batch))
+            break
+        return list(conventions)
+
+    def _placed(self, batch: Any) -> Batch:
+        batch = batch if isinstance(batch, Mapping) else {"x": batch}
+        batch = {name: batch[name] for name in ("x", "mask") if name in batch}
+        if self.mesh is None:
+            return batch
+        padded = pad_batch(batch, len(self.mesh.local_devices))
+        return split_over(shardings(self.mesh)[1], padded)
+
+    def _step(self, path: Path | None) -> tuple[Callable, dict[Path, Any]]:
+        if path in self.steps:
+            return self.steps[path]
+        conventions: dict[Path, Any] = {}
+
+        def measured(at: Path, call: Call) -> bool:
+            return at == path if path is not None else not call.running
+
+        def step(stats: Any, others: Any, batch: Batch) -> Any:
+            # One layer alone is measured in evaluation, all together in training.
+            together = override(self.paths, use_running_average=False)
+            mode = together if path is None else contextlib.nullcontext()
+            with override("**", use_running_average=True), mode:
+                with accumulating(measured, batch.get("mask")) as seen:
+                    _, updates = self.model.apply(
+                        {**others, "batch_stats": stats},
+                        batch["x"],
+                        mutable=["batch_stats"],
+                        **self.kwargs,
+                    )
+            conventions.update(seen)
+            return updates["batch_stats"]
+
+        self.steps[path] = jax.jit(step), conventions
+        return self.steps[path]
+
+
+def _tracked(batches: Batches, progress: bool, label: str) -> Batches:
+    if not progress:
+        return batches
+    from rich.progress import track
+
+    return track(batches, label, total=len(batches) if isinstance(batches, Sized) else None)
