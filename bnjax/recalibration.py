@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import jax
-from flax import errors
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -98,10 +97,8 @@ class _Measurement:
         accumulated, some = begin(stats), False
         for batch in _tracked(batches, progress, label):
             some = True
-            try:
+            with _checks.variables_fit({**self.others, "batch_stats": stats}):
                 accumulated = step(accumulated, self.others, self._placed(batch))
-            except (errors.ScopeParamNotFoundError, errors.ScopeParamShapeError) as error:
-                raise ValueError(f"`variables` do not fit the model: {error}") from error
         _checks.some_batch(some)
         _checks.finite_statistics(unmeasured(accumulated, conventions))
         return replace(accumulated, conventions)

@@ -1,0 +1,219 @@
+"""Population statistics of the layers of a model: exact, pure, and of all data alike."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import bnjax
+
+
+class Residual(nn.Module):
+    """As others write it, with flax alone: a mode flag, dropout, remat, a layer used twice."""
+
+    norm: type[nn.Module] = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        def norm(name):
+            if self.norm is nn.BatchNorm:
+                return nn.BatchNorm(use_running_average=not train, name=name)
+            return self.norm(name=name)
+
+        x = norm("first")(x)
+        h = nn.remat(nn.Dense)(6)(x)
+        h = nn.relu(norm("second")(h))
+        h = nn.Dropout(0.5, deterministic=not train)(h)
+        twice = norm("twice")
+        h = twice(nn.Dense(6)(twice(h)))
+        h = h * self.variable("cache", "factor", jnp.ones, ()).value
+        return norm("last")(nn.Dense(3)(x) + nn.Dense(3)(h))
+
+
+MODELS = [
+    pytest.param(Residual(), id="flax"),
+    pytest.param(Residual(bnjax.BatchNorm1d), id="bnjax"),
+]
+
+
+@pytest.fixture
+def batches(rng):
+    parts = ((99, 0.0), (2, 10.0), (50, 3.0))
+    return [jnp.asarray(rng.normal(mean, 1, (n, 3)), jnp.float32) for n, mean in parts]
+
+
+def inputs_of_layers(model, variables, x) -> dict[str, list[np.ndarray]]:
+    """What each batch norm sees in evaluation, in float64."""
+    seen: dict[str, list[np.ndarray]] = {}
+
+    def look(call, args, kwargs, context):
+        if isinstance(context.module, bnjax.linen.LAYERS) and context.method_name == "__call__":
+            seen.setdefault(context.module.path[-1], []).append(np.asarray(args[0], np.float64))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        model.apply(variables, x)
+    return seen
+
+
+def assert_population(stats, values):
+    np.testing.assert_allclose(stats["mean"], values.mean(0), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], values.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_first_layer_has_the_statistics_of_all_data_by_count(model, batches, mesh):
+    variables = model.init(jax.random.key(0), batches[0])
+    devices = jax.make_mesh((len(jax.devices()),), ("data",)) if mesh else None
+    new = bnjax.recalibrate(model, variables, batches, mesh=devices)
+    assert_population(new["batch_stats"]["first"], np.concatenate(batches).astype(np.float64))
+
+
+def test_two_batches_far_apart_have_the_variance_of_both(rng):
+    layer = bnjax.BatchNorm1d()
+    batches = [jnp.asarray(rng.normal(mean, 1, (500, 2)), jnp.float32) for mean in (0, 10)]
+    new = bnjax.recalibrate(layer, layer.init(jax.random.key(0), batches[0]), batches)
+    np.testing.assert_allclose(new["batch_stats"]["var"], 26, atol=1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sequential_gives_each_layer_the_statistics_of_what_it_will_see(model, batches):
+    variables = model.init(jax.random.key(0), batches[0])
+    new = bnjax.recalibrate(model, variables, batches, sequential=True)
+    seen = inputs_of_layers(model, new, jnp.concatenate(batches))
+    for name in ("first", "second", "last"):
+        assert_population(new["batch_stats"][name], np.concatenate(seen[name]))
+
+
+def test_without_sequential_deep_layers_have_what_they_saw_in_training(batches):
+    # With one batch as all the data, evaluation becomes what training is.
+    model = nn.Sequential([bnjax.BatchNorm1d(), nn.Dense(5), nn.relu, bnjax.BatchNorm1d()])
+    variables = model.init(jax.random.key(0), batches[0])
+    trained, _ = model.apply(variables, batches[0], mutable=["batch_stats"])
+    new = bnjax.recalibrate(model, variables, batches[:1])
+    np.testing.assert_allclose(model.apply(new, batches[0]), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_layer_used_twice_pools_both_uses(model, batches):
+    variables = model.init(jax.random.key(0), batches[0])
+    seen: list[np.ndarray] = []
+
+    def look(call, args, kwargs, context):
+        if context.module.name == "twice" and context.method_name == "__call__":
+            seen.append(np.asarray(args[0], np.float64))
+        return call(*args, **kwargs)
+
+    for x in batches:
+        with bnjax.override("**", use_running_average=False), nn.intercept_methods(look):
+            model.apply(variables, x, mutable=["batch_stats"])
+    new = bnjax.recalibrate(model, variables, batches)
+    assert_population(new["batch_stats"]["twice"], np.concatenate(seen))
+
+
+def test_masked_examples_do_not_count(batches):
+    model = Residual(bnjax.BatchNorm1d)
+    variables = model.init(jax.random.key(0), batches[0])
+    padded = [
+        {"x": jnp.concatenate([x, jnp.full((5, 3), 1e3)]), "mask": np.arange(len(x) + 5) < len(x)}
+        for x in batches
+    ]
+    new = bnjax.recalibrate(model, variables, padded)
+    expected = bnjax.recalibrate(model, variables, batches)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), new, expected)
+
+
+def test_chosen_layers_alone_are_recalibrated(batches):
+    model = Residual()
+    variables = model.init(jax.random.key(0), batches[0])
+    new = bnjax.recalibrate(model, variables, batches, paths="s*")["batch_stats"]
+    old = variables["batch_stats"]
+    assert {name for name in new if np.any(new[name]["var"] != old[name]["var"])} == {"second"}
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_nothing_changes_when_the_iterator_fails(batches, sequential):
+    model = Residual()
+    variables = model.init(jax.random.key(0), batches[0])
+    before = jax.device_get(variables)
+
+    class Failing:
+        def __iter__(self):
+            yield batches[0]
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match=r"^the disk is gone$"):
+        bnjax.recalibrate(model, variables, Failing(), sequential=sequential)
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
+def test_parameters_and_other_collections_are_the_same_objects(batches):
+    model = Residual()
+    variables = model.init(jax.random.key(0), batches[0])
+    before = jax.device_get(variables)
+    new = bnjax.recalibrate(model, variables, iter(batches), progress=True)
+    assert new["params"] is variables["params"]
+    assert new["cache"] is variables["cache"]
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
+    assert jax.tree.structure(new) == jax.tree.structure(variables)
+
+
+def test_dropout_stays_off_though_batch_norm_measures(batches):
+    model = Residual()
+    variables = model.init(jax.random.key(0), batches[0])
+    a, b = (bnjax.recalibrate(model, variables, batches) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+class Normalized(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(True)(x)
+
+
+BATCH = np.ones((4, 3), np.float32) * np.arange(4)[:, None]
+NO_BATCH = (
+    "`batches` must hold at least one batch, got none. An iterator that was used before is empty: "
+    "pass a list, or make it anew."
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batches": []}, NO_BATCH),
+        ({"batches": [], "sequential": True}, NO_BATCH),
+        (
+            {"batches": iter([BATCH]), "sequential": True},
+            "`batches` must be iterable once for each layer, got a list_iterator, which is empty "
+            "after its first use. Pass a list, or use sequential=False.",
+        ),
+        (
+            {"variables": {"params": {}}},
+            "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
+            "norms has it, got ['params'].",
+        ),
+        (
+            {"batches": [BATCH * np.nan]},
+            "These layers saw no finite mean and variance: BatchNorm_0 (3 channels). Is there NaN "
+            "or inf in the batches or the parameters, or a mask without True?",
+        ),
+    ],
+)
+def test_bad_input_is_an_error_that_says_what_to_do(changes, message):
+    model = Normalized()
+    arguments = {"variables": model.init(jax.random.key(0), BATCH), "batches": [BATCH]} | changes
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        bnjax.recalibrate(model, **arguments)
+
+
+def test_variables_of_another_model_are_an_error():
+    model = Residual()
+    variables = model.init(jax.random.key(0), BATCH)
+    other = {"params": {}, "batch_stats": variables["batch_stats"]}
+    with pytest.raises(ValueError, match=r"^`variables` do not fit the model: Could not find par"):
+        bnjax.recalibrate(model, other, [BATCH])
