@@ -3,6 +3,7 @@
 Each message says what was expected, what came, and the likely repair.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,8 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import errors
+from flax import linen as nn
 
 _NUMBER = (int, float, np.number)
+_MISFITS = (
+    errors.ApplyScopeInvalidVariablesStructureError,
+    errors.ApplyScopeInvalidVariablesTypeError,
+    errors.ScopeCollectionNotFound,
+    errors.ScopeParamNotFoundError,
+    errors.ScopeParamShapeError,
+    errors.ScopeVariableNotFoundError,
+)
 
 
 def feature_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
@@ -26,22 +37,41 @@ def feature_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     return tuple(sorted({int(a) % ndim for a in axes}))
 
 
-def rank(x: jax.Array, layouts: Mapping[int, str], layer: str) -> None:
-    """The input of a 1d, 2d or 3d layer has a number of dimensions that it knows."""
+def torch_input(
+    x: jax.Array,
+    spatial: Sequence[str],
+    axis: int,
+    num_features: int | None,
+    layer: str,
+    any_rank: str,
+) -> None:
+    """A 1d, 2d or 3d layer gets the rank, dtype and channels that it was made for.
+
+    `spatial` are the names of the spatial axes in each layout, `any_rank` is a layer without these.
+    """
+    _rank(x, {2 + len(names): _layout(names, axis) for names in spatial}, layer, any_rank)
+    real_floating(x)
+    if num_features is not None:
+        features(x, feature_axes(axis, x.ndim), num_features)
+
+
+def _layout(spatial: str, axis: int) -> str:
+    names = ["N", *spatial]
+    names.insert(axis % (len(names) + 1), "C")
+    return f"({', '.join(names)})"
+
+
+def _rank(x: jax.Array, layouts: Mapping[int, str], layer: str, any_rank: str) -> None:
     if x.ndim in layouts:
         return
     expected = " or ".join(f"{n}D input {layout}" for n, layout in layouts.items())
-    raise ValueError(
-        f"{layer} expected {expected}, got {x.ndim}D input of shape {x.shape}. "
-        f"{_rank_repair(x.ndim, layer)}"
-    )
-
-
-def _rank_repair(ndim: int, layer: str) -> str:
-    fits = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}.get(ndim)
+    fits = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}.get(x.ndim)
+    repair = f"Reshape the input; {any_rank} takes any rank."
     if fits is not None and fits != layer:
-        return f"Use {fits}, or reshape the input."
-    return "Reshape the input; bnjax.linen.BatchNorm takes any rank."
+        repair = f"Use {fits}, or reshape the input."
+    raise ValueError(
+        f"{layer} expected {expected}, got {x.ndim}D input of shape {x.shape}. {repair}"
+    )
 
 
 def real_floating(x: jax.Array, name: str = "x") -> None:
@@ -317,6 +347,67 @@ def finite_statistics(bad: Mapping[str, int]) -> None:
         )
 
 
+def linen_model(model: Any) -> None:
+    """A tool that reads a model's program knows linen models."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be an instance of a flax.linen.Module, got {type(model).__name__}."
+        )
+
+
+@contextlib.contextmanager
+def variables_fit(variables: Any) -> Iterator[None]:
+    """Variables are those of the model."""
+    if not isinstance(variables, Mapping):
+        has_statistics(variables)
+    try:
+        yield
+    except _MISFITS as error:
+        has_statistics(variables)
+        raise ValueError(f"`variables` do not fit the model: {error}") from error
+
+
+def some_batch_norm(some: bool) -> None:
+    """A tool for batch norms needs one."""
+    if not some:
+        raise ValueError("`model` must call a batch norm, bnjax's or Flax's own, but calls none.")
+
+
+def evaluating(running: bool, path: Sequence[str]) -> None:
+    """A folded batch norm is one that doesn't change."""
+    if not running:
+        raise ValueError(
+            f"`model` must be in evaluation, but the batch norm at {where(path)} is in training "
+            "mode. Pass what turns that off, as in `apply_kwargs={'train': False}`."
+        )
+
+
+def something_folded(reasons: Sequence[tuple[str, str, str | None]]) -> None:
+    """Some batch norm follows a conv or dense layer."""
+    if all(reason for *_, reason in reasons):
+        lines = [f"\n  {layer or '-'}, {norm or '-'}: {reason}." for layer, norm, reason in reasons]
+        raise ValueError(f"`model` must have a batch norm that can be folded.{''.join(lines)}")
+
+
+def folded_variables(paths: Sequence[str]) -> None:
+    """A folded model takes the folded variables."""
+    if paths:
+        raise ValueError(
+            f"`variables` must be those of the folded model, but hold the batch norms {paths}, "
+            "which are folded. Pass `folded.variables`."
+        )
+
+
+def same_outputs(difference: float, scale: float, tolerance: float) -> None:
+    """Folding changes no output, up to rounding."""
+    if not difference <= tolerance * scale:
+        raise ValueError(
+            f"The outputs on `example_x` must stay the same, to {tolerance:.1e} of their scale "
+            f"{scale:.3g}, but folding changed them by {difference:.3g}. Is there NaN or inf in "
+            "them, or does a layer change its kernel before using it?"
+        )
+
+
 def per_example(name: str, shape: tuple[int, ...], size: int) -> None:
     """A loss or metric is a mean, or has one entry for each example."""
     if shape not in ((), (size,)):
@@ -326,27 +417,28 @@ def per_example(name: str, shape: tuple[int, ...], size: int) -> None:
         )
 
 
-def torch_momentum_is_plausible(value: Any) -> None:
-    """Warn of a momentum that looks like Flax's."""
+def torch_momentum_is_plausible(value: Any, frames: int) -> None:
+    """Warn of a momentum that looks like Flax's, `frames` above this check."""
     if isinstance(value, _NUMBER) and value >= 0.5:
         _warn_once(
             f"momentum={value} gives the new batch a weight of {value} (PyTorch's convention): the "
             "running statistics are little more than those of the last batch. If it comes from "
-            f"Flax, Keras or Haiku, write momentum={round(1 - value, 10):g}."
+            f"Flax, Keras or Haiku, write momentum={round(1 - value, 10):g}.",
+            frames,
         )
 
 
-def flax_momentum_is_plausible(value: Any) -> None:
-    """Warn of a momentum that looks like PyTorch's."""
+def flax_momentum_is_plausible(value: Any, frames: int) -> None:
+    """Warn of a momentum that looks like PyTorch's, `frames` above this check."""
     if isinstance(value, _NUMBER) and value <= 0.5:
         _warn_once(
             f"momentum={value} gives the old statistics a weight of {value} (Flax's convention): "
             "the running statistics are little more than those of the last batch. If it comes "
-            f"from PyTorch, write momentum={round(1 - value, 10):g}."
+            f"from PyTorch, write momentum={round(1 - value, 10):g}.",
+            frames,
         )
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    # Between here and the user: the check, the layer's __post_init__, and two dataclass __init__.
-    warnings.warn(message, stacklevel=6)
+def _warn_once(message: str, frames: int) -> None:
+    warnings.warn(message, stacklevel=frames + 2)

@@ -228,7 +228,7 @@ def move(
     if "count" in batch_stats:
         updated["count"] = batch_stats["count"] + jnp.any(counts)
     for key, new in (("mean", mean), ("var", var)):
-        old = _at_least(jnp.float32, batch_stats[key])
+        old = _at_least(new.dtype if jnp.iscomplexobj(new) else jnp.float32, batch_stats[key])
         if momentum is None:
             weight = 1 / jnp.maximum(updated["count"], 1).astype(jnp.real(old).dtype)
         updated[key] = jnp.where(counts, (1 - weight) * old + weight * new.astype(old.dtype), old)

@@ -16,6 +16,8 @@ from bnjax.functional import batch_norm
 from bnjax.moments import AxisName, Groups, working_dtype
 
 _COLLECTION = "batch_stats"
+# Between the check and the user: the layer's __post_init__, and two __init__ of dataclasses.
+_FRAMES = 4
 
 
 class _Layer(nn.Module):
@@ -53,8 +55,8 @@ class _Layer(nn.Module):
             name: self.param(name, init, shape, dtype) for name, (init, dtype) in params.items()
         }
         values = {name: stat.value for name, stat in stats.items()}
-        if self.is_initializing() and running:
-            values = {"mean": jnp.zeros(shape), "var": jnp.ones(shape)}
+        if self.is_initializing() and running and not values:
+            values = {"mean": jnp.zeros(shape), "var": jnp.ones(shape), "count": jnp.array(0)}
         try:
             y, moved = batch_norm(affine, values, x, mutable=not running, **settings)
         except (TypeError, ValueError) as error:
@@ -62,7 +64,9 @@ class _Layer(nn.Module):
             raise
         if not running and not self.is_initializing():
             for name, stat in stats.items():
-                stat.value = moved[name].astype(stat.value.dtype)
+                # As in Flax, the mean of complex input is complex.
+                same = jnp.iscomplexobj(moved[name]) or moved[name].dtype == stat.value.dtype
+                stat.value = moved[name] if same else moved[name].astype(stat.value.dtype)
         return y
 
 
@@ -90,7 +94,7 @@ class _TorchBatchNorm(_Layer):
     def __post_init__(self) -> None:
         _checks.momentum(self.momentum)
         _checks.eps(self.eps, training=False)
-        _checks.torch_momentum_is_plausible(self.momentum)
+        _checks.torch_momentum_is_plausible(self.momentum, _FRAMES)
         super().__post_init__()
 
     @nn.compact
@@ -117,12 +121,8 @@ class _TorchBatchNorm(_Layer):
             TypeError: an integer or complex input.
         """
         x = jnp.asarray(x)
-        layer = type(self).__name__
-        _checks.rank(x, {2 + len(s): self._layout(s) for s in self._spatial}, layer)
-        _checks.real_floating(x)
-        if self.num_features is not None:
-            axes = _checks.feature_axes(self.axis, x.ndim)
-            _checks.features(x, axes, self.num_features)
+        layer, any_rank = type(self).__name__, "bnjax.linen.BatchNorm"
+        _checks.torch_input(x, self._spatial, self.axis, self.num_features, layer, any_rank)
         running = self._use_running(use_running_average, self.track_running_stats)
         if running is None or self.is_initializing():
             running = self.is_initializing() or not self.is_mutable_collection(_COLLECTION)
@@ -147,11 +147,6 @@ class _TorchBatchNorm(_Layer):
             virtual_batch_size=self.virtual_batch_size,
             dtype=self.dtype,
         )
-
-    def _layout(self, spatial: str) -> str:
-        names = ["N", *spatial]
-        names.insert(self.axis % (len(names) + 1), "C")
-        return f"({', '.join(names)})"
 
 
 class BatchNorm1d(_TorchBatchNorm):
@@ -244,7 +239,7 @@ class BatchNorm(_Layer):
     def __post_init__(self) -> None:  # noqa: D105 - flax's name, not ours
         _checks.momentum(self.momentum)
         _checks.eps(self.epsilon, training=False, name="epsilon")
-        _checks.flax_momentum_is_plausible(self.momentum)
+        _checks.flax_momentum_is_plausible(self.momentum, _FRAMES)
         super().__post_init__()
 
     @nn.compact

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
 from bnjax import _checks, _globs
 
-_WITHOUT_DECAY = ("scale", "bias")
+_WITHOUT_DECAY = (("scale",), ("bias",))
 
 
 def decay_mask(params: Any) -> Any:
@@ -18,7 +18,7 @@ def decay_mask(params: Any) -> Any:
     scale that is stacked by `nn.scan`.)
 
     Args:
-        params: a tree of parameters, as in `variables["params"]`.
+        params: a tree of parameters, as in `variables["params"]`, or an `nnx.State` of them.
 
     Returns:
         A tree of the same structure with bools, for the `mask` of `optax.adamw` and others. Pass
@@ -28,9 +28,7 @@ def decay_mask(params: Any) -> Any:
     >>> decay_mask({"conv": {"kernel": 1, "bias": 2}, "bn": {"scale": 3, "bias": 4}})
     {'bn': {'bias': False, 'scale': False}, 'conv': {'bias': False, 'kernel': True}}
     """
-    return tree_map_with_path(
-        lambda path, _: keystr(path[-1:], simple=True) not in _WITHOUT_DECAY, params
-    )
+    return tree_map_with_path(lambda path, _: _names(path)[-1:] not in _WITHOUT_DECAY, params)
 
 
 def trainable_labels(params: Any, frozen: _globs.Paths) -> Any:
@@ -40,7 +38,7 @@ def trainable_labels(params: Any, frozen: _globs.Paths) -> Any:
     `optax.multi_transform({"trainable": tx, "frozen": optax.set_to_zero()}, labels)`.
 
     Args:
-        params: a tree of parameters, as in `variables["params"]`.
+        params: a tree of parameters, as in `variables["params"]`, or an `nnx.State` of them.
         frozen: a glob over module paths or several, such as `"encoder/**"`.
 
     Returns:
@@ -54,7 +52,7 @@ def trainable_labels(params: Any, frozen: _globs.Paths) -> Any:
     """
 
     def module(path: Any) -> str:
-        return keystr(path[:-1], simple=True, separator="/")
+        return "/".join(_names(path)[:-1])
 
     modules = {module(path) for path, _ in tree_flatten_with_path(params)[0]}
     matchers = [_globs.matcher(pattern) for pattern in _globs.as_tuple(frozen)]
@@ -63,3 +61,10 @@ def trainable_labels(params: Any, frozen: _globs.Paths) -> Any:
     return tree_map_with_path(
         lambda path, _: "frozen" if any(f(module(path)) for f in matchers) else "trainable", params
     )
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    """The names on the way to a parameter, in linen variables or in an `nnx.State`."""
+    if path and path[-1] == GetAttrKey("value"):  # the inside of an nnx variable
+        path = path[:-1]
+    return tuple(keystr((entry,), simple=True) for entry in path)

@@ -244,6 +244,8 @@ def _origin(x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axe
         # Which samples count, or where they are, is not known: take the mean, in its own pass.
         values = _where(mask, x.astype(working_dtype(x.dtype)))
         return jnp.sum(values, reduced) / jnp.maximum(count, 1)
+    if not reduced:
+        return x.astype(working_dtype(x.dtype))
     # The median of nine values spread over the batch: a value of the channel, so a constant channel
     # is centred exactly, and rare outliers do not become the origin.
     sizes = tuple(x.shape[a] for a in reduced)

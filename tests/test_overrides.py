@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import bnjax
 
@@ -164,6 +165,21 @@ def test_one_list_of_patterns_freezes_parameters_too(x):
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params))
     assert set(np.concatenate([u.ravel() for u in jax.tree.leaves(updates["encoder_0"])])) == {0.0}
     assert set(np.concatenate([u.ravel() for u in jax.tree.leaves(updates["head"])])) == {-1.0}
+
+
+def test_masks_read_the_state_of_an_nnx_model_too():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.encoder = bnjax.nnx.BatchNorm1d(3, rngs=rngs)
+            self.head = nnx.Linear(3, 2, rngs=rngs)
+
+    state = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    labels = nnx.to_pure_dict(bnjax.trainable_labels(state, frozen="encoder"))
+    assert labels["encoder"] == {"scale": "frozen", "bias": "frozen"}
+    assert labels["head"] == {"kernel": "trainable", "bias": "trainable"}
+    decays = nnx.to_pure_dict(bnjax.decay_mask(state))
+    assert decays["encoder"] == {"scale": False, "bias": False}
+    assert decays["head"] == {"kernel": True, "bias": False}
 
 
 @pytest.mark.parametrize(

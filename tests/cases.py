@@ -1,0 +1,114 @@
+"""The table of input shapes that all tests share, and the outcome that they compare."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnjax
+
+
+class Case(NamedTuple):
+    """One layout of the input, and the layer that takes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+    layer: Callable[..., Any]
+
+    @property
+    def channels(self) -> int:
+        return self.shape[self.axis]
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        return tuple(i for i in range(len(self.shape)) if i != self.axis % len(self.shape))
+
+    def values(self, rng: np.random.Generator, mean: float = 0.5, std: float = 1.5) -> Any:
+        return (mean + std * rng.standard_normal(self.shape)).astype(np.float32)
+
+    def params(self, rng: np.random.Generator) -> dict[str, Any]:
+        scale, bias = rng.standard_normal((2, self.channels)).astype(np.float32)
+        return {"scale": scale, "bias": bias}
+
+    def batch_stats(self, rng: np.random.Generator) -> dict[str, Any]:
+        mean, var = rng.standard_normal((2, self.channels)).astype(np.float32)
+        return {"mean": mean, "var": np.abs(var) + np.float32(0.1)}
+
+    def row_mask(self, rows: int) -> Any:
+        """A mask that shows the first rows of the batch."""
+        return (np.arange(self.shape[0]) < rows).reshape((-1,) + (1,) * (len(self.shape) - 1))
+
+
+NC = Case("NC", (8, 5), -1, bnjax.BatchNorm1d)
+NHWC = Case("NHWC", (4, 3, 5, 6), -1, bnjax.BatchNorm2d)
+NCHW = Case("NCHW", (4, 6, 3, 5), 1, bnjax.BatchNorm2d)
+CASES = (
+    NC,
+    Case("NC_two_rows", (2, 3), -1, bnjax.BatchNorm1d),
+    Case("NC_primes", (101, 13), 1, bnjax.BatchNorm1d),
+    Case("NLC", (4, 6, 5), -1, bnjax.BatchNorm1d),
+    Case("NCL", (4, 5, 6), 1, bnjax.BatchNorm1d),
+    Case("NLC_batch_of_one", (1, 7, 3), -1, bnjax.BatchNorm1d),
+    Case("NCL_length_one", (6, 3, 1), 1, bnjax.BatchNorm1d),
+    NHWC,
+    NCHW,
+    Case("NCHW_one_row_of_one_image", (1, 3, 1, 9), 1, bnjax.BatchNorm2d),
+    Case("NDHWC", (2, 3, 4, 2, 5), -1, bnjax.BatchNorm3d),
+    Case("NCDHW", (2, 5, 3, 4, 2), 1, bnjax.BatchNorm3d),
+    Case("NDHWC_one_channel", (3, 1, 2, 1, 1), -1, bnjax.BatchNorm3d),
+)
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+class Outcome(NamedTuple):
+    """What one call gives; the gradients are those of sum(y * cotangent)."""
+
+    y: Any
+    batch_stats: Any
+    dx: Any
+    dparams: Any
+
+
+Apply = Callable[[Any, Any], tuple[jax.Array, Any]]
+SETTINGS = ("mutable", "axis", "eps", "momentum", "correction", "dtype")
+
+
+def outcome(apply: Apply, params: Any, x: Any, cotangent: Any) -> Outcome:
+    """The outcome of `apply(params, x) -> (y, batch_stats)`."""
+
+    def loss(params, x):
+        y, batch_stats = apply(params, x)
+        return jnp.sum(y * cotangent), (y, batch_stats)
+
+    (dparams, dx), (y, batch_stats) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+    return Outcome(y, batch_stats, dx, dparams)
+
+
+@functools.partial(jax.jit, static_argnames=SETTINGS)
+def run(params: Any, batch_stats: Any, x: Any, cotangent: Any, **settings: Any) -> Outcome:
+    """The outcome of `bnjax.batch_norm`, compiled."""
+
+    def apply(params, x):
+        return bnjax.batch_norm(params, batch_stats, x, **settings)
+
+    return outcome(apply, params, x, cotangent)
+
+
+@functools.partial(jax.jit, static_argnames=("layer", "mutable"))
+def run_layer(layer: Any, variables: Any, x: Any, cotangent: Any, *, mutable: bool) -> Outcome:
+    """The outcome of a linen layer, compiled."""
+    held = variables.get("batch_stats", {})
+
+    def apply(params, x):
+        y, updates = layer.apply(
+            {"params": params, "batch_stats": held}, x, mutable=["batch_stats"] * mutable
+        )
+        return y, updates.get("batch_stats", held)
+
+    return outcome(apply, variables.get("params", {}), x, cotangent)

@@ -1,0 +1,381 @@
+"""What the library says to each mistake, word by word."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+import bnjax
+
+KEY = jax.random.key(0)
+PARAMS, STATS = bnjax.init(3)
+NC, NHWC = jnp.ones((4, 3)), jnp.ones((2, 5, 4, 3))
+VARIABLES = {"params": PARAMS, "batch_stats": STATS}
+FLAX = bnjax.linen.BatchNorm
+
+
+class Mistake(NamedTuple):
+    """A call, and the error that it gets."""
+
+    name: str
+    call: Callable[[], Any]
+    message: str
+    error: type[Exception] = ValueError
+
+
+# Nothing below computes a value: mistakes are found when a layer is built or a call is traced.
+
+
+def core(params: Any = PARAMS, batch_stats: Any = STATS, x: Any = NC, **settings: Any):
+    settings = {"mutable": True, **settings}
+    return lambda: jax.eval_shape(
+        lambda *arrays: bnjax.batch_norm(*arrays, **settings), params, batch_stats, x
+    )
+
+
+def init(layer: nn.Module, x: jax.Array = NHWC):
+    return lambda: jax.eval_shape(layer.init, KEY, x)
+
+
+def apply(layer: nn.Module, x: jax.Array = NC, variables: Any = VARIABLES, **arguments: Any):
+    return lambda: jax.eval_shape(lambda *arrays: layer.apply(*arrays, **arguments), variables, x)
+
+
+def train(layer: nn.Module, x: jax.Array = NC, **arguments: Any):
+    return apply(layer, x, mutable=["batch_stats"], **arguments)
+
+
+TOP = "\nIn {} at the top of the model."
+RANGE = (
+    "`momentum` must lie between 0 and 1, got {}. In PyTorch's convention it is the weight of the "
+    "new batch (0.1), in Flax's the weight of the old statistics (0.9)."
+)
+NEGATIVE = "`{}` must not be negative, got {}. The usual value is 1e-5."
+ZERO = (
+    "`eps` must be positive in training, got {}: a channel of zero variance would give NaN. "
+    "The usual value is 1e-5."
+)
+AXIS = (
+    "`axis` must lie between -{0} and {1} for an input of {0} dimensions, got {2}. It names the "
+    "channel axis: -1 for channels last, 1 for NCHW."
+)
+SINGLE = (
+    "Expected more than 1 value per channel when training, got input shape {}. Use a larger batch, "
+    "drop the last partial batch, or normalize with the running statistics (mutable=False)."
+)
+MASK = "`mask` must broadcast to the input of shape {}, got shape {}. "
+ONES = "Give it the rank of the input, with size 1 where it does not vary."
+REAL = "`x` must be real floating point, got {}. Convert it first, as in `x.astype(jnp.float32)`."
+CHANNELS = "`num_features` is {}, but axis {} of the input of shape {} has {} channels. "
+SHAPES = (
+    "`{}` must hold arrays of shape {}, one entry for each channel of the input, got {}. Was it "
+    "made for another `num_features`, or is `axis` wrong?"
+)
+PARAM_KEYS = (
+    "`params` must have the keys {{scale, bias}} or {{scale}} or {{bias}} or {{}}, got {}. "
+)
+STAT_KEYS = (
+    "`batch_stats` must have the keys {{mean, var}} or {{mean, var, count}} or {{}}, got {}. "
+)
+MADE = "bnjax.init makes it."
+MISSES = (
+    "The batch norm at {} misses {} in `batch_stats`: it has {}. Pass the collection as "
+    "`model.init` made it or training updated it, as in "
+    "`model.apply({{'params': params, 'batch_stats': batch_stats}}, x)`."
+)
+IMMUTABLE = (
+    "The batch norm at {} was asked to train (use_running_average=False), but its `batch_stats` "
+    "are immutable. To train, call `y, updates = model.apply(variables, x, "
+    "mutable=['batch_stats'])`; to evaluate, pass use_running_average=True."
+)
+RESHAPE = "Reshape the input; bnjax.linen.BatchNorm takes any rank."
+
+RANK = (
+    Mistake(
+        "1d of 1",
+        init(bnjax.BatchNorm1d(3), jnp.ones(3)),
+        "BatchNorm1d expected 2D input (N, C) or 3D input (N, L, C), got 1D input of shape (3,). "
+        + RESHAPE,
+    ),
+    Mistake(
+        "1d of 4",
+        init(bnjax.BatchNorm1d(3, axis=1)),
+        "BatchNorm1d expected 2D input (N, C) or 3D input (N, C, L), got 4D input of shape "
+        "(2, 5, 4, 3). Use BatchNorm2d, or reshape the input.",
+    ),
+    Mistake(
+        "2d of 2",
+        init(bnjax.BatchNorm2d(3), NC),
+        "BatchNorm2d expected 4D input (N, H, W, C), got 2D input of shape (4, 3). "
+        "Use BatchNorm1d, or reshape the input.",
+    ),
+    Mistake(
+        "2d of 5",
+        init(bnjax.BatchNorm2d(3, axis=1), NHWC[None]),
+        "BatchNorm2d expected 4D input (N, C, H, W), got 5D input of shape (1, 2, 5, 4, 3). "
+        "Use BatchNorm3d, or reshape the input.",
+    ),
+    Mistake(
+        "3d of 6",
+        init(bnjax.BatchNorm3d(3), NHWC[None, None]),
+        "BatchNorm3d expected 5D input (N, D, H, W, C), got 6D input of shape (1, 1, 2, 5, 4, 3). "
+        + RESHAPE,
+    ),
+)
+
+CHANNEL_COUNT = (
+    Mistake(
+        "channels last",
+        init(bnjax.BatchNorm2d(5)),
+        CHANNELS.format(5, 3, "(2, 5, 4, 3)", 3) + "Axis 1 has that size: did you mean `axis=1`?",
+    ),
+    Mistake(
+        "channels first",
+        init(bnjax.BatchNorm2d(3, axis=1)),
+        CHANNELS.format(3, 1, "(2, 5, 4, 3)", 5) + "Axis 3 has that size: did you mean `axis=3`?",
+    ),
+    Mistake(
+        "nowhere",
+        init(bnjax.BatchNorm2d(2)),
+        CHANNELS.format(2, 3, "(2, 5, 4, 3)", 3) + "Make the layer for the channels it gets.",
+    ),
+    Mistake(
+        "negative",
+        lambda: bnjax.init(-2),
+        "`num_features` must not be negative, got -2.",
+    ),
+    Mistake(
+        "in params",
+        core(x=jnp.ones((2, 4))),
+        SHAPES.format("params", "(4,)", "{'bias': (3,), 'scale': (3,)}"),
+    ),
+    Mistake(
+        "in statistics",
+        core({}, x=jnp.ones((2, 4))),
+        SHAPES.format("batch_stats", "(4,)", "{'mean': (3,), 'var': (3,)}"),
+    ),
+    Mistake(
+        "in the statistics of a layer",
+        apply(bnjax.BatchNorm1d(affine=False), jnp.ones((2, 4)), {"batch_stats": STATS}),
+        SHAPES.format("batch_stats", "(4,)", "{'mean': (3,), 'var': (3,)}")
+        + TOP.format("BatchNorm1d"),
+    ),
+)
+
+DTYPE = (
+    *(
+        Mistake(
+            dtype, init(bnjax.BatchNorm2d(3), NHWC.astype(dtype)), REAL.format(dtype), TypeError
+        )
+        for dtype in ("int32", "uint8", "bool", "complex64")
+    ),
+)
+
+NUMBERS = (
+    Mistake("torch momentum", lambda: bnjax.BatchNorm1d(momentum=1.5), RANGE.format(1.5)),
+    Mistake("torch negative", lambda: bnjax.BatchNorm3d(momentum=-0.1), RANGE.format(-0.1)),
+    Mistake("flax momentum", lambda: FLAX(momentum=7), RANGE.format(7)),
+    Mistake("core momentum", core(momentum=2), RANGE.format(2)),
+    Mistake("nan momentum", core(momentum=float("nan")), RANGE.format("nan")),
+    Mistake("core eps", core(eps=-1, mutable=False), NEGATIVE.format("eps", -1)),
+    Mistake("torch eps", lambda: bnjax.BatchNorm2d(eps=-1e-5), NEGATIVE.format("eps", -1e-5)),
+    Mistake("flax epsilon", lambda: FLAX(epsilon=-1.0), NEGATIVE.format("epsilon", -1.0)),
+    Mistake("core eps 0", core(eps=0), ZERO.format(0)),
+    Mistake(
+        "core eps 0 without statistics",
+        core(batch_stats={}, eps=0, mutable=False),
+        ZERO.format(0),
+    ),
+    Mistake(
+        "layer eps 0",
+        train(bnjax.BatchNorm1d(3, eps=0.0)),
+        ZERO.format(0.0) + TOP.format("BatchNorm1d"),
+    ),
+    Mistake("axis too large", core(axis=2), AXIS.format(2, 1, 2)),
+    Mistake("axis too small", core(axis=-3), AXIS.format(2, 1, -3)),
+    Mistake("one of two axes", core(axis=(1, 4)), AXIS.format(2, 1, (1, 4))),
+    Mistake("no axis", core(axis=()), AXIS.format(2, 1, ())),
+    Mistake("layer axis", init(bnjax.BatchNorm2d(3, axis=7)), AXIS.format(4, 3, 7)),
+    Mistake("flax axis", init(FLAX(axis=7, use_running_average=True)), AXIS.format(4, 3, 7)),
+)
+
+SINGLE_VALUE = (
+    Mistake("core", core(x=NC[:1]), SINGLE.format("(1, 3)")),
+    Mistake(
+        "core without statistics",
+        core(batch_stats={}, x=NC[:1], mutable=False),
+        SINGLE.format("(1, 3)"),
+    ),
+    Mistake(
+        "layer",
+        train(bnjax.BatchNorm2d(3), NHWC[:1, :1, :1]),
+        SINGLE.format("(1, 1, 1, 3)") + TOP.format("BatchNorm2d"),
+    ),
+)
+
+MASKS = (
+    Mistake(
+        "rows",
+        core(mask=jnp.ones(4, bool)),
+        MASK.format("(4, 3)", "(4,)") + "It fits the leading axes: write `mask[:, None]`.",
+    ),
+    Mistake(
+        "pixels",
+        train(FLAX(use_running_average=False), NHWC, mask=jnp.ones((2, 5, 4))),
+        MASK.format("(2, 5, 4, 3)", "(2, 5, 4)")
+        + "It fits the leading axes: write `mask[:, :, :, None]`."
+        + TOP.format("BatchNorm"),
+    ),
+    Mistake(
+        "size",
+        core(mask=jnp.ones((2, 1), bool)),
+        MASK.format("(4, 3)", "(2, 1)") + ONES,
+    ),
+    Mistake(
+        "rank",
+        core(mask=jnp.ones((1, 4, 3), bool)),
+        MASK.format("(4, 3)", "(1, 4, 3)") + ONES,
+    ),
+    Mistake(
+        "dtype",
+        core(mask=jnp.ones((4, 1))),
+        "`mask` must be boolean, got float32. Convert it first, as in `mask != 0`.",
+        TypeError,
+    ),
+)
+
+KEYS = (
+    Mistake(
+        "misspelt params",
+        core({"weight": STATS["var"], "bias": STATS["mean"]}),
+        PARAM_KEYS.format("['bias', 'weight']: missing ['scale'] and unknown ['weight']") + MADE,
+    ),
+    Mistake(
+        "swapped trees",
+        core(STATS, PARAMS),
+        PARAM_KEYS.format("['mean', 'var']: missing ['bias', 'scale'] and unknown ['mean', 'var']")
+        + MADE,
+    ),
+    Mistake(
+        "torch statistics",
+        core(batch_stats={"running_mean": STATS["mean"], "var": STATS["var"]}),
+        STAT_KEYS.format("['running_mean', 'var']: missing ['mean'] and unknown ['running_mean']")
+        + MADE,
+    ),
+    Mistake(
+        "half the statistics",
+        core(batch_stats={"mean": STATS["mean"]}),
+        STAT_KEYS.format("['mean']: missing ['var']") + MADE,
+    ),
+    Mistake(
+        "no count",
+        core(momentum=None),
+        "`batch_stats` must have the keys {mean, var, count}, got ['mean', 'var']: missing "
+        "['count']. The cumulative average needs the count: bnjax.init(..., momentum=None).",
+    ),
+    Mistake(
+        "params of another kind",
+        core([1.0]),
+        "`params` must be a dict of arrays, got list. bnjax.init makes it.",
+        TypeError,
+    ),
+    Mistake(
+        "no params",
+        core(None),
+        "`params` must be a dict of arrays, got NoneType. bnjax.init makes it.",
+        TypeError,
+    ),
+    Mistake(
+        "layer without statistics",
+        apply(bnjax.BatchNorm1d(3), variables={"params": PARAMS}),
+        MISSES.format("the top of the model", "['mean', 'var']", "none"),
+    ),
+    Mistake(
+        "layer with misspelt statistics",
+        apply(
+            nn.Sequential([bnjax.BatchNorm1d(3)]),
+            variables={
+                "params": {"layers_0": PARAMS},
+                "batch_stats": {"layers_0": {"mean": STATS["mean"], "variance": STATS["var"]}},
+            },
+        ),
+        MISSES.format("'layers_0'", "['var']", "['variance']"),
+    ),
+)
+
+MODES = (
+    Mistake(
+        "immutable",
+        apply(bnjax.BatchNorm1d(3, use_running_average=False)),
+        IMMUTABLE.format("the top of the model"),
+    ),
+    Mistake(
+        "immutable at call",
+        apply(FLAX(), use_running_average=False),
+        IMMUTABLE.format("the top of the model"),
+    ),
+    Mistake(
+        "given twice",
+        apply(FLAX(use_running_average=True), use_running_average=True),
+        "`use_running_average` was given to the constructor and to the call. Give it to one.",
+    ),
+    Mistake(
+        "never given",
+        apply(FLAX()),
+        "`use_running_average` was given neither to the constructor nor to the call. Pass "
+        "use_running_average=False to train, True to evaluate; bnjax.BatchNorm2d needs neither.",
+    ),
+)
+
+TABLES = {
+    "rank": RANK,
+    "channels": CHANNEL_COUNT,
+    "dtype": DTYPE,
+    "number": NUMBERS,
+    "single value": SINGLE_VALUE,
+    "mask": MASKS,
+    "keys": KEYS,
+    "mode": MODES,
+}
+MISTAKES = [
+    pytest.param(mistake, id=f"{table}: {mistake.name}")
+    for table, mistakes in TABLES.items()
+    for mistake in mistakes
+]
+
+
+def whole(message: str) -> str:
+    """A pattern for the whole of a message; what JAX notes below it may follow."""
+    return r"(?m)\A" + re.escape(message) + "$"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_the_error_that_says_how_to_mend_it(mistake):
+    with pytest.raises(mistake.error, match=whole(mistake.message)):
+        mistake.call()
+
+
+def test_zero_eps_and_a_single_value_are_allowed_in_evaluation():
+    y, _ = bnjax.batch_norm(PARAMS, STATS, NC[:1], eps=0, mutable=False)
+    assert y.tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_a_layer_deep_in_a_model_is_named_by_its_path():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return bnjax.BatchNorm1d(3, use_running_average=False)(x)
+
+    model = nn.Sequential([Block(), Block()])
+    variables = model.init(KEY, NC)
+    where = "'layers_0/BatchNorm1d_0'"
+    with pytest.raises(ValueError, match=whole(IMMUTABLE.format(where))):
+        model.apply(variables, NC)
+    with pytest.raises(
+        ValueError, match=whole(SINGLE.format("(1, 3)") + f"\nIn BatchNorm1d at {where}.")
+    ):
+        model.apply(variables, NC[:1], mutable=["batch_stats"])

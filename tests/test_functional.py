@@ -1,0 +1,211 @@
+"""`init` and `batch_norm` against the float64 oracle, and what they promise beyond it."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnjax
+from tests import oracle
+from tests.cases import NC, NCHW, NHWC, each_case, run
+from tests.oracle import assert_close
+
+SETTINGS = (
+    pytest.param({}, id="defaults"),
+    pytest.param({"correction": 0}, id="biased"),
+    pytest.param({"momentum": 0.0}, id="momentum 0"),
+    pytest.param({"momentum": 1.0, "eps": 1e-3}, id="momentum 1"),
+    pytest.param({"momentum": None}, id="cumulative"),
+)
+HALF = ("bfloat16", "float16")
+
+
+def data(case, rng):
+    """Parameters, running statistics, input and cotangent."""
+    return case.params(rng), case.batch_stats(rng), case.values(rng), case.values(rng)
+
+
+@each_case
+@pytest.mark.parametrize("mutable", [True, False], ids=["train", "eval"])
+def test_every_layout_agrees_with_the_oracle(rng, case, mutable):
+    arrays = data(case, rng)
+    settings = {"mutable": mutable, "axis": case.axis}
+    expected = oracle.batch_norm(*arrays, **settings)
+    assert_close(run(*arrays, **settings), expected, rtol=5e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", [NC, NCHW], ids=lambda case: case.name)
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_every_setting_agrees_with_the_oracle(rng, case, settings, masked):
+    params, stats, x, dy = data(case, rng)
+    if settings.get("momentum", 0) is None:
+        stats["count"] = np.int32(3)
+    settings = {**settings, "mutable": True, "axis": case.axis}
+    settings["mask"] = case.row_mask(case.shape[0] // 2) if masked else None
+    expected = oracle.batch_norm(params, stats, x, dy, **settings)
+    assert_close(run(params, stats, x, dy, **settings), expected, rtol=5e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("shape", [(4, 1, 1, 1), (1, 3, 1, 1), (4, 3, 5, 1), (4, 3, 5, 6), (5, 6)])
+def test_every_mask_agrees_with_the_oracle(rng, shape, correction):
+    case = NHWC
+    mask = rng.random(shape) < 0.6
+    mask[:2] = True
+    arrays, settings = data(case, rng), {"mutable": True, "correction": correction, "mask": mask}
+    expected = oracle.batch_norm(*arrays, **settings)
+    assert_close(run(*arrays, **settings), expected, rtol=5e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("keys", [(), ("scale",), ("bias",)], ids=str)
+@pytest.mark.parametrize("mutable", [True, False])
+def test_a_parameter_that_is_left_out_is_one_or_zero(rng, keys, mutable):
+    params, stats, x, dy = data(NC, rng)
+    params = {key: params[key] for key in keys}
+    expected = oracle.batch_norm(params, stats, x, dy, mutable=mutable)
+    assert_close(run(params, stats, x, dy, mutable=mutable), expected, rtol=5e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("mutable", [True, False])
+def test_without_running_statistics_each_batch_is_normalized_by_its_own(rng, mutable):
+    params, _, x, dy = data(NC, rng)
+    expected = oracle.batch_norm(params, {}, x, dy, mutable=True)
+    assert_close(run(params, {}, x, dy, mutable=mutable), expected, rtol=5e-6, atol=2e-6)
+
+
+def test_the_cumulative_average_is_the_mean_over_all_batches(rng):
+    params, stats = bnjax.init(3, momentum=None)
+    batches = rng.standard_normal((7, 10, 3)).astype(np.float32)
+    for batch in batches:
+        _, stats = bnjax.batch_norm(params, stats, batch, mutable=True, momentum=None)
+    mean, var = batches.mean(1).mean(0), batches.var(1, ddof=1).mean(0)
+    assert_close(stats, {"count": np.int32(7), "mean": mean, "var": var}, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_cumulative_average_of_float64_is_as_exact_as_float64(rng):
+    params, stats = bnjax.init(3, momentum=None, dtype=jnp.float64)
+    batches = rng.standard_normal((3, 10, 3))
+    for batch in batches:
+        _, stats = bnjax.batch_norm(params, stats, batch, mutable=True, momentum=None)
+    mean, var = batches.mean(1).mean(0), batches.var(1, ddof=1).mean(0)
+    assert_close(stats, {"count": np.int32(3), "mean": mean, "var": var}, rtol=1e-15)
+
+
+def test_init_gives_flax_names_and_the_identity():
+    ones, zeros = np.ones(3), np.zeros(3)
+    params, stats = {"scale": ones, "bias": zeros}, {"mean": zeros, "var": ones}
+    count = {"count": np.zeros((), np.int32)}
+    assert_close(bnjax.init(3), (params, stats))
+    assert_close(bnjax.init(3, affine=False), ({}, stats))
+    assert_close(bnjax.init(3, track_running_stats=False), (params, {}))
+    assert_close(bnjax.init(3, momentum=None), (params, {**stats, **count}))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_init_never_keeps_statistics_in_half_precision(dtype):
+    params, stats = bnjax.init(3, dtype=dtype)
+    assert {leaf.dtype for leaf in params.values()} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in stats.values()} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("kept", ["float32", *HALF])
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_input_moves_the_statistics_as_float32_does(rng, dtype, kept):
+    params, stats = bnjax.init(3)
+    stats = jax.tree.map(lambda leaf: leaf.astype(kept), stats)
+    x = jnp.asarray(100 + rng.standard_normal((64, 3))).astype(dtype)
+    y, moved = bnjax.batch_norm(params, stats, x, mutable=True)
+    wide, expected = bnjax.batch_norm(params, stats, x.astype(jnp.float32), mutable=True)
+    assert_close(moved, expected)
+    assert {leaf.dtype for leaf in moved.values()} == {jnp.dtype("float32")}
+    assert y.dtype == jnp.dtype(dtype)
+    assert_close(y, wide.astype(dtype))
+
+
+def test_small_steps_are_not_lost_in_half_precision():
+    x = jnp.array([[4.0], [4.5]], jnp.bfloat16)
+    params, stats = bnjax.init(1, dtype=jnp.bfloat16)
+    for _ in range(2000):
+        _, stats = step(params, stats, x)
+    assert_close(stats["mean"], np.array([4.25]), rtol=1e-5)
+
+
+@jax.jit
+def step(params, stats, x):
+    return bnjax.batch_norm(params, stats, x, mutable=True, momentum=0.01)
+
+
+@pytest.mark.parametrize("mutable", [True, False])
+@pytest.mark.parametrize(
+    ("given", "asked", "expected"),
+    [
+        ("float32", None, "float32"),
+        ("bfloat16", None, "bfloat16"),
+        ("float16", None, "float16"),
+        ("int32", None, "float32"),
+        ("bool", None, "float32"),
+        ("complex64", None, "complex64"),
+        ("float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "float32", "float32"),
+    ],
+)
+def test_the_output_has_the_dtype_of_the_input_or_the_one_asked_for(
+    given, asked, expected, mutable
+):
+    x = jnp.array([[1, 2], [3, 5], [0, 0]]).astype(given)
+    y, moved = bnjax.batch_norm(*bnjax.init(2), x, mutable=mutable, dtype=asked)
+    assert y.dtype == jnp.dtype(expected)
+    assert not mutable or moved["var"].dtype == jnp.float32
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mutable", [True, False])
+@pytest.mark.parametrize("kept", ["float32", "float64"])
+def test_float64_input_is_normalized_in_float64_whatever_the_statistics_are(rng, kept, mutable):
+    params, stats, x, dy = data(NCHW, rng)
+    settings = {"mutable": mutable, "axis": 1}
+    stats = {key: value.astype(kept) for key, value in stats.items()}
+    found = run(params, stats, x.astype(np.float64), dy, **settings)
+    expected = oracle.batch_norm(params, stats, x, dy, **settings)
+    assert_close(found.y, expected.y, rtol=1e-14)
+    assert_close(found.dx, expected.dx, rtol=1e-13)
+    assert found.y.dtype == jnp.float64
+    assert {leaf.dtype for leaf in found.batch_stats.values()} == {jnp.dtype(kept)}
+    assert_close(found.batch_stats, expected.batch_stats, rtol=1e-15 if kept == "float64" else 1e-7)
+
+
+@pytest.mark.parametrize("mutable", [True, False])
+def test_the_callers_trees_are_left_alone(rng, mutable):
+    params, stats, x, _ = data(NC, rng)
+    before = copy.deepcopy((params, stats, x))
+    _, moved = bnjax.batch_norm(params, stats, x, mutable=mutable)
+    moved["mean"] = moved["mean"] + 1
+    assert_close((params, stats, x), before)
+
+
+def test_evaluation_returns_the_statistics_as_they_were(rng):
+    params, stats, x, _ = data(NC, rng)
+    _, same = bnjax.batch_norm(params, stats, x, mutable=False)
+    assert_close(same, stats)
+
+
+def test_channels_over_two_axes_are_normalized_one_by_one(rng):
+    x = rng.standard_normal((6, 3, 4, 2)).astype(np.float32)
+    stats = {"mean": jnp.zeros((3, 2)), "var": jnp.ones((3, 2))}
+    y, moved = bnjax.batch_norm({}, stats, x, mutable=True, axis=(3, 1))
+    flat = x.transpose(0, 2, 1, 3).reshape(24, 6)
+    expected = oracle.batch_norm(
+        {}, {"mean": np.zeros(6), "var": np.ones(6)}, flat, flat, mutable=True
+    )
+    assert_close(y.transpose(0, 2, 1, 3).reshape(24, 6), expected.y, atol=2e-6)
+    assert_close(jax.tree.map(jnp.ravel, moved), expected.batch_stats, rtol=1e-6)
+
+
+def test_an_input_of_channels_alone_is_normalized_to_the_bias():
+    bias, x = jnp.array([3.0, -4.0]), jnp.array([1.0, 2.0])
+    y, _ = bnjax.batch_norm({"bias": bias}, {}, x, mutable=True, correction=0)
+    assert_close(y, bias)

@@ -1,0 +1,557 @@
+"""The nnx layers: linen's bits, Flax's drop-in, the modes, and freezing."""
+
+import copy
+import functools
+import inspect
+import pickle
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import bnjax
+from tests.cases import CASES, Case, outcome, run_layer
+from tests.oracle import assert_close
+
+X = jnp.asarray(2 + np.random.default_rng(1).standard_normal((8, 4, 2, 3)) * 3, jnp.float32)
+ROWS = jnp.arange(8).reshape(8, 1, 1, 1) < 5
+NAMES = ("mean", "var", "scale", "bias", "count")
+UNLIKE = list({(case.layer, case.axis): case for case in CASES}.values())
+FREEZABLE = (bnjax.nnx.BatchNorm2d, bnjax.nnx.BatchNorm, nnx.BatchNorm)
+
+
+def make(kind: Any = bnjax.nnx.BatchNorm2d, num_features: int = 3, **settings: Any) -> Any:
+    return kind(num_features, **settings, rngs=nnx.Rngs(0))
+
+
+def held(layer: Any) -> dict[str, Any]:
+    """All arrays of a model by path, as they are now."""
+    return {"/".join(map(str, k)): np.array(v[...]) for k, v in nnx.to_flat_state(nnx.state(layer))}
+
+
+def assert_bits(found: Any, expected: Any) -> None:
+    assert_close(found, expected)
+    assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, expected)
+
+
+def moved(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    return {path for path in before if not np.array_equal(before[path], after[path])}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(graphdef: Any, state: Any, params: Any, stats: Any, x: Any, cotangent: Any) -> Any:
+    """The outcome of an nnx layer that holds these numbers, compiled."""
+
+    def apply(params, x):
+        layer = nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
+        for name, value in {**params, **stats}.items():
+            getattr(layer, name)[...] = value
+        return layer(x), {name: getattr(layer, name)[...] for name in stats}
+
+    return outcome(apply, params, x, cotangent)
+
+
+def twins(case: Case, layer: Any, linen: Any, rng: Any, *, train: bool) -> tuple[Any, Any]:
+    x, dy, params, stats = (
+        f(rng) for f in (case.values, case.values, case.params, case.batch_stats)
+    )
+    variables = {"params": params, "batch_stats": stats}
+    found = run(*nnx.split(layer), params, stats, x, dy)
+    return found, run_layer(linen, variables, x, dy, mutable=train)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", UNLIKE, ids=lambda case: case.name)
+def test_linen_and_nnx_layers_with_the_same_numbers_give_the_same_bits(rng, case, train):
+    kind = getattr(bnjax.nnx, case.layer.__name__)
+    settings = {"eps": 1e-3, "momentum": 0.3, "axis": case.axis}
+    layer = make(kind, case.channels, use_running_average=not train, **settings)
+    linen = case.layer(case.channels, **settings)
+    assert_bits(*twins(case, layer, linen, rng, train=train))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_the_drop_ins_of_linen_and_nnx_with_the_same_numbers_give_the_same_bits(rng, train):
+    case = next(case for case in UNLIKE if case.axis == 1)
+    settings = {"use_running_average": not train, "axis": 1, "epsilon": 1e-3, "momentum": 0.9}
+    layer = make(bnjax.nnx.BatchNorm, case.channels, **settings)
+    linen = bnjax.linen.BatchNorm(**settings)
+    assert_bits(*twins(case, layer, linen, rng, train=train))
+
+
+SETTINGS = (
+    {},
+    {"axis": 1, "num_features": 4},
+    {"use_bias": False},
+    {"use_scale": False},
+    {"use_bias": False, "use_scale": False},
+    {"momentum": 0.9, "epsilon": 1e-3},
+    {"dtype": jnp.bfloat16},
+    {"dtype": jnp.float16, "use_bias": False},
+    {"dtype": jnp.float32},
+    {"param_dtype": jnp.bfloat16},
+    {"use_fast_variance": False},
+    {"promote_dtype": lambda arrays, *, dtype=None: arrays, "use_bias": False, "use_scale": False},
+    {"scale_init": nnx.initializers.normal(), "bias_init": nnx.initializers.normal()},
+    {"scale_metadata": {"tag": 1}, "bias_metadata": {"tag": 2}},
+)
+each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: ", ".join(s) or "none")
+
+
+def calls(kind: Any, x: jax.Array, mask: Any = None, **settings: Any) -> tuple[Any, Any]:
+    """What a layer gives in training and in evaluation, and what it holds after."""
+    layer = make(kind, **{"num_features": 3, **settings})
+    start = held(layer)
+    layer.train()
+    trained = layer(x, mask=mask)
+    layer.eval()
+    return (start, trained, layer(x), held(layer)), layer
+
+
+def assert_same(found: Any, expected: Any, *, within: float) -> None:
+    assert_close(found, expected, rtol=within, atol=1e-6)
+    assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, expected)
+
+
+@each_setting
+@pytest.mark.parametrize("mask", [None, ROWS], ids=["all", "mask"])
+def test_every_setting_gives_flaxs_values_dtypes_and_variables(settings, mask):
+    half = {jnp.bfloat16, jnp.float16} & {settings.get("dtype"), settings.get("param_dtype")}
+    found, ours = calls(bnjax.nnx.BatchNorm, X, mask, **settings)
+    expected, flaxs = calls(nnx.BatchNorm, X, mask, **settings)
+    assert_same(found, expected, within=2e-2 if half else 1e-5)
+    variables = [
+        {path: (type(v), v.get_metadata()) for path, v in nnx.to_flat_state(nnx.state(layer))}
+        for layer in (ours, flaxs)
+    ]
+    assert variables[0] == variables[1]
+
+
+@each_setting
+@pytest.mark.parametrize("dtype", ["bfloat16", "int32"])
+def test_every_input_dtype_gives_flaxs_values_and_dtypes(settings, dtype):
+    x = jnp.abs(X).astype(dtype)
+    found, expected = (calls(B, x, **settings)[0] for B in (bnjax.nnx.BatchNorm, nnx.BatchNorm))
+    assert_same(found, expected, within=2e-2)
+
+
+def test_complex_input_is_evaluated_as_by_flax():
+    x = X * (1 + 2j)
+    found, expected = (make(B, use_running_average=True)(x) for B in FREEZABLE[1:])
+    assert_same(found, expected, within=1e-5)
+
+
+@pytest.mark.parametrize("method", ["__init__", "__call__", "set_view"])
+def test_the_drop_in_has_flaxs_arguments_and_defaults(method):
+    flaxs, ours = (
+        [
+            (p.name, p.kind, p.default)
+            for p in inspect.signature(getattr(B, method)).parameters.values()
+        ]
+        for B in (nnx.BatchNorm, bnjax.nnx.BatchNorm)
+    )
+    assert ours == flaxs
+
+
+@pytest.mark.parametrize("kind", FREEZABLE)
+def test_the_mode_of_the_call_wins_over_that_of_the_layer(kind):
+    layer = make(kind)
+    layer.eval()
+    before = held(layer)
+    y = layer(X, use_running_average=False)
+    assert moved(before, held(layer)) == {"mean", "var"}
+    layer.train()
+    before = held(layer)
+    assert not np.array_equal(layer(X, use_running_average=True), y)
+    assert not moved(before, held(layer))
+
+
+def test_the_signature_is_that_of_torch_and_the_number_of_channels_is_required():
+    layer = make(bnjax.nnx.BatchNorm2d, 256, eps=1e-4, momentum=0.2, affine=False)
+    named = bnjax.nnx.BatchNorm2d(256, 1e-4, 0.2, False, True, rngs=nnx.Rngs(1))
+    assert nnx.graphdef(layer) == nnx.graphdef(named)
+    with pytest.raises(TypeError, match=r"missing 1 required .* argument: 'num_features'$"):
+        bnjax.nnx.BatchNorm2d(rngs=nnx.Rngs(0))  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, {"mean", "var", "scale", "bias"}),
+        ({"affine": False}, {"mean", "var"}),
+        ({"track_running_stats": False}, {"scale", "bias"}),
+        ({"momentum": None}, {"mean", "var", "scale", "bias", "count"}),
+        ({"momentum": None, "track_running_stats": False}, {"scale", "bias"}),
+    ],
+    ids=str,
+)
+def test_a_layer_holds_the_variables_of_its_settings(settings, names):
+    layer = make(**settings)
+    assert set(held(layer)) == names
+    assert set(nnx.to_pure_dict(nnx.state(layer, nnx.Param))) == names & {"scale", "bias"}
+    assert set(nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))) == names - {"scale", "bias"}
+    assert layer(X).shape == X.shape
+
+
+def test_statistics_are_float32_at_least_and_the_output_has_the_dtype_of_the_input():
+    layer = make(param_dtype=jnp.bfloat16)
+    y = layer(X.astype(jnp.bfloat16))
+    assert (y.dtype, layer.scale.dtype, layer.mean.dtype) == ("bfloat16", "bfloat16", "float32")
+    assert make(dtype=jnp.float32)(X.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_train_and_eval_switch_between_batch_and_running_statistics():
+    layer = make()
+    variables = {name: getattr(layer, name)[...] for name in ("mean", "var")}
+    y, stats = bnjax.batch_norm({}, variables, X, mutable=True)
+    assert_close(layer(X), y, rtol=1e-6)
+    assert_close(
+        {name: layer_value for name, layer_value in held(layer).items() if name in stats}, stats
+    )
+    layer.eval()
+    before = held(layer)
+    assert_close(layer(X), bnjax.batch_norm({}, stats, X, mutable=False)[0], rtol=1e-6)
+    assert_close(held(layer), before)
+    layer.train()
+    layer(X)
+    assert moved(before, held(layer)) == {"mean", "var"}
+
+
+def test_a_view_has_its_own_mode_and_the_same_variables():
+    layer = make()
+    view = nnx.view(layer, use_running_average=True)
+    assert (layer.use_running_average, view.use_running_average) == (False, True)
+    layer(X)
+    before = held(layer)
+    assert_close(view(X), layer(X, use_running_average=True))
+    assert_close(held(view), before)
+    assert "use_running_average: bool | None = None" in nnx.view_info(layer)
+
+
+def test_momentum_none_is_the_cumulative_average():
+    layer = make(momentum=None)
+    for rows in (X[:4], X[4:]):
+        layer(rows)
+    assert int(layer.count[...]) == 2
+    assert_close(layer.mean[...], X.mean((0, 1, 2)), rtol=1e-6)
+
+
+class Block(nnx.Module):
+    """Batch norms of three makes, one of them used twice, in places of several kinds."""
+
+    def __init__(self, rngs: nnx.Rngs, shared: Any = None) -> None:
+        self.first = bnjax.nnx.BatchNorm1d(3, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)])
+        self.last = shared or bnjax.nnx.BatchNorm(3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+class Net(nnx.Module):
+    """An encoder and a decoder that end with the same batch norm."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.decoder = Block(rngs)
+        self.encoder = Block(rngs, self.decoder.last)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.decoder(self.encoder(x))
+
+
+ROW = X.reshape(-1, 3)
+ENCODER = {"encoder/first", "encoder/layers/1"}
+DECODER = {"decoder/first", "decoder/layers/1"}
+SHARED = {"decoder/last"}
+
+
+def net() -> Net:
+    return Net(nnx.Rngs(0))
+
+
+def moving(model: Any) -> set[str]:
+    """The batch norms of a model whose statistics one more forward pass moves."""
+    before = held(model)
+    model(ROW)
+    return {path.rpartition("/")[0] for path in moved(before, held(model))}
+
+
+def test_compiled_gradients_of_a_model_move_its_statistics_and_are_of_its_parameters():
+    model, eager = net(), net()
+
+    def loss(model):
+        return jnp.sum(model(ROW) ** 2)
+
+    value, gradients = nnx.jit(nnx.value_and_grad(loss))(model)
+    assert_close(value, loss(eager), rtol=1e-5)
+    assert_close(held(model), held(eager), rtol=1e-5, atol=1e-6)
+    kinds = {type(variable) for _, variable in nnx.to_flat_state(gradients)}
+    assert kinds == {nnx.Param}
+    assert moving(model) == ENCODER | DECODER | SHARED
+
+
+def test_rematerialization_moves_the_statistics_once():
+    layer, once = make(), make()
+    nnx.grad(lambda layer: jnp.sum(nnx.remat(lambda layer, x: layer(x))(layer, X) ** 3))(layer)
+    once(X)
+    assert_close(held(layer), held(once), rtol=1e-6)
+
+
+def test_a_model_that_was_split_and_merged_goes_on_where_it_was():
+    model = net()
+    model(ROW)
+    model.eval()
+    again = nnx.merge(*nnx.split(model))
+    assert_bits(again(ROW), model(ROW))
+    assert not moving(again)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_checkpoint_restores_the_state_of_a_model(tmp_path, frozen):
+    model, fresh = net(), net()
+    model(ROW)
+    if frozen:
+        bnjax.nnx.freeze(model, "encoder/**")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", nnx.state(model))
+        checkpointer.wait_until_finished()
+        nnx.update(fresh, checkpointer.restore(tmp_path / "model", nnx.state(fresh)))
+    assert_bits(held(fresh), held(model))
+    assert moving(fresh) == ENCODER | DECODER | SHARED
+
+
+@pytest.mark.parametrize("kind", FREEZABLE)
+def test_statistics_that_are_references_move(kind):
+    with nnx.var_defaults(ref=True):
+        layer = make(kind)
+    layer(X)
+    plain = make(kind)
+    plain(X)
+    assert_close(held(layer), held(plain))
+
+
+UNDOINGS = {
+    "train": lambda model: model.train(),
+    "set_attributes": lambda model: model.set_attributes(use_running_average=False),
+    "assignment": lambda model: setattr(model.encoder.first, "use_running_average", False),
+}
+COPIES = {
+    "view": lambda model: nnx.view(model, use_running_average=False),
+    "merge": lambda model: nnx.merge(*nnx.split(model)),
+    "clone": nnx.clone,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "pickled graph": lambda model: nnx.merge(*pickle.loads(pickle.dumps(nnx.split(model)))),
+    "tree": lambda model: jax.tree.map(lambda leaf: leaf + 0, model),
+}
+
+
+@pytest.mark.parametrize("undo", UNDOINGS.values(), ids=UNDOINGS)
+def test_a_frozen_part_of_a_model_stays_frozen_whatever_the_whole_is_told(undo):
+    model = net()
+    bnjax.nnx.freeze(model, "encoder/**")
+    undo(model)
+    assert moving(model) == DECODER
+    assert model.encoder.first.use_running_average is True
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_a_copy_of_a_frozen_model_is_as_frozen(make_copy):
+    model = net()
+    bnjax.nnx.freeze(model, "encoder/**")
+    again = make_copy(model)
+    again.train()
+    assert moving(again) == DECODER
+    bnjax.nnx.unfreeze(again)
+    assert moving(again) >= ENCODER | DECODER | SHARED
+
+
+@pytest.mark.parametrize("kind", FREEZABLE)
+def test_a_frozen_layer_gives_what_it_gave_in_evaluation_and_does_not_hear_the_call(kind):
+    layer = make(kind)
+    layer(X)
+    layer.eval()
+    expected, before = layer(X, mask=ROWS), held(layer)
+    bnjax.nnx.freeze(layer)
+    layer.train()
+    assert_bits(layer(X, False, mask=ROWS), expected)
+    assert_bits(held(layer), before)
+    assert isinstance(layer, kind)
+
+
+def test_training_inside_of_a_compiled_step_leaves_frozen_statistics_alone():
+    model = net()
+    bnjax.nnx.freeze(model, ["encoder/first", "*/layers/*"])
+
+    @nnx.jit
+    def step(model, x):
+        model.train()
+        return nnx.grad(lambda model: jnp.sum(model(x) ** 2))(model)
+
+    before = held(model)
+    gradients = step(model, ROW)
+    names = {path for path in moved(before, held(model)) if path.endswith(("mean", "var"))}
+    assert names == {f"{path}/{n}" for path in ("decoder/first", *SHARED) for n in ("mean", "var")}
+    assert "scale" in gradients["encoder"]["first"]
+
+
+def test_freezing_adds_nothing_to_the_state():
+    model = net()
+    before = jax.tree.structure(nnx.state(model))
+    bnjax.nnx.freeze(model)
+    assert jax.tree.structure(nnx.state(model)) == before
+    assert not moving(model)
+
+
+def test_freezing_twice_and_unfreezing_once_gives_the_mode_that_was_asked_for_last():
+    model = net()
+    types = [type(model.encoder.first), type(model.encoder.layers[1])]
+    for _ in range(2):
+        bnjax.nnx.freeze(model, "encoder/**")
+    model.eval()
+    bnjax.nnx.unfreeze(model, "encoder/**")
+    assert [type(model.encoder.first), type(model.encoder.layers[1])] == types
+    assert not moving(model)
+    model.train()
+    assert moving(model) == ENCODER | DECODER | SHARED
+
+
+def test_the_batch_norm_of_a_subclass_is_frozen_beneath_its_own_arguments():
+    class Renamed(nnx.BatchNorm):
+        def __call__(self, x, train):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().__call__(x, use_running_average=not train)
+
+    layer = make(Renamed)
+    bnjax.nnx.freeze(layer)
+    before = held(layer)
+    layer(X, train=True)
+    assert not moved(before, held(layer))
+
+
+def test_a_module_that_knows_its_parent_can_be_frozen():
+    model = net()
+    setattr(model.encoder, "parent", model)  # noqa: B010 - an attribute of this test alone
+    bnjax.nnx.freeze(model, "encoder/first")
+    assert moving(model) == (ENCODER | DECODER | SHARED) - {"encoder/first"}
+
+
+def test_freezing_with_a_pattern_that_fits_nothing_changes_nothing():
+    model = net()
+    sentence = (
+        "The pattern 'encoder/bn*' fits the path of no batch norm: there are ['decoder/first', "
+        "'decoder/last', 'decoder/layers/1', 'encoder/first', 'encoder/last', 'encoder/layers/1']. "
+        "`*` is a part of one name, `**` any number of names, as in 'encoder/**'."
+    )
+    for change in (bnjax.nnx.freeze, bnjax.nnx.unfreeze):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            change(model, ["decoder/**", "encoder/bn*"])
+    assert moving(model) == ENCODER | DECODER | SHARED
+
+
+NOTE = "\nIn {} of 3 features, where `mutable` is False after .eval()."
+RANGE = (
+    "`momentum` must lie between 0 and 1, got {}. In PyTorch's convention it is the weight of the "
+    "new batch (0.1), in Flax's the weight of the old statistics (0.9)."
+)
+MISTAKES = {
+    "no channels": (
+        lambda: make(num_features=-2),
+        "`num_features` must not be negative, got -2.",
+    ),
+    "rank": (
+        lambda: make(bnjax.nnx.BatchNorm1d)(X),
+        "BatchNorm1d expected 2D input (N, C) or 3D input (N, L, C), got 4D input of shape "
+        "(8, 4, 2, 3). Use BatchNorm2d, or reshape the input.",
+    ),
+    "any rank": (
+        lambda: make(axis=1)(X[None, None]),
+        "BatchNorm2d expected 4D input (N, C, H, W), got 6D input of shape (1, 1, 8, 4, 2, 3). "
+        "Reshape the input; bnjax.nnx.BatchNorm takes any rank.",
+    ),
+    "channels": (
+        lambda: make(num_features=4)(X),
+        "`num_features` is 4, but axis 3 of the input of shape (8, 4, 2, 3) has 3 channels. "
+        "Axis 1 has that size: did you mean `axis=1`?",
+    ),
+    "features": (
+        lambda: make(bnjax.nnx.BatchNorm)(X[..., :2]),
+        "`params` must hold arrays of shape (2,), one entry for each channel of the input, got "
+        "{'scale': (3,), 'bias': (3,)}. Was it made for another `num_features`, or is `axis` wrong?"
+        + NOTE.format("BatchNorm"),
+    ),
+    "single value": (
+        lambda: make(bnjax.nnx.BatchNorm1d)(ROW[:1]),
+        "Expected more than 1 value per channel when training, got input shape (1, 3). Use a "
+        "larger batch, drop the last partial batch, or normalize with the running statistics "
+        "(mutable=False)." + NOTE.format("BatchNorm1d"),
+    ),
+    "no mode": (
+        lambda: make(bnjax.nnx.BatchNorm, use_running_average=None)(X),
+        "`use_running_average` was given neither to the constructor nor to the call. Pass "
+        "use_running_average=False to train, True to evaluate; bnjax.BatchNorm2d needs neither.",
+    ),
+    "torch momentum": (lambda: make(momentum=1.5), RANGE.format(1.5)),
+    "flax momentum": (lambda: make(bnjax.nnx.BatchNorm, momentum=7), RANGE.format(7)),
+    "torch eps": (
+        lambda: make(eps=-1.0),
+        "`eps` must not be negative, got -1.0. The usual value is 1e-5.",
+    ),
+    "flax eps": (
+        lambda: make(bnjax.nnx.BatchNorm, epsilon=-1.0),
+        "`epsilon` must not be negative, got -1.0. The usual value is 1e-5.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "sentence"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}(\n|$)"):
+        call()
+
+
+def test_an_input_that_is_not_floating_point_or_a_mask_that_is_not_bool_is_a_mistake_of_type():
+    real = "`x` must be real floating point, got int32. Convert it first, as in "
+    with pytest.raises(TypeError, match=f"^{re.escape(real + '`x.astype(jnp.float32)`.')}(\n|$)"):
+        make()(X.astype(jnp.int32))
+    mask = "`mask` must be boolean, got float32. Convert it first, as in `mask != 0`."
+    for kind in FREEZABLE[:2]:
+        note = NOTE.format(kind.__name__)
+        with pytest.raises(TypeError, match=f"^{re.escape(mask + note)}(\n|$)"):
+            make(kind)(X, mask=ROWS.astype(jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "momentum", "sentence"),
+    [
+        (
+            bnjax.nnx.BatchNorm2d,
+            0.87654,
+            "momentum=0.87654 gives the new batch a weight of 0.87654 (PyTorch's convention): the "
+            "running statistics are little more than those of the last batch. If it comes from "
+            "Flax, Keras or Haiku, write momentum=0.12346.",
+        ),
+        (
+            bnjax.nnx.BatchNorm,
+            0.12345,
+            "momentum=0.12345 gives the old statistics a weight of 0.12345 (Flax's convention): "
+            "the running statistics are little more than those of the last batch. If it comes "
+            "from PyTorch, write momentum=0.87655.",
+        ),
+    ],
+    ids=["torch", "flax"],
+)
+def test_a_momentum_of_the_other_convention_warns_once_and_where_it_was_written(
+    kind, momentum, sentence
+):
+    with pytest.warns(UserWarning, match="^momentum=") as caught:
+        [kind(3, momentum=momentum, rngs=nnx.Rngs(0)) for _ in range(3)]
+    assert [str(warning.message) for warning in caught] == [sentence]
+    assert caught[0].filename == __file__
