@@ -2,8 +2,10 @@
 
 from bnjax import linen as linen
 from bnjax import masks as masks
+from bnjax import nnx as nnx
 from bnjax import training as training
 from bnjax.accumulation import merge_batch_stats as merge_batch_stats
+from bnjax.folding import fold as fold
 from bnjax.functional import batch_norm as batch_norm
 from bnjax.functional import init as init
 from bnjax.linen import BatchNorm1d as BatchNorm1d

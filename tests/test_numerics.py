@@ -138,6 +138,20 @@ def test_half_precision_loses_no_more_than_its_own_rounding(rng, dtype, mean):
     assert_close(stats, expected.batch_stats, rtol=2e-7, atol=2e-7)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_half_precision_input_gives_parameters_the_gradients_of_float32(rng, dtype, mean):
+    case = LAYOUTS[0]
+    params, x, dy = case.params(rng), case.values(rng, mean, std=1.0), case.values(rng)
+    x = jnp.asarray(x).astype(dtype)
+    found = run(params, {}, x, dy, mutable=True)
+    # Summing y * dy gives y a cotangent of its own dtype.
+    rounded = jnp.asarray(dy).astype(dtype)
+    expected = oracle.batch_norm(params, {}, x, rounded, mutable=True)
+    assert_close(found.dparams, expected.dparams, rtol=1e-5)
+    assert_close(found.dx, expected.dx, rtol=float(jnp.finfo(dtype).eps))
+
+
 @pytest.mark.parametrize("mean", [0.0, 1e5])
 @pytest.mark.parametrize("apart", [0, 1, 114, 341])
 def test_an_outlier_costs_no_digits_wherever_it_stands(rng, mean, apart):

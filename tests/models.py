@@ -1,0 +1,79 @@
+"""Models as others write them: they import flax and know nothing of bnjax."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convs and a shortcut (He et al. 2015)."""
+
+    features: int
+    strides: int = 1
+    norm: Callable[..., Any] = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        norm = partial(self.norm, use_running_average=not train)
+        conv = partial(nn.Conv, self.features, use_bias=False)
+        y = nn.relu(norm(name="bn1")(conv((3, 3), self.strides, name="conv1")(x)))
+        y = norm(name="bn2")(conv((3, 3), name="conv2")(y))
+        if x.shape != y.shape:
+            x = norm(name="bn0")(conv((1, 1), self.strides, name="conv0")(x))
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """Four stages of residual blocks: with two each it has 18 layers."""
+
+    stages: Sequence[int] = (2, 2, 2, 2)
+    width: int = 8
+    classes: int = 10
+    norm: Callable[..., Any] = nn.BatchNorm
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
+        x = nn.Conv(self.width, (3, 3), use_bias=False, name="stem")(x)
+        x = nn.relu(self.norm(use_running_average=not train, name="stem_bn")(x))
+        for stage, blocks in enumerate(self.stages):
+            for number in range(blocks):
+                strides = 2 if stage and not number else 1
+                name = f"stage{stage}_block{number}"
+                x = block(self.width * 2**stage, strides, self.norm, name=name)(x, train)
+        return nn.Dense(self.classes, name="head")(x.mean((1, 2)))
+
+
+class SharedEncoder(nn.Module):
+    """In the style of `setup`: an encoder that is used for both inputs of a siamese net."""
+
+    def setup(self) -> None:
+        self.layers = [nn.Conv(4, (3, 3)), nn.Conv(6, (3, 3), strides=(2, 2))]
+        self.norms = [nn.BatchNorm(momentum=0.9), nn.BatchNorm(momentum=0.9)]
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = nn.relu(norm(layer(x), use_running_average=not train))
+        return x
+
+
+class Siamese(nn.Module):
+    """A shared encoder under `nn.remat`, and a layer with two batch norms, one for each domain."""
+
+    def setup(self) -> None:
+        self.encoder = nn.remat(SharedEncoder, static_argnums=(2,))()
+        self.shared = nn.Dense(5)
+        self.domains = [nn.BatchNorm(), nn.BatchNorm()]
+        self.head = nn.Dense(3)
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        both = [self.encoder(part, train).mean((1, 2)) for part in (x, x[:, ::-1])]
+        ys = [
+            norm(self.shared(y), use_running_average=not train)
+            for norm, y in zip(self.domains, both, strict=True)
+        ]
+        return self.head(nn.relu(ys[0] * ys[1]))

@@ -1,0 +1,240 @@
+"""How often, and how much, devices talk: collectives counted in the optimised HLO.
+
+The counts are exact, so that a test fails when one more appears. C is 5 in all tests.
+"""
+
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import bnjax
+from tests.test_devices import (
+    AXIS,
+    CORE,
+    DEVICES,
+    JIT_WAYS,
+    ONE_AXIS_WAYS,
+    SHARES,
+    TWO_AXES_WAYS,
+    WAYS,
+    Data,
+    Way,
+    a_shard_map,
+    by_jit,
+    core,
+    differentiated,
+    each_of,
+    forward,
+    make,
+    of_layer,
+    placed,
+)
+
+# What JAX sends between devices, by the number of values that leave each of them.
+Sent = list[tuple[str, int]]
+CHANNELS = CORE.channels
+GATHER = ("all-gather", 2 * CHANNELS + 1)
+LAYERS = 3  # of the network
+
+COLLECTIVE = re.compile(
+    r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
+    r"|collective-broadcast|send|recv)(-start)?"
+)
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", re.M)
+
+PMAP, VMAP, SHARD_MAP, UNCHECKED = ONE_AXIS_WAYS
+TWO_AXES, _ = TWO_AXES_WAYS
+AUTO, EXPLICIT = JIT_WAYS
+TALKING_WAYS = tuple(way for way in WAYS if way is not VMAP)
+EXPLICIT_MESH = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(AxisType.Explicit,))
+
+
+def collectives(compiled: Any, arguments: tuple) -> Sent:
+    """The collectives of a program, each with the numbers that each device gives it."""
+    types, found = {}, []
+    for name, kind, operation, operands in INSTRUCTION.findall(hlo(compiled, arguments)):
+        types[name] = kind
+        if COLLECTIVE.fullmatch(operation):
+            sizes = [numbers(types[operand]) for operand in re.findall(r"%[\w.-]+", operands)]
+            found.append((operation.removesuffix("-start"), sum(sizes)))
+    return sorted(found)
+
+
+def hlo(compiled: Any, arguments: tuple) -> str:
+    return compiled.lower(*arguments).compile().as_text()
+
+
+def numbers(kind: str) -> int:
+    """How many numbers a type such as `(f32[5]{0}, f32[2,3]{1,0})` holds."""
+    shapes = re.findall(r"\w+\[([\d,]*)\]", kind)
+    return sum(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
+
+
+def sent(way: Way, step: Callable, data: Data) -> Sent:
+    return collectives(way.compile(step), way.place(data))
+
+
+def to_x(apply: Callable) -> Callable:
+    """The step with the gradient to x alone."""
+    step = differentiated(apply)
+    return lambda *arguments: step(*arguments)._replace(dparams={})
+
+
+def test_collectives_are_found_and_measured():
+    def talk(x):
+        rows = jax.lax.all_gather(x, AXIS)
+        both = jax.lax.psum((x * 2, rows.sum(0)[:3]), AXIS)
+        return jax.lax.ppermute(both[0], AXIS, [(0, 1)]), both[1]
+
+    mapped = jax.jit(
+        jax.shard_map(talk, mesh=EXPLICIT_MESH, in_specs=P(), out_specs=P(), check_vma=False)
+    )
+    found = collectives(mapped, (jnp.ones((5, 2)),))
+    assert sorted(found) == [("all-gather", 10), ("all-reduce", 16), ("collective-permute", 10)]
+
+
+@pytest.mark.parametrize(
+    ("way", "backward"),
+    [(PMAP, 10), (SHARD_MAP, 15), (UNCHECKED, 10), (TWO_AXES, 15)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_named_devices_gather_once_forward_and_sum_once_backward(way, backward):
+    data, apply = make(), core(way.axis_name)
+    assert sent(way, forward(apply), data) == [GATHER]
+    assert sent(way, to_x(apply), data) == [GATHER, ("all-reduce", backward)]
+    # The gradients of scale and bias travel with it.
+    assert sent(way, differentiated(apply), data) == [GATHER, ("all-reduce", 20)]
+
+
+@pytest.mark.parametrize(
+    ("way", "masked", "counts"),
+    [
+        (AUTO, True, (6, 10)),
+        (AUTO, False, (45, 10)),  # the nine values among which the origin is chosen, and 2C
+        (EXPLICIT, True, (6, 10)),
+        (EXPLICIT, False, (5, 10)),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_plain_jit_sums_twice_forward_and_joins_the_backward_sum(way, masked, counts):
+    data, apply = make(rates=SHARES if masked else None), core(None)
+    first, second = counts
+    sums = [("all-reduce", first), ("all-reduce", second)]
+    assert sent(way, forward(apply), data) == sorted(sums)
+    sums = [("all-reduce", first), ("all-reduce", second + 10)]
+    assert sent(way, to_x(apply), data) == sorted(sums)
+    assert sent(way, differentiated(apply), data) == sorted(sums)
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, lambda: jax.set_mesh(EXPLICIT_MESH)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_an_explicit_mesh_never_gathers_the_batch(context, masked):
+    data = make(rates=SHARES if masked else None)
+    with context():
+        arguments = placed(EXPLICIT_MESH, data)
+        found = collectives(by_jit(differentiated(core(None))), arguments)
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    assert max(size for _, size in found) < 5 * CHANNELS
+
+
+@each_of(TALKING_WAYS)
+def test_an_evaluation_is_silent(way):
+    data, apply = make(), core(way.axis_name, mutable=False)
+    assert sent(way, forward(apply), data) == []
+    assert sent(way, to_x(apply), data) == []
+
+
+def test_what_a_device_sends_does_not_grow_with_their_number():
+    counts = []
+    for devices in (2, 4, 8):
+        way = a_shard_map("shard_map", True, {AXIS: devices})
+        counts.append(sent(way, to_x(core(AXIS)), make()))
+    assert counts == [[GATHER, ("all-reduce", 15)]] * 3
+
+
+@each_of((PMAP, SHARD_MAP, UNCHECKED))
+def test_groups_gather_once_forward_and_scatter_once_backward(way):
+    apply = core(way.axis_name, axis_index_groups=[[0, 3, 5, 6], [1, 2, 4, 7]])
+    arguments = way.place(make())
+    assert collectives(way.compile(forward(apply), alike=False), arguments) == [GATHER]
+    found = collectives(way.compile(to_x(apply), alike=False), arguments)
+    assert found == [GATHER, ("reduce-scatter", DEVICES * 2 * CHANNELS)]
+
+
+@each_of((SHARD_MAP, *JIT_WAYS))
+@pytest.mark.parametrize("size", [2, 4])
+def test_virtual_batches_that_follow_the_shards_talk_about_running_statistics_alone(way, size):
+    data, apply = make(), core(way.axis_name, virtual_batch_size=size)
+    untracked = data._replace(batch_stats={})
+    assert sent(way, forward(apply), untracked) == []
+    assert sent(way, to_x(apply), untracked) == []
+    assert sent(way, to_x(apply), data) == [("all-reduce", 3 * CHANNELS)]
+
+
+class Block(nn.Module):
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x, mask):
+        x = nn.Conv(CHANNELS, (3, 3), use_bias=False)(x)
+        return nn.relu(self.norm()(x, mask=mask))
+
+
+class Net(nn.Module):
+    norm: Callable[..., nn.Module]
+    block: Any = Block
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        for _ in range(LAYERS):
+            x = self.block(self.norm)(x, mask)
+        return x
+
+
+def sent_in_training(way: Way, net: Net) -> Sent:
+    """What a gradient to all parameters of a network sends."""
+    x = np.random.default_rng(0).standard_normal((32, 2, 2, CHANNELS)).astype(np.float32)
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), variables)
+    data = Data(variables["params"], variables["batch_stats"], x, None, x[::-1])
+    step = differentiated(of_layer(net))
+    return sent(way, lambda *arguments: step(*arguments)._replace(dx=None), data)
+
+
+@functools.cache
+def sent_without_batch_norm(way: Way) -> int:
+    """How many collectives the gradients of the parameters need anyway: the layers are affine."""
+    frozen = functools.partial(bnjax.BatchNorm2d, use_running_average=True)
+    return len(sent_in_training(way, Net(frozen)))
+
+
+@each_of((SHARD_MAP, *JIT_WAYS))
+def test_a_network_talks_once_forward_and_once_backward_for_each_layer(way):
+    norm = functools.partial(bnjax.BatchNorm2d, axis_name=way.axis_name)
+    found = sent_in_training(way, Net(norm))
+    forward = LAYERS if way.axis_name else 2 * LAYERS
+    assert len(found) - sent_without_batch_norm(way) == forward + LAYERS
+    assert found.count(GATHER) == (LAYERS if way.axis_name else 0)
+
+
+@each_of((SHARD_MAP, *JIT_WAYS))
+def test_a_rematerialised_network_repeats_what_it_said_forward_and_no_more(way):
+    norm = functools.partial(bnjax.BatchNorm2d, axis_name=way.axis_name)
+    found = sent_in_training(way, Net(norm, nn.remat(Block)))
+    added = len(found) - sent_without_batch_norm(way)
+    if way.axis_name:
+        assert added == 2 * LAYERS + LAYERS
+        assert found.count(GATHER) == 2 * LAYERS
+    else:  # XLA combines some of the repeated sums
+        assert added <= 2 * (2 * LAYERS) + LAYERS
