@@ -44,7 +44,8 @@ class Parallel(nn.Module):
     @nn.compact
     def __call__(self, x):
         x, mask = (x["image"], x["mask"]) if isinstance(x, Mapping) else (x, None)
-        return sum(make(name=name)(x, mask=mask) for name, make in self.norms.items())
+        outputs = [make(name=name)(x, mask=mask) for name, make in self.norms.items()]
+        return jnp.stack(outputs).sum(0)
 
 
 class OfVectors(nn.Module):
@@ -170,9 +171,12 @@ def assert_microbatches_pool(body: nn.Module, batches: list[Any], microbatches: 
     assert min(jax.tree.leaves(moved)) > 0
 
 
-@pytest.mark.parametrize("microbatches", [2, 32])
-def test_microbatches_give_the_statistics_of_the_whole_batch(microbatches):
-    assert_microbatches_pool(Parallel(LAYERS), [images(0), images(1)], microbatches)
+def test_microbatches_give_the_statistics_of_the_whole_batch():
+    assert_microbatches_pool(Parallel(LAYERS), [images(0), images(1)], microbatches=4)
+
+
+def test_microbatches_may_be_of_one_example():
+    assert_microbatches_pool(TRAINED, [images(0)], microbatches=32)
 
 
 def test_microbatches_give_the_statistics_of_the_whole_batch_in_1d():
@@ -256,17 +260,19 @@ def test_data_parallel_training_equals_that_on_one_device(axis_type, microbatche
 
 
 def test_the_batch_is_split_over_all_axes_of_a_mesh():
-    state = start(Net(Parallel(CONVENTIONS)), images(0)["x"])
+    state = start(Net(TRAINED), images(0)["x"])
     assert_equals_one_device(a_mesh(AxisType.Auto, rows=4, columns=2), state)
 
 
 @each_axis_type
-@pytest.mark.parametrize("context", [contextlib.nullcontext, jax.set_mesh])
+@pytest.mark.parametrize(
+    "context", [contextlib.nullcontext, jax.set_mesh], ids=["as_it_is", "set_mesh"]
+)
 def test_a_state_that_lives_on_the_mesh_trains_on_it(axis_type, context):
     mesh = a_mesh(axis_type)
-    with context(*[mesh] * (context is jax.set_mesh)):
-        state = start(Net(TRAINED), images(0)["x"])
-        on_mesh = jax.device_put(state, NamedSharding(mesh, P()))
+    state = start(Net(TRAINED), images(0)["x"])
+    on_mesh = jax.device_put(state, NamedSharding(mesh, P()))
+    with context(mesh):
         spread = trained(on_mesh, [images(0)], mesh=mesh)
     assert_close(spread.batch_stats, trained(state, [images(0)]).batch_stats, rtol=1e-5)
 

@@ -1,0 +1,118 @@
+"""What a layer is set to: momentum, eps, mode, axis names."""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+_NUMBER = (int, float, np.number)
+
+
+def momentum(value: Any, name: str = "momentum") -> None:
+    """A momentum is a weight. Traced values are taken as they are."""
+    if isinstance(value, _NUMBER) and not 0 <= value <= 1:
+        raise ValueError(
+            f"`{name}` must lie between 0 and 1, got {value}. In PyTorch's convention it is the "
+            "weight of the new batch (0.1), in Flax's the weight of the old statistics (0.9)."
+        )
+
+
+def eps(value: Any, *, training: bool, name: str = "eps") -> None:
+    """Epsilon keeps the reciprocal of a zero variance finite."""
+    if not isinstance(value, _NUMBER):
+        return
+    if value < 0:
+        raise ValueError(f"`{name}` must not be negative, got {value}. The usual value is 1e-5.")
+    if training and value == 0:
+        raise ValueError(
+            f"`{name}` must be positive in training, got {value}: a channel of zero variance would "
+            "give NaN. The usual value is 1e-5."
+        )
+
+
+def devices(axis_name: str | Sequence[str] | None, groups: Sequence[Sequence[int]] | None) -> int:
+    """How many devices pool their statistics: those of the axis, or of each of its groups."""
+    if axis_name is None:
+        if groups is not None:
+            raise ValueError(
+                "`axis_index_groups` divides the axis `axis_name`, but that is None. Name the axis."
+            )
+        return 1
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    try:
+        size = jax.lax.axis_size(names)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name` is {axis_name!r}, but no such axis is mapped here ({error}). Name the "
+            "axis of the pmap, shard_map or vmap around this call, or pass None under plain jit."
+        ) from error
+    if groups is None:
+        return size
+    sizes = {len(group) for group in groups}
+    if sorted(i for group in groups for i in group) != list(range(size)) or len(sizes) != 1:
+        raise ValueError(
+            f"`axis_index_groups` must hold each index of the axis {axis_name!r} once, 0 to "
+            f"{size - 1}, in groups of equal size, got {[list(group) for group in groups]}."
+        )
+    return sizes.pop()
+
+
+def virtual_batch_size(size: int | None, groups: Sequence[Sequence[int]] | None) -> None:
+    """A virtual batch has at least one example, and is a division of its own."""
+    if size is None:
+        return
+    if size < 1:
+        raise ValueError(
+            f"`virtual_batch_size` must be at least 1, got {size}. None takes the whole batch."
+        )
+    if groups is not None:
+        raise ValueError(
+            "`virtual_batch_size` and `axis_index_groups` both divide the batch. Give one of them."
+        )
+
+
+def given_once(at_init: bool | None, at_call: bool | None) -> None:
+    """A mode is given to the constructor or to the call."""
+    if at_init is not None and at_call is not None:
+        raise ValueError(
+            "`use_running_average` was given to the constructor and to the call. Give it to one."
+        )
+
+
+def given(use_running_average: bool | None) -> None:
+    """Flax's convention has no default mode."""
+    if use_running_average is None:
+        raise ValueError(
+            "`use_running_average` was given neither to the constructor nor to the call. Pass "
+            "use_running_average=False to train, True to evaluate; bnjax.BatchNorm2d needs neither."
+        )
+
+
+def torch_momentum_is_plausible(value: Any, frames: int) -> None:
+    """Warn of a momentum that looks like Flax's, `frames` above this check."""
+    if isinstance(value, _NUMBER) and value >= 0.5:
+        _warn_once(
+            f"momentum={value} gives the new batch a weight of {value} (PyTorch's convention): the "
+            "running statistics are little more than those of the last batch. If it comes from "
+            f"Flax, Keras or Haiku, write momentum={round(1 - value, 10):g}.",
+            frames,
+        )
+
+
+def flax_momentum_is_plausible(value: Any, frames: int) -> None:
+    """Warn of a momentum that looks like PyTorch's, `frames` above this check."""
+    if isinstance(value, _NUMBER) and value <= 0.5:
+        _warn_once(
+            f"momentum={value} gives the old statistics a weight of {value} (Flax's convention): "
+            "the running statistics are little more than those of the last batch. If it comes "
+            f"from PyTorch, write momentum={round(1 - value, 10):g}.",
+            frames,
+        )
+
+
+@functools.cache
+def _warn_once(message: str, frames: int) -> None:
+    warnings.warn(message, stacklevel=frames + 2)

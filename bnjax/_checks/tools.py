@@ -1,0 +1,125 @@
+"""What a tool around a model is given: patterns, batches, the model itself."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flax import linen as nn
+
+from bnjax._checks.variables import where
+
+
+def divides(size: int, devices: int, microbatches: int) -> None:
+    """A training batch is cut into equal parts."""
+    if size % (devices * microbatches):
+        raise ValueError(
+            f"A training batch must divide by the {devices} devices of the mesh (of this process) "
+            f"times {microbatches} micro-batches, got {size} examples. Drop the last partial batch."
+        )
+
+
+def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
+    """An override names fields that batch norm layers have."""
+    unknown = sorted(set(fields) - known)
+    if unknown or not fields:
+        raise TypeError(
+            f"An override takes fields of batch norm layers, {sorted(known)}, got {unknown}."
+        )
+
+
+def layer_has_fields(layer: Any, fields: Mapping[str, Any], path: str) -> None:
+    """The layer that is overridden has the field: the conventions differ in some names."""
+    missing = sorted(name for name in fields if not hasattr(layer, name))
+    if missing:
+        raise TypeError(
+            f"The {type(layer).__name__} at {where([path])} has no field {missing}. "
+            "PyTorch's convention has `eps` and `affine` where Flax's has `epsilon`, `use_scale` "
+            "and `use_bias`."
+        )
+
+
+def pattern_fits(pattern: str, fits: bool, paths: Iterable[str], what: str = "batch norm") -> None:
+    """A pattern that fits nothing is a mistake, and a silent one."""
+    if fits:
+        return
+    there = sorted(paths)
+    are = f"there are {there}" if there else "none was called or given"
+    raise ValueError(
+        f"The pattern {pattern!r} fits the path of no {what}: {are}. `*` is a part of one name, "
+        "`**` any number of names, as in 'encoder/**'."
+    )
+
+
+def some_batch(some: bool) -> None:
+    """An iterator of batches is not empty."""
+    if not some:
+        raise ValueError(
+            "`batches` must hold at least one batch, got none. An iterator that was used before is "
+            "empty: pass a list, or make it anew."
+        )
+
+
+def iterable_again(batches: Any) -> None:
+    """What is read more than once is no iterator."""
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"`batches` must be iterable once for each layer, got a {type(batches).__name__}, "
+            "which is empty after its first use. Pass a list, or use sequential=False."
+        )
+
+
+def linen_model(model: Any) -> None:
+    """A tool that reads a model's program knows linen models."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be an instance of a flax.linen.Module, got {type(model).__name__}."
+        )
+
+
+def some_batch_norm(some: bool) -> None:
+    """A tool for batch norms needs one."""
+    if not some:
+        raise ValueError("`model` must call a batch norm, bnjax's or Flax's own, but calls none.")
+
+
+def evaluating(running: bool, path: Sequence[str]) -> None:
+    """A folded batch norm is one that doesn't change."""
+    if not running:
+        raise ValueError(
+            f"`model` must be in evaluation, but the batch norm at {where(path)} is in training "
+            "mode. Pass what turns that off, as in `apply_kwargs={'train': False}`."
+        )
+
+
+def something_folded(reasons: Sequence[tuple[str, str, str | None]]) -> None:
+    """Some batch norm follows a conv or dense layer."""
+    if all(reason for *_, reason in reasons):
+        lines = [f"\n  {layer or '-'}, {norm or '-'}: {reason}." for layer, norm, reason in reasons]
+        raise ValueError(f"`model` must have a batch norm that can be folded.{''.join(lines)}")
+
+
+def folded_variables(paths: Sequence[str]) -> None:
+    """A folded model takes the folded variables."""
+    if paths:
+        raise ValueError(
+            f"`variables` must be those of the folded model, but hold the batch norms {paths}, "
+            "which are folded. Pass `folded.variables`."
+        )
+
+
+def same_outputs(difference: float, scale: float, tolerance: float) -> None:
+    """Folding changes no output, up to rounding."""
+    if not difference <= tolerance * scale:
+        raise ValueError(
+            f"The outputs on `example_x` must stay the same, to {tolerance:.1e} of their scale "
+            f"{scale:.3g}, but folding changed them by {difference:.3g}. Is there NaN or inf in "
+            "them, or does a layer change its kernel before using it?"
+        )
+
+
+def per_example(name: str, shape: tuple[int, ...], size: int) -> None:
+    """A loss or metric is a mean, or has one entry for each example."""
+    if shape not in ((), (size,)):
+        raise ValueError(
+            f"`loss_fn` must give `{name}` as a mean of shape () or with one entry for each "
+            f"example, ({size},), got shape {shape}. Take the mean over the other axes."
+        )
