@@ -15,7 +15,7 @@ from bnjax.accumulation import accumulating, begin, finish
 from bnjax.batches import Batch, on_all, pad_batch, shardings, size_of, split_over
 
 Metrics = dict[str, jax.Array]
-LossFn = Callable[[Any, Batch], Any]
+LossFn = Callable[[Any, Any], Any]
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
 
@@ -42,7 +42,7 @@ def init_state(
     model: nn.Module,
     tx: optax.GradientTransformation,
     key: jax.Array,
-    x: jax.Array,
+    x: Any,
     **apply_kwargs: Any,
 ) -> TrainState:
     """A new `TrainState` for a linen model and an optax optimizer.

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def load(path: Path | None = None, seed: int = 0) -> Splits:
     if path is None:
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
+        digits: Any = load_digits()
         images, labels = digits.images, digits.target
     else:
         images, labels = _read(path)

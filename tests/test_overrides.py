@@ -1,6 +1,7 @@
 """Settings by module path in models that others wrote, and the labels that go with them."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
+from bnjax._globs import matcher
 
 
 class Block(nn.Module):
@@ -45,7 +47,7 @@ class ScanNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=True):
-        axes = {"params": 0, "batch_stats": 0}
+        axes: Any = {"params": 0, "batch_stats": 0}
         scan = nn.scan(
             lambda block, x, _: (block(x, train), None),
             variable_axes=axes,
@@ -117,10 +119,9 @@ def test_any_field_can_be_overridden_and_is_put_back(x):
     model = SetupNet()
     variables = model.init(jax.random.key(0), x)
 
-    def mean():
-        return model.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]["head"]["bn"][
-            "mean"
-        ]
+    def mean() -> Any:
+        updates: Any = model.apply(variables, x, mutable=["batch_stats"])[1]
+        return updates["batch_stats"]["head"]["bn"]["mean"]
 
     usual = mean()
     with bnjax.override(["head/*"], momentum=0.0):
@@ -162,7 +163,7 @@ def test_one_list_of_patterns_freezes_parameters_too(x):
         "head": {"trainable"},
     }
     tx = optax.multi_transform({"trainable": optax.sgd(1.0), "frozen": optax.set_to_zero()}, labels)
-    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params))
+    updates: Any = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params))[0]
     assert set(np.concatenate([u.ravel() for u in jax.tree.leaves(updates["encoder_0"])])) == {0.0}
     assert set(np.concatenate([u.ravel() for u in jax.tree.leaves(updates["head"])])) == {-1.0}
 
@@ -202,7 +203,7 @@ def test_masks_read_the_state_of_an_nnx_model_too():
     ],
 )
 def test_globs(pattern, path, fits):
-    assert bnjax._globs.matcher(pattern)(path) is fits
+    assert matcher(pattern)(path) is fits
 
 
 def test_a_pattern_that_fits_nothing_lists_the_paths_there_are(x):

@@ -51,6 +51,7 @@ def test_training_lowers_the_loss_and_moves_the_statistics(rng):
     before = jax.device_get(state.batch_stats)
     step = train_step(squared_error)
     state, first = step(state, batch)
+    last = first
     for _ in range(100):
         state, last = step(state, batch)
     assert last["loss"] < 0.1 * first["loss"]
