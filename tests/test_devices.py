@@ -350,7 +350,7 @@ def test_derivatives_and_their_gradients_equal_those_of_one_device(way, derivati
     assert_close(found, twice_on_one_device(derivative), rtol=1e-5)
 
 
-@each_of(ONE_AXIS_WAYS)
+@each_of(ONE_AXIS_WAYS[1:3])
 def test_complex_values_have_complex_means_and_real_variances(way):
     data = make(rates=None)
     old = data.batch_stats | {"mean": data.batch_stats["mean"] + 1j}
