@@ -216,7 +216,9 @@ def sent_in_training(way: Way, net: Net) -> Sent:
 def sent_without_batch_norm(way: Way) -> int:
     """How many collectives the gradients of the parameters need anyway: the layers are affine."""
     frozen = functools.partial(bnjax.BatchNorm2d, use_running_average=True)
-    return len(sent_in_training(way, Net(frozen)))
+    found = sent_in_training(way, Net(frozen))
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    return len(found)
 
 
 @each_of((SHARD_MAP, *JIT_WAYS))

@@ -39,7 +39,9 @@ SETTINGS = (
     {"scale_init": nn.initializers.constant(2.0), "bias_init": nn.initializers.constant(-1.0)},
 )
 each_setting = pytest.mark.parametrize(
-    "settings", SETTINGS, ids=lambda s: ", ".join(f"{k}={v}" for k, v in s.items()) or "defaults"
+    "settings",
+    SETTINGS,
+    ids=lambda s: ", ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in s.items()) or "defaults",
 )
 
 

@@ -188,7 +188,7 @@ def test_the_signature_is_that_of_torch_and_the_number_of_channels_is_required()
         ({"momentum": None}, {"mean", "var", "scale", "bias", "count"}),
         ({"momentum": None, "track_running_stats": False}, {"scale", "bias"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )
 def test_a_layer_holds_the_variables_of_its_settings(settings, names):
     layer = make(**settings)
