@@ -56,6 +56,8 @@ def accumulating(
         module = context.module
         if context.method_name != "__call__" or not isinstance(module, linen.LAYERS):
             return call(*args, **kwargs)
+        if "x" in kwargs:
+            args, kwargs = (kwargs["x"],), {k: v for k, v in kwargs.items() if k != "x"}
         if examples is not None:
             mask = examples.reshape(-1, *(1,) * (args[0].ndim - 1))
             given = kwargs.get("mask")

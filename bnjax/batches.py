@@ -32,13 +32,13 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
     return padded
 
 
-def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
-    """Alike on all devices, and split over all of them along the leading axis.
+def shardings(mesh: Mesh) -> tuple[Mesh, NamedSharding, NamedSharding]:
+    """A mesh of these devices; alike on all of them, and split over them along the leading axis.
 
     The axes are of type Auto whatever those of the user's mesh: the compiler distributes the model.
     """
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    return NamedSharding(auto, P()), NamedSharding(auto, P(auto.axis_names))
+    return auto, NamedSharding(auto, P()), NamedSharding(auto, P(auto.axis_names))
 
 
 def split_over(sharding: NamedSharding, batch: Any) -> Any:
@@ -49,12 +49,10 @@ def split_over(sharding: NamedSharding, batch: Any) -> Any:
 
 
 def on_all(tree: Any, sharding: NamedSharding) -> Any:
-    """A tree that lies on one process alone, as after initialization, on all devices."""
-    if jax.process_count() == 1:
-        return tree
+    """A tree on all devices, wherever it lies: on one of them, as at first, or on another mesh."""
 
     def place(leaf: Any) -> Any:
-        local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-        return jax.device_put(leaf, sharding) if local else leaf
+        there = isinstance(leaf, jax.Array) and leaf.sharding == sharding
+        return leaf if there else jax.device_put(leaf, sharding)
 
     return jax.tree.map(place, tree)

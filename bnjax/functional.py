@@ -223,14 +223,17 @@ def move(
 ) -> BatchStats:
     """The running statistics after one more batch, in each channel where that is a number."""
     counts = counts & jnp.isfinite(mean) & jnp.isfinite(var)
-    updated = {}
+    updated, channels = {}, ()
     weight: Any = momentum
     if "count" in batch_stats:
-        updated["count"] = batch_stats["count"] + jnp.any(counts)
+        # The statistics of several layers may be stacked, as by nn.scan: one count for each.
+        channels = tuple(range(jnp.ndim(batch_stats["count"]), counts.ndim))
+        updated["count"] = batch_stats["count"] + jnp.any(counts, channels)
     for key, new in (("mean", mean), ("var", var)):
         old = _at_least(new.dtype if jnp.iscomplexobj(new) else jnp.float32, batch_stats[key])
         if momentum is None:
             weight = 1 / jnp.maximum(updated["count"], 1).astype(jnp.real(old).dtype)
+            weight = jnp.expand_dims(weight, channels)
         updated[key] = jnp.where(counts, (1 - weight) * old + weight * new.astype(old.dtype), old)
     return {key: updated[key] for key in batch_stats}
 

@@ -1,6 +1,7 @@
 """Exact population statistics for the batch norms of a model, from an iterator of batches."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from bnjax import _checks, _globs
 from bnjax.accumulation import Path, accumulating, begin, replace, unmeasured
-from bnjax.batches import Batch, pad_batch, shardings, split_over
+from bnjax.batches import Batch, on_all, pad_batch, shardings, split_over
 from bnjax.linen import Call
 from bnjax.overrides import override
 
@@ -87,6 +88,11 @@ class _Measurement:
     ) -> None:
         self.model, self.kwargs, self.mesh, self.paths = model, kwargs, mesh, paths
         self.others = {name: tree for name, tree in variables.items() if name != "batch_stats"}
+        self.context = contextlib.nullcontext
+        if mesh is not None:
+            auto, alike, self.split = shardings(mesh)
+            self.others = on_all(self.others, alike)
+            self.context = functools.partial(jax.set_mesh, auto)
         self.steps: dict[Path | None, tuple[Callable, dict[Path, Any]]] = {}
 
     def __call__(
@@ -97,7 +103,7 @@ class _Measurement:
         accumulated, some = begin(stats), False
         for batch in _tracked(batches, progress, label):
             some = True
-            with _checks.variables_fit({**self.others, "batch_stats": stats}):
+            with _checks.variables_fit({**self.others, "batch_stats": stats}), self.context():
                 accumulated = step(accumulated, self.others, self._placed(batch))
         _checks.some_batch(some)
         _checks.finite_statistics(unmeasured(accumulated, conventions))
@@ -117,7 +123,7 @@ class _Measurement:
         if self.mesh is None:
             return batch
         padded = pad_batch(batch, len(self.mesh.local_devices))
-        return split_over(shardings(self.mesh)[1], padded)
+        return split_over(self.split, padded)
 
     def _step(self, path: Path | None) -> tuple[Callable, dict[Path, Any]]:
         if path in self.steps:

@@ -222,9 +222,21 @@ def _count(batch: Batch) -> jax.Array:
 
 def _totals(loss_fn: LossFn, outputs: Any, batch: Batch) -> Metrics:
     """The sums of loss and metrics over the examples that count."""
-    result = loss_fn(outputs, batch)
-    loss, metrics = result if isinstance(result, tuple) else (result, {})
+
+    def values(outputs: Any, batch: Batch) -> Metrics:
+        result = loss_fn(outputs, batch)
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        return {**metrics, "loss": loss}
+
+    def one(outputs: Any, batch: Batch) -> Metrics:
+        return values(*jax.tree.map(lambda leaf: leaf[None], (outputs, batch)))
+
+    found = values(outputs, batch)
     mask = batch.get("mask", True)
+    if "mask" in batch and any(jnp.ndim(value) == 0 for value in found.values()):
+        # A mean has seen the masked examples too. That of one example alone has seen no other.
+        each = jax.vmap(one)(outputs, dict(batch))
+        found = {name: each[name] if jnp.ndim(v) == 0 else v for name, v in found.items()}
 
     def total(name: str, value: jax.Array) -> jax.Array:
         value = jnp.asarray(value)
@@ -232,7 +244,7 @@ def _totals(loss_fn: LossFn, outputs: Any, batch: Batch) -> Metrics:
         value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
         return value * _count(batch) if value.ndim == 0 else jnp.sum(jnp.where(mask, value, 0))
 
-    return {name: total(name, value) for name, value in (metrics | {"loss": loss}).items()}
+    return {name: total(name, value) for name, value in found.items()}
 
 
 def _accumulate(
@@ -272,14 +284,15 @@ def _jit(step: Callable, mesh: Mesh | None, microbatches: int, donate: bool) -> 
             return compiled(state, dict(batch))
 
         return run
-    alike, split = shardings(mesh)
+    auto, alike, split = shardings(mesh)
     distributed = jax.jit(
         step, in_shardings=(alike, split), out_shardings=alike, donate_argnums=donated
     )
 
     def run_distributed(state: TrainState, batch: Batch) -> Any:
         _checks.divides(size_of(batch), len(mesh.local_devices), microbatches)
-        return distributed(on_all(state, alike), split_over(split, dict(batch)))
+        with jax.set_mesh(auto):  # not the user's, whose axes may be explicit
+            return distributed(on_all(state, alike), split_over(split, dict(batch)))
 
     return run_distributed
 

@@ -77,7 +77,7 @@ def test_each_group_of_devices_gives_what_it_gives_alone(way, order, size):
     assert_groups_are_alone(found, data, groups)
 
 
-@each_of(NAMED_WAYS)
+@each_of(ONE_AXIS_WAYS[1:3])
 def test_an_empty_device_harms_nobody_in_its_group(way):
     data = make(rates=MIXED)
     assert not data.mask[rows_of([1])].any()
@@ -102,13 +102,13 @@ def test_one_of_two_axes_pools_along_it_alone(check_vma, axis_name):
     split = P(mesh.axis_names)
     other = P("columns" if axis_name == "rows" else "rows")
 
-    def on_one_device(*arguments):
+    def local(*arguments):
         found = differentiated(core(axis_name))(*arguments)
         stats = jax.tree.map(lambda s: s[None], found.batch_stats)
         return found.y, found.dx, stats
 
     mapped = jax.shard_map(
-        on_one_device,
+        local,
         mesh=mesh,
         in_specs=(P(), P(), split, split, split),
         out_specs=(split, split, other),
@@ -166,7 +166,7 @@ CHANNELS_FIRST = Case("NCL", (32, 5, 6), 1, bnjax.BatchNorm1d)
 
 @pytest.mark.parametrize("case", [CORE, CHANNELS_FIRST], ids=["NLC", "NCL"])
 @pytest.mark.parametrize("rates", [None, SOME_OF_ALL], ids=["whole", "masked"])
-@pytest.mark.parametrize("size", [5, 8, 100])
+@pytest.mark.parametrize("size", [5, 100])
 def test_each_virtual_batch_gives_what_it_gives_alone(case, rates, size):
     data = make(case, rates)
     found = whole(data, virtual_batch_size=size, axis=case.axis)

@@ -149,6 +149,17 @@ def test_derivatives_are_those_of_the_formula(call, derivatives):
     assert_close(found, expected, rtol=1e-10)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("call", CALLS[-2:], ids=lambda call: call.name)
+def test_an_evaluation_is_differentiated_in_its_statistics_too(call):
+    params, stats, x = double(call.arrays())
+    found, expected = (
+        jax.jit(jax.grad(functools.partial(loss, apply), 0))(stats, params, x)
+        for apply in (call, reference(call))
+    )
+    assert_close(found, expected, rtol=1e-10)
+
+
 @each_call
 def test_second_derivatives_in_float32_are_the_finite_differences_of_float64(call):
     (params, stats, x), (dparams, _, dx) = call.arrays(0), call.arrays(1)
