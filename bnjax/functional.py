@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bnjax import _checks
 from bnjax.moments import (
@@ -15,6 +17,7 @@ from bnjax.moments import (
     Groups,
     Moments,
     deviations,
+    explicit_axes,
     measure,
     other_axes,
     pool,
@@ -248,12 +251,19 @@ def _split(
     batch = other_axes(x.ndim, axes)[0]
     n = x.shape[batch]
     size = min(size, max(n, 1))
-    last = lax.slice_in_dim(x, 0, n - (n - 1) // size * size, axis=batch)
-    _checks.several_values(last, axes, 1, correction)
+    rest = [n - (n - 1) // size * size if a == batch else m for a, m in enumerate(x.shape)]
+    _checks.several_values(jax.ShapeDtypeStruct(rest, x.dtype), axes, 1, correction)
 
     def divide(array: jax.Array, rows: int) -> jax.Array:
-        parts = (-1, size) if rows > 1 or n == 1 else (1, 1)
-        return array.reshape(*array.shape[:batch], *parts, *array.shape[batch + 1 :])
+        parts = (rows // size, size) if rows > 1 or n == 1 else (1, 1)
+        shape = (*array.shape[:batch], *parts, *array.shape[batch + 1 :])
+        # The groups lie on the devices that their examples are on.
+        spec = list(explicit_axes(array))
+        return lax.reshape(
+            array,
+            shape,
+            out_sharding=_split_as(array, [*spec[: batch + 1], None, *spec[batch + 1 :]]),
+        )
 
     if n % size:
         fill = [(0, -n % size if a == batch else 0) for a in range(x.ndim)]
@@ -269,8 +279,18 @@ def _split(
 
 def _join(y: jax.Array, group: int, shape: Axes) -> jax.Array:
     """The inverse of `_split`, for an array of this shape."""
-    merged = y.reshape(*y.shape[:group], -1, *y.shape[group + 2 :])
-    return lax.slice_in_dim(merged, 0, shape[group], axis=group)
+    rows = y.shape[group] * y.shape[group + 1]
+    spec = list(explicit_axes(y))
+    del spec[group + 1]
+    wanted = (*y.shape[:group], rows, *y.shape[group + 2 :])
+    merged = lax.reshape(y, wanted, out_sharding=_split_as(y, spec))
+    return merged if rows == shape[group] else lax.slice_in_dim(merged, 0, shape[group], axis=group)
+
+
+def _split_as(x: jax.Array, spec: list[Any]) -> NamedSharding | None:
+    """A sharding over the explicit mesh of x; None where it is split over none."""
+    mesh = jax.typeof(x).sharding.mesh
+    return NamedSharding(mesh, P(*spec)) if any(axis is not None for axis in spec) else None
 
 
 def _reference(batch_stats: Mapping[str, jax.Array], origin: jax.Array) -> jax.Array:

@@ -233,6 +233,12 @@ def _gather(values: jax.Array, names: tuple[str, ...], groups: Any) -> jax.Array
     return jnp.where(together.reshape(-1, *(1,) * values.ndim), rows, 0)
 
 
+def explicit_axes(x: jax.Array) -> tuple[Any, ...]:
+    """For each axis of x the explicit mesh axes that its type says it is split over, or None."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The axes of a `shard_map` with `check_vma=True` along which `x` differs between devices."""
     return jax.typeof(x).mat.varying
@@ -240,7 +246,7 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 def _origin(x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axes) -> jax.Array:
     """A typical value of each channel, not much further from the mean than the others are."""
-    if mask is not None or _is_sharded(x, reduced):
+    if mask is not None or any(axis is not None for axis in explicit_axes(x)):
         # Which samples count, or where they are, is not known: take the mean, in its own pass.
         values = _where(mask, x.astype(working_dtype(x.dtype)))
         return jnp.sum(values, reduced) / jnp.maximum(count, 1)
@@ -263,12 +269,6 @@ def _median_of_3(rows: jax.Array) -> jax.Array:
     # It ends in a reduction because XLA computes one once, where it would fuse a few elementwise
     # operations into every use, and repeat them for every element of x.
     return jnp.max(jnp.minimum(rows, jnp.roll(rows, 1, 0)), 0)
-
-
-def _is_sharded(x: jax.Array, axes: Axes) -> bool:
-    """Whether the type of x says that one of the axes is split over an explicit mesh axis."""
-    spec = jax.typeof(x).sharding.spec
-    return any(spec[a] is not None for a in axes if a < len(spec))
 
 
 def _where(mask: jax.Array | None, values: jax.Array) -> jax.Array:

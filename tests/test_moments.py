@@ -160,8 +160,9 @@ def test_merging_cancels_no_digits_where_the_means_are_far_apart(rng, gap):
     assert_moments(merged, np.concatenate([a, b]))
 
 
-def test_an_empty_side_changes_nothing(rng):
-    some = measure(jnp.asarray(1e5 + rng.standard_normal((7, 3))), (1,))
+@pytest.mark.parametrize("level", [0.0, 1e5, 1e30])
+def test_an_empty_side_changes_nothing(rng, level):
+    some = measure(jnp.asarray(level + rng.standard_normal((7, 3)), jnp.float32), (1,))
     none = measure(jnp.ones((0, 3)), (1,))
     assert_close([merge(some, none), merge(none, some)], [some, some])
     assert is_empty(merge(none, none))

@@ -80,7 +80,7 @@ def features(x: jax.Array, axes: tuple[int, ...], num_features: int) -> None:
     )
 
 
-def several_values(x: jax.Array, axes: Sequence[int], devices: int, correction: Any) -> None:
+def several_values(x: Any, axes: Sequence[int], devices: int, correction: Any) -> None:
     """One value has no variance, so it can't be normalized by it (PyTorch's rule)."""
     if correction and devices == 1 and all(x.shape[a] == 1 for a in range(x.ndim) if a not in axes):
         raise ValueError(
