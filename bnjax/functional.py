@@ -175,7 +175,8 @@ def batch_norm(
         offset = jnp.zeros_like(origin)
     if group is not None:
         params = {key: jnp.expand_dims(value, axes.index(group)) for key, value in params.items()}
-    scale = lax.rsqrt(var + eps) * params.get("scale", 1)
+    # Not rsqrt: its derivative forms var^-1.5, which underflows from a deviation of 1e13 on.
+    scale = params.get("scale", 1) / jnp.sqrt(var + eps)
     shift = params.get("bias", 0) - offset * scale
     scale, shift = _as_varying(scale, shift, x)
     y = _affine(x, mask, origin, scale, shift, other_axes(x.ndim, axes), dtype or x.dtype)
@@ -344,7 +345,7 @@ def _affine_jvp(reduced, dtype, primals, tangents):  # pyright: ignore[reportUnu
         )
         # Added to zeros, not broadcast_to: its transpose would gather an explicitly sharded dy.
         by_shift = jnp.zeros_like(by_x) + jnp.expand_dims(d_shift, reduced)
-        apart = lax.optimization_barrier((by_scale.astype(dtype), by_shift.astype(dtype)))
+        apart = [lax.optimization_barrier(part.astype(dtype)) for part in (by_scale, by_shift)]
         return by_x.astype(dtype) + (apart[0] + apart[1])
 
     y = _affine(x, mask, origin, scale, shift, reduced, dtype)

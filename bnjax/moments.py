@@ -246,15 +246,15 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 def _origin(x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axes) -> jax.Array:
     """A typical value of each channel, not much further from the mean than the others are."""
-    if mask is not None or any(axis is not None for axis in explicit_axes(x)):
+    sizes = tuple(x.shape[a] for a in reduced)
+    known = mask is None and all(isinstance(size, int) for size in sizes)
+    if not known or any(axis is not None for axis in explicit_axes(x)):
         # Which samples count, or where they are, is not known: take the mean, in its own pass.
-        values = _where(mask, x.astype(working_dtype(x.dtype)))
-        return jnp.sum(values, reduced) / jnp.maximum(count, 1)
+        return _rounded_mean(x.astype(working_dtype(x.dtype)), mask, count, reduced)
     if not reduced:
         return x.astype(working_dtype(x.dtype))
     # The median of nine values spread over the batch: a value of the channel, so a constant channel
     # is centred exactly, and rare outliers do not become the origin.
-    sizes = tuple(x.shape[a] for a in reduced)
     spread = (2 * np.arange(9) + 1) * math.prod(sizes) // 18
     index: list = [slice(None)] * x.ndim
     for axis, positions in zip(reduced, np.unravel_index(spread, sizes), strict=True):
@@ -262,6 +262,20 @@ def _origin(x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axe
     rows = jnp.moveaxis(x, reduced, range(len(reduced)))[tuple(index[a] for a in reduced)]
     rows = rows.astype(working_dtype(x.dtype))
     return _median_of_3(_median_of_3(rows.reshape(3, 3, *rows.shape[1:])))
+
+
+def _rounded_mean(
+    x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axes
+) -> jax.Array:
+    """The mean up to rounding, but within the values: that of a constant channel is its value."""
+    n = jnp.maximum(count, 1)
+    mean = jnp.sum(_where(mask, x / (jnp.expand_dims(n, reduced) if n.ndim else n)), reduced)
+    if jnp.iscomplexobj(x):
+        return mean
+    seen = True if mask is None else mask
+    low = jnp.min(x, reduced, where=seen, initial=jnp.inf)
+    high = jnp.max(x, reduced, where=seen, initial=-jnp.inf)
+    return jnp.where(count > 0, jnp.clip(mean, low, high), 0)
 
 
 def _median_of_3(rows: jax.Array) -> jax.Array:
