@@ -343,8 +343,10 @@ def _affine_jvp(reduced, dtype, primals, tangents):  # pyright: ignore[reportUnu
         by_scale = _guard(x, mask, deviations(x, origin, reduced)) * jnp.expand_dims(
             d_scale, reduced
         )
-        # Added to zeros, not broadcast_to: its transpose would gather an explicitly sharded dy.
-        by_shift = jnp.zeros_like(by_x) + jnp.expand_dims(d_shift, reduced)
+        # With x's sharding, or the transpose would gather an explicitly sharded cotangent.
+        by_shift = lax.broadcast_in_dim(
+            d_shift, x.shape, other_axes(x.ndim, reduced), out_sharding=jax.typeof(x).sharding
+        )
         apart = [lax.optimization_barrier(part.astype(dtype)) for part in (by_scale, by_shift)]
         return by_x.astype(dtype) + (apart[0] + apart[1])
 

@@ -111,7 +111,8 @@ def pool(
     mean = (local.origin - reference) + local.offset
     table = None if groups is None else tuple(map(tuple, groups))
     count, offset, m2 = _pool(local.count, mean, local.m2, names, table)
-    return Moments(count, reference, offset, m2)
+    some = count > 0  # nothing seen: zeros, as on one device
+    return Moments(count, jnp.where(some, reference, 0), jnp.where(some, offset, 0), m2)
 
 
 def deviations(x: jax.Array, origin: jax.Array, reduced: Axes) -> jax.Array:
@@ -222,7 +223,14 @@ def _gather(values: jax.Array, names: tuple[str, ...], groups: Any) -> jax.Array
     """The values of all devices, stacked; with groups, zeros for those of the other groups."""
     # Where JAX tracks which values differ between devices, it must learn that these do not.
     alike = groups is None and not set(names).isdisjoint(varying_axes(values))
-    rows = lax.all_gather(values, names, to="invarying" if alike else "varying")
+    to = "invarying" if alike else "varying"
+    try:
+        rows = lax.all_gather(values, names, to=to)
+    except AssertionError:  # JAX has no rule for several names of nested vmaps: one by one
+        rows = values
+        for name in reversed(names):
+            rows = lax.all_gather(rows, name, to=to)
+        rows = rows.reshape(-1, *values.shape)
     if groups is None:
         return rows
     group_of = np.empty(sum(map(len, groups)), int)
@@ -267,15 +275,11 @@ def _origin(x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axe
 def _rounded_mean(
     x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axes
 ) -> jax.Array:
-    """The mean up to rounding, but within the values: that of a constant channel is its value."""
-    n = jnp.maximum(count, 1)
-    mean = jnp.sum(_where(mask, x / (jnp.expand_dims(n, reduced) if n.ndim else n)), reduced)
+    """The mean up to rounding. It ends in a reduction for the reason that `_median_of_3` does."""
+    mean = jnp.sum(_where(mask, x), reduced) / jnp.maximum(count, 1)
     if jnp.iscomplexobj(x):
         return mean
-    seen = True if mask is None else mask
-    low = jnp.min(x, reduced, where=seen, initial=jnp.inf)
-    high = jnp.max(x, reduced, where=seen, initial=-jnp.inf)
-    return jnp.where(count > 0, jnp.clip(mean, low, high), 0)
+    return jnp.max(jnp.stack([mean, jnp.full_like(mean, -jnp.inf)]), 0)
 
 
 def _median_of_3(rows: jax.Array) -> jax.Array:

@@ -82,7 +82,8 @@ def train_step(
             metrics. Each is an array with one entry for each example, (N,), or a mean, ().
         apply_kwargs: passed to the model's call, such as `{"train": True}`.
         microbatches: cut the batch into this many, one after another, and update once. The running
-            statistics are exactly those of the whole batch: moments are pooled. The gradients are
+            statistics are exactly those of the whole batch: moments are pooled (a layer that is
+            called twice pools both calls into one move). The gradients are
             not, since each micro-batch normalizes by its own statistics; with few examples in each
             they are noisier.
         mesh: train data-parallel: the batch is split over all devices of the mesh, the state is on

@@ -198,8 +198,6 @@ def test_microbatches_pool_by_what_each_mask_shows(channels):
         (Rematerialized, "flax"),
         (Scanned, "torch"),
         (Scanned, "cumulative"),
-        (Twice, "torch"),
-        (Twice, "flax"),
         (ByKeyword, "flax"),
     ],
 )
