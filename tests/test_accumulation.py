@@ -84,17 +84,6 @@ class Scanned(nn.Module):
         return stack(self.norms)(x, None)[1].sum(0)
 
 
-class Twice(nn.Module):
-    """Batch norms that are called on two inputs."""
-
-    norms: Norms
-
-    @nn.compact
-    def __call__(self, x):
-        layers = Parallel(self.norms)
-        return layers(x) + layers(3 * jnp.tanh(x))
-
-
 class ByKeyword(nn.Module):
     norms: Norms
 
