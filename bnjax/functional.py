@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from bnjax import _checks
 from bnjax.moments import (
@@ -21,6 +19,7 @@ from bnjax.moments import (
     measure,
     other_axes,
     pool,
+    split_as,
     varying_axes,
     working_dtype,
 )
@@ -263,7 +262,7 @@ def _split(
         return lax.reshape(
             array,
             shape,
-            out_sharding=_split_as(array, [*spec[: batch + 1], None, *spec[batch + 1 :]]),
+            out_sharding=split_as(array, [*spec[: batch + 1], None, *spec[batch + 1 :]]),
         )
 
     if n % size:
@@ -284,14 +283,8 @@ def _join(y: jax.Array, group: int, shape: Axes) -> jax.Array:
     spec = list(explicit_axes(y))
     del spec[group + 1]
     wanted = (*y.shape[:group], rows, *y.shape[group + 2 :])
-    merged = lax.reshape(y, wanted, out_sharding=_split_as(y, spec))
+    merged = lax.reshape(y, wanted, out_sharding=split_as(y, spec))
     return merged if rows == shape[group] else lax.slice_in_dim(merged, 0, shape[group], axis=group)
-
-
-def _split_as(x: jax.Array, spec: list[Any]) -> NamedSharding | None:
-    """A sharding over the explicit mesh of x; None where it is split over none."""
-    mesh = jax.typeof(x).sharding.mesh
-    return NamedSharding(mesh, P(*spec)) if any(axis is not None for axis in spec) else None
 
 
 def _reference(batch_stats: Mapping[str, jax.Array], origin: jax.Array) -> jax.Array:

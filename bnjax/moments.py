@@ -16,10 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 Axes = tuple[int, ...]
 AxisName = str | Sequence[str]
 Groups = Sequence[Sequence[int]]
+
+_HUGE = 2.0**64  # squares of larger numbers overflow in float32
 
 
 @jax.tree_util.register_dataclass
@@ -151,14 +155,51 @@ def _centred(
     however the origin was chosen, it does not move, and d mean = mean(dx),
     d var = 2 mean(Re(conj(x - mean) dx)).
     """
-    origin = _origin(x, mask, count, reduced)
     n = jnp.maximum(count, 1)
-    # The barrier gives each sum a reading of x of its own: XLA would write x - origin for both.
-    x1, origin1, x2, origin2 = lax.optimization_barrier((x, origin, x, origin))
-    offset = jnp.sum(_where(mask, deviations(x1, origin1, reduced)), reduced) / n
-    squares = jnp.sum(_where(mask, _abs2(deviations(x2, origin2, reduced))), reduced) / n
+    origin = _sample(x, mask, reduced)
+    if origin is None:
+        return _centred_at_mean(x, mask, n, reduced)
+    offset, squares = _mean_and_squares(x, mask, n, reduced, origin)
     # |offset| is at most about one standard deviation, so this difference loses no digits.
     return origin, offset, jnp.maximum(squares - _abs2(offset), 0)
+
+
+def _centred_at_mean(
+    x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same with the mean as the origin, where no sample is at hand."""
+    positions = jnp.asarray(math.prod(x.shape[a] for a in reduced), n.dtype)
+    scaled = x.astype(working_dtype(x.dtype)) * (1 / positions)  # their sum does not overflow
+    mean = jnp.sum(_where(mask, scaled), reduced) * (positions / n)
+    unit = jnp.where(jnp.abs(mean) > _HUGE, 1 / _HUGE, 1)  # rounding errors have squares, too
+    if not jnp.iscomplexobj(x):  # ends in a reduction for the reason that `_median_of_3` does
+        mean = jnp.max(jnp.stack([mean, jnp.full_like(mean, -jnp.inf)]), 0)
+    offset, squares = _mean_and_squares(x, mask, n, reduced, mean, unit)
+    square = _abs2(offset * unit)
+    var = jnp.maximum(squares - square, 0)
+    # The offset is the rounding error of the mean. A spread far below it is one as well: the
+    # channel is constant, and its value is the mean put right.
+    constant = var <= square * 2.0**-18
+    origin = jnp.where(constant, mean + offset, mean)
+    return origin, jnp.where(constant, 0, offset), jnp.where(constant, 0, var / lax.square(unit))
+
+
+def _mean_and_squares(
+    x: jax.Array,
+    mask: jax.Array | None,
+    n: jax.Array,
+    reduced: Axes,
+    origin: jax.Array,
+    unit: jax.Array | int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """The mean of `x - origin`, and that of its squares in units of `unit`."""
+    # The barrier gives each sum a reading of x of its own: XLA would write x - origin for both.
+    x1, origin1, x2, origin2 = lax.optimization_barrier((x, origin, x, origin))
+    small = deviations(x2, origin2, reduced)
+    if not isinstance(unit, int):
+        small *= jnp.expand_dims(unit, reduced)
+    total = jnp.sum(_where(mask, deviations(x1, origin1, reduced)), reduced)
+    return total / n, jnp.sum(_where(mask, _abs2(small)), reduced) / n
 
 
 @_centred.defjvp
@@ -247,39 +288,31 @@ def explicit_axes(x: jax.Array) -> tuple[Any, ...]:
     return spec + (None,) * (x.ndim - len(spec))
 
 
+def split_as(x: jax.Array, spec: Sequence[Any]) -> NamedSharding | None:
+    """A sharding over the explicit mesh of x; None where x is split over none."""
+    split = any(axis is not None for axis in explicit_axes(x))
+    return NamedSharding(jax.typeof(x).sharding.mesh, P(*spec)) if split else None
+
+
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The axes of a `shard_map` with `check_vma=True` along which `x` differs between devices."""
     return jax.typeof(x).mat.varying
 
 
-def _origin(x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axes) -> jax.Array:
-    """A typical value of each channel, not much further from the mean than the others are."""
+def _sample(x: jax.Array, mask: jax.Array | None, reduced: Axes) -> jax.Array | None:
+    """A typical value of each channel; None if it is not known which values count."""
     sizes = tuple(x.shape[a] for a in reduced)
-    known = mask is None and all(isinstance(size, int) for size in sizes)
-    if not known or any(axis is not None for axis in explicit_axes(x)):
-        # Which samples count, or where they are, is not known: take the mean, in its own pass.
-        return _rounded_mean(x.astype(working_dtype(x.dtype)), mask, count, reduced)
+    if mask is not None or not all(isinstance(size, int) for size in sizes):
+        return None
     if not reduced:
         return x.astype(working_dtype(x.dtype))
     # The median of nine values spread over the batch: a value of the channel, so a constant channel
     # is centred exactly, and rare outliers do not become the origin.
     spread = (2 * np.arange(9) + 1) * math.prod(sizes) // 18
-    index: list = [slice(None)] * x.ndim
-    for axis, positions in zip(reduced, np.unravel_index(spread, sizes), strict=True):
-        index[axis] = positions
-    rows = jnp.moveaxis(x, reduced, range(len(reduced)))[tuple(index[a] for a in reduced)]
-    rows = rows.astype(working_dtype(x.dtype))
+    spec = [split for axis, split in enumerate(explicit_axes(x)) if axis not in reduced]
+    by_position = jnp.moveaxis(x, reduced, range(len(reduced))).at[np.unravel_index(spread, sizes)]
+    rows = by_position.get(out_sharding=split_as(x, [None, *spec])).astype(working_dtype(x.dtype))
     return _median_of_3(_median_of_3(rows.reshape(3, 3, *rows.shape[1:])))
-
-
-def _rounded_mean(
-    x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axes
-) -> jax.Array:
-    """The mean up to rounding. It ends in a reduction for the reason that `_median_of_3` does."""
-    mean = jnp.sum(_where(mask, x), reduced) / jnp.maximum(count, 1)
-    if jnp.iscomplexobj(x):
-        return mean
-    return jnp.max(jnp.stack([mean, jnp.full_like(mean, -jnp.inf)]), 0)
 
 
 def _median_of_3(rows: jax.Array) -> jax.Array:

@@ -93,7 +93,7 @@ CONSTANTS = (0.0, 1.0, 1 / 3, 12345.678, 16777217.0, 1e8, -3e-5, 1e-30, 1e-42, -
 SIZES = (2, 3, 7, 100, 4096)
 
 
-@pytest.mark.parametrize("masked", [False], ids=["plain"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("size", SIZES)
 def test_constant_channels_give_exactly_the_bias_and_a_finite_gradient(rng, size, masked):
     bias = np.linspace(-7.1, 3.3, len(CONSTANTS)).astype(np.float32)
@@ -108,7 +108,7 @@ def test_constant_channels_give_exactly_the_bias_and_a_finite_gradient(rng, size
 
 
 @each_layout
-@pytest.mark.parametrize("masked", [False], ids=["plain"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_constant_channels_give_exactly_the_bias_in_every_layout(case, masked):
     bias, x = jnp.arange(64.0), jnp.full(case.shape, 12345.678)
     mask = case.row_mask(case.shape[0] - 1) if masked else None

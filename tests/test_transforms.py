@@ -300,7 +300,7 @@ def test_statistics_move_once_in_a_rematerialized_model(rng):
     x = jnp.asarray(NC.values(rng))
     variables = Model().init(KEY, x)
     plain, again = (gradients(model, variables, x) for model in (Model(), Model(nn.remat)))
-    assert_close(again, plain, rtol=1e-6)
+    assert_close(again, plain, rtol=1e-5, atol=1e-5)  # a bias before a batch norm has no slope
 
 
 def test_layers_in_a_scan_are_those_in_a_row(rng):
