@@ -7,6 +7,7 @@ added up travels in the collection `batch_stats`, so that `nn.remat` and `nn.sca
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,20 +16,22 @@ from flax import linen as nn
 
 from bnjax import _checks, linen
 from bnjax.functional import move
-from bnjax.moments import Moments, measure, merge, pool
+from bnjax.moments import Moments, measure, merge, pool, working_dtype
 from bnjax.overrides import overridden
 
 _COLLECTION = "batch_stats"
-_SEEN = ("seen_count", "seen_mean", "seen_m2")
+_SEEN = ("seen_count", "seen_origin", "seen_offset", "seen_m2")
+_CALLS = "seen_calls"  # how often the layer was called in this forward pass
 
 Path = tuple[str, ...]
 
 
 class Convention(NamedTuple):
-    """How a layer keeps its running statistics, in PyTorch's terms."""
+    """How a layer keeps its running statistics, in PyTorch's terms, and in how many calls."""
 
     momentum: float | None
     correction: int
+    calls: int
 
 
 @contextlib.contextmanager
@@ -67,14 +70,15 @@ def accumulating(
         room = module.has_variable(_COLLECTION, _SEEN[0])
         if not room or not measured(module.path, does):
             return call(*args, **kwargs)
-        conventions[module.path] = Convention(does.momentum, does.correction)
+        calls = conventions[module.path].calls if module.path in conventions else 0
+        conventions[module.path] = Convention(does.momentum, does.correction, calls + 1)
         before = dict(module.variables[_COLLECTION])
         y = call(*args, **kwargs)
         mask = None if does.mask is None else _checks.mask(does.mask, x.shape)
         batch = measure(x, _checks.feature_axes(does.axis, x.ndim), mask)
         if does.axis_name is not None:
             batch = pool(batch, does.axis_name, does.axis_index_groups, before["mean"])
-        for name, value in (before | _held(merge(_moments(before), batch))).items():
+        for name, value in (before | _added(before, batch)).items():
             module.put_variable(_COLLECTION, name, value)
         return y
 
@@ -82,43 +86,55 @@ def accumulating(
         yield conventions
 
 
-def begin(batch_stats: Any) -> Any:
-    """The statistics of a model, with room for moments, none seen yet, beside each mean."""
+def begin(batch_stats: Any, conventions: Mapping[Path, Convention] | None = None) -> Any:
+    """The statistics of a model, with room for moments, none seen yet, beside each mean.
+
+    With the conventions that a forward pass has yielded there is room for each call of a layer;
+    otherwise all calls are pooled.
+    """
 
     def add_room(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
-        return {**stats, **dict.fromkeys(_SEEN, jnp.zeros_like(stats["mean"]))}
+        calls = conventions[path].calls if conventions and path in conventions else 1
+        mean = stats["mean"]
+        number = working_dtype(mean.dtype)
+        room = jnp.zeros((*mean.shape, calls), number)
+        real = room.astype(jnp.finfo(number).dtype)
+        seen = dict(zip(_SEEN, (real, room, room, real), strict=True))
+        return {**stats, **seen, _CALLS: jnp.zeros(mean.shape, jnp.int32)}
 
     return _map_layers(add_room, batch_stats)
+
+
+def next_pass(accumulated: Any) -> Any:
+    """The same before another forward pass, whose first call of a layer is its first again."""
+
+    def rewind(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
+        return {**stats, _CALLS: jnp.zeros_like(stats[_CALLS])}
+
+    return _map_layers(rewind, accumulated)
 
 
 def finish(accumulated: Any, conventions: Mapping[Path, Convention]) -> Any:
     """The running statistics after one more batch: all that was seen since `begin`, as one."""
 
-    def settle(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in stats.items() if name not in _SEEN}
-        if path not in conventions:
-            return kept
-        momentum, correction = conventions[path]
-        seen = _moments(stats)
-        enough = seen.count > correction
-        moved = move(kept, seen.mean, seen.variance(correction), enough, momentum)
-        return {name: value.astype(kept[name].dtype) for name, value in moved.items()}
+    def settle(path: Path, kept: Mapping[str, Any], seen: list[Moments]) -> Mapping[str, Any]:
+        momentum, correction, _ = conventions[path]
+        for call in seen:  # each moves the statistics, as it does in a plain forward pass
+            enough = call.count > correction
+            kept = move(kept, call.mean, call.variance(correction), enough, momentum)
+        return kept
 
-    return _map_layers(settle, accumulated)
+    return _settled(accumulated, conventions, settle)
 
 
 def replace(accumulated: Any, paths: Collection[Path]) -> Any:
     """The statistics with mean and biased variance of all that was seen, at these paths."""
 
-    def settle(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in stats.items() if name not in _SEEN}
-        if path not in paths:
-            return kept
-        seen = _moments(stats)
-        new = {"mean": seen.mean, "var": seen.variance()}
-        return kept | {name: value.astype(kept[name].dtype) for name, value in new.items()}
+    def settle(path: Path, kept: Mapping[str, Any], seen: list[Moments]) -> Mapping[str, Any]:
+        all_calls = functools.reduce(merge, seen)
+        return {**kept, "mean": all_calls.mean, "var": all_calls.variance()}
 
-    return _map_layers(settle, accumulated)
+    return _settled(accumulated, paths, settle)
 
 
 def unmeasured(accumulated: Any, paths: Collection[Path]) -> dict[str, int]:
@@ -127,7 +143,7 @@ def unmeasured(accumulated: Any, paths: Collection[Path]) -> dict[str, int]:
 
     def look(path: Path, stats: Mapping[str, Any]) -> None:
         if path in paths:
-            seen = _moments(stats)
+            seen = functools.reduce(merge, _by_call(stats))
             fine = (seen.count > 0) & jnp.isfinite(seen.mean) & jnp.isfinite(seen.m2)
             channels["/".join(path)] = int(jnp.sum(~fine))
 
@@ -163,16 +179,40 @@ def merge_batch_stats(batch_stats: Any, axis: int = 0) -> Any:
     return _map_layers(merged, batch_stats)
 
 
-def _moments(stats: Mapping[str, Any]) -> Moments:
-    count, mean, m2 = (stats[name] for name in _SEEN)
-    return Moments(jnp.real(count), mean, jnp.zeros_like(mean), jnp.real(m2))
+def _settled(
+    accumulated: Any,
+    paths: Collection[Path],
+    settle: Callable[[Path, Mapping[str, Any], list[Moments]], Mapping[str, Any]],
+) -> Any:
+    """The statistics without the room for moments, and settled at these paths."""
+
+    def visit(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in stats.items() if name not in (*_SEEN, _CALLS)}
+        if path not in paths:
+            return kept
+        new = settle(path, kept, _by_call(stats))
+        return {name: new[name].astype(value.dtype) for name, value in kept.items()}
+
+    return _map_layers(visit, accumulated)
 
 
-def _held(moments: Moments) -> dict[str, Any]:
-    mean = moments.mean
-    count = jnp.broadcast_to(moments.count, mean.shape)
-    parts = (count, mean, moments.m2)
-    return {name: part.astype(mean.dtype) for name, part in zip(_SEEN, parts, strict=True)}
+def _by_call(stats: Mapping[str, Any]) -> list[Moments]:
+    """What the first call of a layer has seen in all forward passes, the second one, and so on."""
+    calls = stats[_SEEN[0]].shape[-1]
+    return [Moments(*(stats[name][..., call] for name in _SEEN)) for call in range(calls)]
+
+
+def _added(before: Mapping[str, Any], batch: Moments) -> dict[str, Any]:
+    """The moments in a layer's statistics after one more call."""
+    parts = (batch.count, batch.origin, batch.offset, batch.m2)
+    one = Moments(*(jnp.broadcast_to(part, batch.m2.shape)[..., None] for part in parts))
+    held = [before[name] for name in _SEEN]
+    merged = merge(Moments(*held), one)
+    room = jnp.arange(held[0].shape[-1])
+    this = jnp.minimum(before[_CALLS], room[-1])[..., None] == room
+    new = (merged.count, merged.origin, merged.offset, merged.m2)
+    chosen = (jnp.where(this, n.astype(old.dtype), old) for n, old in zip(new, held, strict=True))
+    return dict(zip(_SEEN, chosen, strict=True)) | {_CALLS: before[_CALLS] + 1}
 
 
 def _map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) -> Any:

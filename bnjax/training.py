@@ -11,7 +11,7 @@ from flax.training import train_state
 from jax.sharding import Mesh
 
 from bnjax import _checks
-from bnjax.accumulation import accumulating, begin, finish
+from bnjax.accumulation import accumulating, begin, finish, next_pass
 from bnjax.batches import Batch, on_all, pad_batch, shardings, size_of, split_over
 
 Metrics = dict[str, jax.Array]
@@ -82,10 +82,9 @@ def train_step(
             metrics. Each is an array with one entry for each example, (N,), or a mean, ().
         apply_kwargs: passed to the model's call, such as `{"train": True}`.
         microbatches: cut the batch into this many, one after another, and update once. The running
-            statistics are exactly those of the whole batch: moments are pooled (a layer that is
-            called twice pools both calls into one move). The gradients are
-            not, since each micro-batch normalizes by its own statistics; with few examples in each
-            they are noisier.
+            statistics are exactly those of the whole batch: moments are pooled, those of a virtual
+            batch size too. The gradients are not, since each micro-batch normalizes by its own
+            statistics; with few examples in each they are noisier.
         mesh: train data-parallel: the batch is split over all devices of the mesh, the state is on
             each. The result is that of one device. With several processes each passes its own part
             of the batch.
@@ -260,14 +259,14 @@ def _accumulate(
     def one(carry: tuple[Any, Any], part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         sums, batch_stats = carry
         part_key = None if key is None else jax.random.fold_in(key, part[0])
-        grads, batch_stats, means = gradients(batch_stats, part[1], part_key)
+        grads, batch_stats, means = gradients(next_pass(batch_stats), part[1], part_key)
         return (jax.tree.map(jnp.add, sums, (grads, means)), batch_stats), None
 
     parts = jax.tree.map(cut, dict(batch))
-    begun = begin(state.batch_stats)
     with accumulating() as conventions:
         first = jax.tree.map(lambda x: x[0], parts)
-        grads, _, means = jax.eval_shape(gradients, begun, first, key)
+        grads, _, means = jax.eval_shape(gradients, begin(state.batch_stats), first, key)
+        begun = begin(state.batch_stats, conventions)
         zeros = jax.tree.map(jnp.zeros_like, (grads, means))
         numbered = (jnp.arange(microbatches), parts)
         ((grads, means), batch_stats), _ = jax.lax.scan(one, (zeros, begun), numbered)

@@ -84,6 +84,17 @@ class Scanned(nn.Module):
         return stack(self.norms)(x, None)[1].sum(0)
 
 
+class Twice(nn.Module):
+    """Batch norms that are called on two inputs."""
+
+    norms: Norms
+
+    @nn.compact
+    def __call__(self, x):
+        layers = Parallel(self.norms)
+        return layers(x) + layers(3 * jnp.tanh(x))
+
+
 class ByKeyword(nn.Module):
     norms: Norms
 
@@ -187,11 +198,19 @@ def test_microbatches_pool_by_what_each_mask_shows(channels):
         (Rematerialized, "flax"),
         (Scanned, "torch"),
         (Scanned, "cumulative"),
+        (Twice, "torch"),
+        (Twice, "flax"),
+        (Twice, "cumulative"),
         (ByKeyword, "flax"),
     ],
 )
 def test_microbatches_pool_however_the_layer_is_called(body, layer):
     assert_microbatches_pool(body({layer: LAYERS[layer]}), [images(0)])
+
+
+def test_microbatches_are_as_exact_as_the_whole_batch_at_any_mean():
+    far = [batch | {"x": batch["x"] + 1e5} for batch in (images(0), images(1))]
+    assert_microbatches_pool(Parallel({"torch": LAYERS["torch"]}), far)
 
 
 def test_microbatches_leave_frozen_layers_as_they_were_bit_by_bit():
