@@ -56,14 +56,13 @@ def init(
         Flax's names and trees.
 
     Raises:
-        ValueError: `num_features` is negative.
+        ValueError: `num_features` is negative, or no integer.
 
     >>> params, batch_stats = init(3)
     >>> batch_stats["var"].tolist()
     [1.0, 1.0, 1.0]
     """
-    if num_features < 0:
-        raise ValueError(f"`num_features` must not be negative, got {num_features}.")
+    _checks.num_features(num_features)
     params, batch_stats = {}, {}
     if affine:
         params = {"scale": jnp.ones(num_features, dtype), "bias": jnp.zeros(num_features, dtype)}
@@ -150,6 +149,7 @@ def batch_norm(
     by_batch = mutable or not batch_stats
     _checks.momentum(momentum)
     _checks.eps(eps, training=by_batch)
+    _checks.correction(correction)
     _checks.virtual_batch_size(virtual_batch_size, axis_index_groups)
     updated = dict(batch_stats)
     group, shape = None, x.shape

@@ -44,10 +44,10 @@ class _Layer(nn.Module):
         """Normalize x, and move the statistics, if any, unless `running` or initializing."""
         axes = _checks.feature_axes(settings["axis"], x.ndim)
         shape = tuple(x.shape[a] for a in axes)
-        if statistics and not self.is_initializing():
-            held = dict(self.variables.get(_COLLECTION, {}))
-            if held or not self.is_mutable_collection(_COLLECTION):
-                _checks.statistics(held, tuple(statistics), self.path)
+        for collection, expected in (("params", params), (_COLLECTION, statistics)):
+            held = self.variables.get(collection, {})
+            if not self.is_initializing() and (held or not self.is_mutable_collection(collection)):
+                _checks.held(collection, held, expected, self.path)
         stats = {
             name: self.variable(_COLLECTION, name, make, shape) for name, make in statistics.items()
         }

@@ -54,7 +54,7 @@ RANGE = (
     "`momentum` must lie between 0 and 1, got {}. In PyTorch's convention it is the weight of the "
     "new batch (0.1), in Flax's the weight of the old statistics (0.9)."
 )
-NEGATIVE = "`{}` must not be negative, got {}. The usual value is 1e-5."
+NEGATIVE = "`{}` must be a number and not negative, got {}. The usual value is 1e-5."
 ZERO = (
     "`eps` must be positive in training, got {}: a channel of zero variance would give NaN. "
     "The usual value is 1e-5."
@@ -83,7 +83,7 @@ STAT_KEYS = (
 )
 MADE = "bnjax.init makes it."
 MISSES = (
-    "The batch norm at {} misses {} in `batch_stats`: it has {}. Pass the collection as "
+    "The batch norm at {} misses {} in `{}`: it has {}. Pass the collection as "
     "`model.init` made it or training updated it, as in "
     "`model.apply({{'params': params, 'batch_stats': batch_stats}}, x)`."
 )
@@ -146,7 +146,12 @@ CHANNEL_COUNT = (
     Mistake(
         "negative",
         lambda: bnjax.init(-2),
-        "`num_features` must not be negative, got -2.",
+        "`num_features` must be an integer and not negative, got -2.",
+    ),
+    Mistake(
+        "no whole number",
+        lambda: bnjax.init(2.5),
+        "`num_features` must be an integer and not negative, got 2.5.",
     ),
     Mistake(
         "in params",
@@ -194,6 +199,27 @@ NUMBERS = (
         "layer eps 0",
         train(bnjax.BatchNorm1d(3, eps=0.0)),
         ZERO.format(0.0) + TOP.format("BatchNorm1d"),
+    ),
+    Mistake("text momentum", core(momentum="0.1"), RANGE.format("'0.1'")),
+    Mistake("nan eps", core(eps=float("nan")), NEGATIVE.format("eps", "nan")),
+    Mistake("text eps", lambda: bnjax.BatchNorm2d(eps="small"), NEGATIVE.format("eps", "'small'")),
+    Mistake(
+        "negative correction",
+        core(correction=-1),
+        "`correction` must not be negative, got -1. 1 gives PyTorch's unbiased running variance, "
+        "0 Flax's biased one.",
+    ),
+    Mistake("no whole axis", core(axis=1.0), AXIS.format(2, 1, 1.0)),
+    Mistake(
+        "two axes of a torch layer",
+        init(bnjax.BatchNorm2d(3, axis=(1, 2))),
+        "`axis` of BatchNorm2d must be one integer, got (1, 2). bnjax.linen.BatchNorm takes "
+        "several axes.",
+    ),
+    Mistake(
+        "a number",
+        core(x=jnp.ones(())),
+        "`x` must have a channel axis, got a number, of shape ().",
     ),
     Mistake("axis too large", core(axis=2), AXIS.format(2, 1, 2)),
     Mistake("axis too small", core(axis=-3), AXIS.format(2, 1, -3)),
@@ -292,7 +318,7 @@ KEYS = (
     Mistake(
         "layer without statistics",
         apply(bnjax.BatchNorm1d(3), variables={"params": PARAMS}),
-        MISSES.format("the top of the model", "['mean', 'var']", "none"),
+        MISSES.format("the top of the model", "['mean', 'var']", "batch_stats", "none"),
     ),
     Mistake(
         "layer with misspelt statistics",
@@ -303,7 +329,30 @@ KEYS = (
                 "batch_stats": {"layers_0": {"mean": STATS["mean"], "variance": STATS["var"]}},
             },
         ),
-        MISSES.format("'layers_0'", "['var']", "['variance']"),
+        MISSES.format("'layers_0'", "['var']", "batch_stats", "['mean', 'variance']"),
+    ),
+    Mistake(
+        "layer with half the statistics",
+        train(
+            bnjax.BatchNorm1d(3), variables={"params": PARAMS, "batch_stats": {"var": STATS["var"]}}
+        ),
+        MISSES.format("the top of the model", "['mean']", "batch_stats", "['var']"),
+    ),
+    Mistake(
+        "layer with misspelt params",
+        apply(
+            FLAX(use_running_average=True),
+            variables={
+                "params": {"weight": STATS["var"], "bias": STATS["mean"]},
+                "batch_stats": STATS,
+            },
+        ),
+        MISSES.format("the top of the model", "['scale']", "params", "['bias', 'weight']"),
+    ),
+    Mistake(
+        "layer without params",
+        apply(bnjax.BatchNorm1d(3), variables={"batch_stats": STATS}),
+        MISSES.format("the top of the model", "['bias', 'scale']", "params", "none"),
     ),
 )
 

@@ -17,6 +17,7 @@ def test_a_lost_process_stops_the_run_and_resuming_gives_the_undisturbed_numbers
     tmp_path, monkeypatch
 ):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
     process = start(TRAIN, "--processes", "2", "--out", broken, *SETTINGS)
     wait_for_checkpoint(process, broken, 1)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
@@ -27,6 +28,7 @@ def test_a_lost_process_stops_the_run_and_resuming_gives_the_undisturbed_numbers
     assert time.monotonic() - killed < 60  # it stops, where a collective could wait for ever
     code, output = run(TRAIN, "--processes", "2", "--out", broken, "--resume", *SETTINGS)
     assert code == 0, output
+    assert "2 processes, 2 devices" in output
     # One process with two devices does the same sums.
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     code, expected = run(TRAIN, "--processes", "1", "--out", whole, *SETTINGS)

@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_INTEGER = (int, np.integer)
+
 
 def feature_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """The feature axes as sorted non-negative numbers."""
-    axes = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
-    if not axes or any(not -ndim <= a < ndim for a in axes):
+    if ndim == 0:
+        raise ValueError("`x` must have a channel axis, got a number, of shape ().")
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    if not axes or any(not isinstance(a, _INTEGER) or not -ndim <= a < ndim for a in axes):
         raise ValueError(
             f"`axis` must lie between {-ndim} and {ndim - 1} for an input of {ndim} dimensions, "
             f"got {axis}. It names the channel axis: -1 for channels last, 1 for NCHW."
@@ -31,6 +35,10 @@ def torch_input(
 
     `spatial` are the names of the spatial axes in each layout, `any_rank` is a layer without these.
     """
+    if not isinstance(axis, _INTEGER):
+        raise ValueError(
+            f"`axis` of {layer} must be one integer, got {axis}. {any_rank} takes several axes."
+        )
     _rank(x, {2 + len(names): _layout(names, axis) for names in spatial}, layer, any_rank)
     real_floating(x)
     if num_features is not None:

@@ -12,25 +12,44 @@ _NUMBER = (int, float, np.number)
 
 
 def momentum(value: Any, name: str = "momentum") -> None:
-    """A momentum is a weight. Traced values are taken as they are."""
-    if isinstance(value, _NUMBER) and not 0 <= value <= 1:
+    """A momentum is a weight, or None. Traced values are taken as they are."""
+    if value is None or isinstance(value, jax.Array):
+        return
+    if not isinstance(value, _NUMBER) or not 0 <= value <= 1:
         raise ValueError(
-            f"`{name}` must lie between 0 and 1, got {value}. In PyTorch's convention it is the "
+            f"`{name}` must lie between 0 and 1, got {value!r}. In PyTorch's convention it is the "
             "weight of the new batch (0.1), in Flax's the weight of the old statistics (0.9)."
         )
 
 
 def eps(value: Any, *, training: bool, name: str = "eps") -> None:
     """Epsilon keeps the reciprocal of a zero variance finite."""
-    if not isinstance(value, _NUMBER):
+    if isinstance(value, jax.Array):
         return
-    if value < 0:
-        raise ValueError(f"`{name}` must not be negative, got {value}. The usual value is 1e-5.")
+    if not isinstance(value, _NUMBER) or not value >= 0:
+        raise ValueError(
+            f"`{name}` must be a number and not negative, got {value!r}. The usual value is 1e-5."
+        )
     if training and value == 0:
         raise ValueError(
             f"`{name}` must be positive in training, got {value}: a channel of zero variance would "
             "give NaN. The usual value is 1e-5."
         )
+
+
+def correction(value: Any) -> None:
+    """What is taken off the count in the variance."""
+    if isinstance(value, _NUMBER) and not value >= 0:
+        raise ValueError(
+            f"`correction` must not be negative, got {value}. 1 gives PyTorch's unbiased running "
+            "variance, 0 Flax's biased one."
+        )
+
+
+def num_features(value: Any) -> None:
+    """A number of channels."""
+    if not isinstance(value, (int, np.integer)) or value < 0:
+        raise ValueError(f"`num_features` must be an integer and not negative, got {value!r}.")
 
 
 def devices(axis_name: str | Sequence[str] | None, groups: Sequence[Sequence[int]] | None) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
+from flax import nnx
 
 from bnjax._checks.variables import where
 
@@ -67,11 +68,12 @@ def iterable_again(batches: Any) -> None:
         )
 
 
-def linen_model(model: Any) -> None:
-    """A tool that reads a model's program knows linen models."""
-    if not isinstance(model, nn.Module):
+def flax_model(model: Any) -> None:
+    """A tool works on the model itself, not on its functions or classes."""
+    if not isinstance(model, nn.Module | nnx.Module):
         raise TypeError(
-            f"`model` must be an instance of a flax.linen.Module, got {type(model).__name__}."
+            "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got "
+            f"{type(model).__name__}."
         )
 
 

@@ -1,11 +1,11 @@
 """Parameters and statistics: keys, shapes, collections."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from flax import errors
+from flax import errors, nnx
 
 _MISFITS = (
     errors.ApplyScopeInvalidVariablesStructureError,
@@ -63,18 +63,38 @@ def mutable_statistics(mutable: bool, path: Sequence[str]) -> None:
         )
 
 
-def statistics(held: Mapping[str, Any], expected: Sequence[str], path: Sequence[str]) -> None:
-    """The collection `batch_stats` of a layer holds the statistics it is about to use."""
-    missing = sorted(set(expected) - set(held))
-    if not missing:
-        return
-    others = sorted(set(held) - set(expected))
-    has = f"it has {others}" if others else "it has none"
-    raise ValueError(
-        f"The batch norm at {where(path)} misses {missing} in `batch_stats`: {has}. Pass the "
-        "collection as `model.init` made it or training updated it, as in "
-        "`model.apply({'params': params, 'batch_stats': batch_stats}, x)`."
-    )
+def held(
+    collection: str, given: Mapping[str, Any], expected: Collection[str], path: Sequence[str]
+) -> None:
+    """A collection of a layer holds what the layer is about to use."""
+    missing = sorted(set(expected) - set(given))
+    if missing:
+        raise ValueError(
+            f"The batch norm at {where(path)} misses {missing} in `{collection}`: it has "
+            f"{sorted(given) or 'none'}. Pass the collection as `model.init` made it or training "
+            "updated it, as in `model.apply({'params': params, 'batch_stats': batch_stats}, x)`."
+        )
+
+
+def nnx_state(variables: Any) -> None:
+    """The variables of an nnx model are a state."""
+    if not isinstance(variables, nnx.State):
+        raise TypeError(
+            "`variables` of an nnx model must be an nnx.State, as `nnx.state(model)` gives it, or "
+            f"None for those that the model has, got {type(variables).__name__}."
+        )
+
+
+def tree_fits(given: Mapping[str, Any], there: Mapping[str, Any], *, part: bool = False) -> None:
+    """Shapes by path are those of the model, or some of them."""
+    missing = [] if part else sorted(there.keys() - given)
+    unknown = sorted(given.keys() - there)
+    common = sorted(given.keys() & there)
+    shapes = [f"{k} {given[k]} not {there[k]}" for k in common if given[k] != there[k]]
+    found = {"missing": missing, "unknown": unknown, "of another shape": shapes}
+    if any(found.values()):
+        what = ", ".join(f"{what} {paths}" for what, paths in found.items() if paths)
+        raise ValueError(f"`variables` do not fit the model: {what}. Are they of another model?")
 
 
 def has_statistics(variables: Any) -> None:
