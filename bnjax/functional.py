@@ -153,13 +153,16 @@ def batch_norm(
     _checks.virtual_batch_size(virtual_batch_size, axis_index_groups)
     updated = dict(batch_stats)
     group, shape = None, x.shape
+    dtype = dtype or x.dtype
     if by_batch:
         devices = _checks.devices(axis_name, axis_index_groups)
         if virtual_batch_size is None:
             _checks.several_values(x, axes, devices, correction)
         else:
             x, mask, group, axes = _split(x, mask, axes, virtual_batch_size, correction)
-        moments = measure(x, axes, mask)
+    wide = x.astype(working_dtype(x.dtype))
+    if by_batch:
+        moments = measure(x, axes, mask, wide)
         origin = moments.origin
         if axis_name is not None and group is None:
             moments = pool(moments, axis_name, axis_index_groups, _reference(batch_stats, origin))
@@ -178,7 +181,7 @@ def batch_norm(
     scale = params.get("scale", 1) / jnp.sqrt(var + eps)
     shift = params.get("bias", 0) - offset * scale
     scale, shift = _as_varying(scale, shift, x)
-    y = _affine(x, mask, origin, scale, shift, other_axes(x.ndim, axes), dtype or x.dtype)
+    y = _affine(x, wide, mask, origin, scale, shift, other_axes(x.ndim, axes), dtype)
     return (y if group is None else _join(y, group, shape)), updated
 
 
@@ -305,9 +308,10 @@ def _as_varying(scale: jax.Array, shift: jax.Array, x: jax.Array) -> tuple[jax.A
     return both[0], both[1]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7))
 def _affine(
     x: jax.Array,
+    wide: jax.Array,
     mask: jax.Array | None,
     origin: jax.Array,
     scale: jax.Array,
@@ -315,7 +319,7 @@ def _affine(
     reduced: Axes,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """`(x - origin) * scale + shift` as `dtype`."""
+    """`(x - origin) * scale + shift` as `dtype`; the derivative to x is taken as that to `wide`."""
     values = _guard(x, mask, deviations(x, origin, reduced))
     y = values * jnp.expand_dims(scale, reduced) + jnp.expand_dims(shift, reduced)
     return y.astype(dtype)
@@ -323,8 +327,8 @@ def _affine(
 
 @_affine.defjvp
 def _affine_jvp(reduced, dtype, primals, tangents):  # pyright: ignore[reportUnusedFunction]
-    x, mask, origin, scale, shift = primals
-    dx, _, d_origin, d_scale, d_shift = tangents
+    x, wide, mask, origin, scale, shift = primals
+    _, dx, _, d_origin, d_scale, d_shift = tangents
 
     # The plain product rule, arranged for its transpose. With checkpoint, a backward pass keeps x
     # itself and recomputes the deviations. The barriers give each pass over x and over the
@@ -340,10 +344,11 @@ def _affine_jvp(reduced, dtype, primals, tangents):  # pyright: ignore[reportUnu
         by_shift = lax.broadcast_in_dim(
             d_shift, x.shape, other_axes(x.ndim, reduced), out_sharding=jax.typeof(x).sharding
         )
-        apart = [lax.optimization_barrier(part.astype(dtype)) for part in (by_scale, by_shift)]
-        return by_x.astype(dtype) + (apart[0] + apart[1])
+        # One barrier more for one of them, or XLA would find the two readings alike.
+        by_shift = lax.optimization_barrier(lax.optimization_barrier(by_shift.astype(dtype)))
+        return by_x.astype(dtype) + (lax.optimization_barrier(by_scale.astype(dtype)) + by_shift)
 
-    y = _affine(x, mask, origin, scale, shift, reduced, dtype)
+    y = _affine(x, wide, mask, origin, scale, shift, reduced, dtype)
     return y, tangent(x, origin, scale, dx, d_scale, d_shift - d_origin * scale)
 
 
