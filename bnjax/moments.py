@@ -84,6 +84,7 @@ def measure(
     count = _count(x.shape, reduced, features, mask, real)
     wide = x.astype(working) if wide is None else wide
     origin, offset, var = _centred(x, wide, mask, count, reduced)
+    var = jnp.where(var < jnp.inf, var, jnp.nan)  # by an infinite one, all would be normal: 0
     return Moments(count, origin, offset, var * count)
 
 
