@@ -74,11 +74,7 @@ def accumulating(
         conventions[module.path] = Convention(does.momentum, does.correction, calls + 1)
         before = dict(module.variables[_COLLECTION])
         y = call(*args, **kwargs)
-        mask = None if does.mask is None else _checks.mask(does.mask, x.shape)
-        batch = measure(x, _checks.feature_axes(does.axis, x.ndim), mask)
-        if does.axis_name is not None:
-            batch = pool(batch, does.axis_name, does.axis_index_groups, before["mean"])
-        for name, value in (before | _added(before, batch)).items():
+        for name, value in added(before, x, does).items():
             module.put_variable(_COLLECTION, name, value)
         return y
 
@@ -102,7 +98,25 @@ def begin(batch_stats: Any, conventions: Mapping[Path, Convention] | None = None
         seen = dict(zip(_SEEN, (real, room, room, real), strict=True))
         return {**stats, **seen, _CALLS: jnp.zeros(mean.shape, jnp.int32)}
 
-    return _map_layers(add_room, batch_stats)
+    return map_layers(add_room, batch_stats)
+
+
+def added(stats: Mapping[str, Any], x: Any, does: linen.Call) -> dict[str, Any]:
+    """A layer's statistics after one more call, the moments of its input added."""
+    x = jnp.asarray(x)
+    mask = None if does.mask is None else _checks.mask(does.mask, x.shape)
+    batch = measure(x, _checks.feature_axes(does.axis, x.ndim), mask)
+    if does.axis_name is not None:
+        batch = pool(batch, does.axis_name, does.axis_index_groups, stats["mean"])
+    parts = (batch.count, batch.origin, batch.offset, batch.m2)
+    one = Moments(*(jnp.broadcast_to(part, batch.m2.shape)[..., None] for part in parts))
+    held = [stats[name] for name in _SEEN]
+    merged = merge(Moments(*held), one)
+    room = jnp.arange(held[0].shape[-1])
+    this = jnp.minimum(stats[_CALLS], room[-1])[..., None] == room
+    new = (merged.count, merged.origin, merged.offset, merged.m2)
+    chosen = (jnp.where(this, n.astype(old.dtype), old) for n, old in zip(new, held, strict=True))
+    return {**stats, **dict(zip(_SEEN, chosen, strict=True)), _CALLS: stats[_CALLS] + 1}
 
 
 def next_pass(accumulated: Any) -> Any:
@@ -111,7 +125,7 @@ def next_pass(accumulated: Any) -> Any:
     def rewind(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
         return {**stats, _CALLS: jnp.zeros_like(stats[_CALLS])}
 
-    return _map_layers(rewind, accumulated)
+    return map_layers(rewind, accumulated)
 
 
 def finish(accumulated: Any, conventions: Mapping[Path, Convention]) -> Any:
@@ -147,7 +161,7 @@ def unmeasured(accumulated: Any, paths: Collection[Path]) -> dict[str, int]:
             fine = (seen.count > 0) & jnp.isfinite(seen.mean) & jnp.isfinite(seen.m2)
             channels["/".join(path)] = int(jnp.sum(~fine))
 
-    _map_layers(look, accumulated)
+    map_layers(look, accumulated)
     return {path: count for path, count in channels.items() if count}
 
 
@@ -176,7 +190,7 @@ def merge_batch_stats(batch_stats: Any, axis: int = 0) -> Any:
         others = {name: jnp.take(value, 0, axis) for name, value in stats.items()}
         return {**others, "mean": mean, "var": var}
 
-    return _map_layers(merged, batch_stats)
+    return map_layers(merged, batch_stats)
 
 
 def _settled(
@@ -193,7 +207,7 @@ def _settled(
         new = settle(path, kept, _by_call(stats))
         return {name: new[name].astype(value.dtype) for name, value in kept.items()}
 
-    return _map_layers(visit, accumulated)
+    return map_layers(visit, accumulated)
 
 
 def _by_call(stats: Mapping[str, Any]) -> list[Moments]:
@@ -202,20 +216,7 @@ def _by_call(stats: Mapping[str, Any]) -> list[Moments]:
     return [Moments(*(stats[name][..., call] for name in _SEEN)) for call in range(calls)]
 
 
-def _added(before: Mapping[str, Any], batch: Moments) -> dict[str, Any]:
-    """The moments in a layer's statistics after one more call."""
-    parts = (batch.count, batch.origin, batch.offset, batch.m2)
-    one = Moments(*(jnp.broadcast_to(part, batch.m2.shape)[..., None] for part in parts))
-    held = [before[name] for name in _SEEN]
-    merged = merge(Moments(*held), one)
-    room = jnp.arange(held[0].shape[-1])
-    this = jnp.minimum(before[_CALLS], room[-1])[..., None] == room
-    new = (merged.count, merged.origin, merged.offset, merged.m2)
-    chosen = (jnp.where(this, n.astype(old.dtype), old) for n, old in zip(new, held, strict=True))
-    return dict(zip(_SEEN, chosen, strict=True)) | {_CALLS: before[_CALLS] + 1}
-
-
-def _map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) -> Any:
+def map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) -> Any:
     """Apply a function of path and statistics to each batch norm in a collection."""
 
     def visit(path: Path, node: Any) -> Any:

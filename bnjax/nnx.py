@@ -1,7 +1,5 @@
 """Flax nnx layers: PyTorch's `BatchNorm1d/2d/3d`, a drop-in for `flax.nnx.BatchNorm`; freeze."""
 
-import copyreg
-import functools
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -16,6 +14,7 @@ from jax.nn.initializers import ones, zeros
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from bnjax import _checks, _globs
+from bnjax._subtypes import subtype
 from bnjax.functional import batch_norm, init
 from bnjax.moments import AxisName, Groups
 
@@ -320,9 +319,10 @@ def freeze(model: nnx.Module, paths: _globs.Paths = "**") -> None:
     >>> layer.mean[...].tolist()
     [0.0, 0.0, 0.0]
     """
-    for layer in _fitting(model, paths):
+    for layer in fitting(model, paths):
         if not isinstance(layer, _Frozen):
-            object.__setattr__(layer, "__class__", _frozen(type(layer)))
+            frozen = subtype(_Frozen, type(layer), LAYERS, "Frozen")
+            object.__setattr__(layer, "__class__", frozen)
 
 
 def unfreeze(model: nnx.Module, paths: _globs.Paths = "**") -> None:
@@ -332,12 +332,13 @@ def unfreeze(model: nnx.Module, paths: _globs.Paths = "**") -> None:
         model: a module, some of whose batch norms are frozen.
         paths: a glob over attribute paths or several, as for `freeze`, with the same error.
     """
-    for layer in _fitting(model, paths):
+    for layer in fitting(model, paths):
         if isinstance(layer, _Frozen):
-            object.__setattr__(layer, "__class__", type(layer).thawed)
+            frozen: Any = type(layer)
+            object.__setattr__(layer, "__class__", frozen.kind)
 
 
-def _fitting(model: nnx.Module, paths: _globs.Paths) -> list[nnx.Module]:
+def fitting(model: nnx.Module, paths: _globs.Paths) -> list[nnx.Module]:
     """The batch norms whose path fits, after a look at all patterns."""
     layers = list(_layers(model))
     there = [path for path, _ in layers]
@@ -352,20 +353,16 @@ def _layers(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[str,
     if isinstance(node, LAYERS):
         yield path, node
         return
-    above = (*above, node)
-    for key, child in tree_flatten_with_path(node, is_leaf=lambda value: value is not node)[0]:
-        if not any(child is parent for parent in above):
-            name = keystr(key, simple=True)
-            yield from _layers(child, f"{path}/{name}" if path else name, above)
+    leaves = tree_flatten_with_path(node, is_leaf=lambda value: value is not node)[0]
+    children = [(keystr(key, simple=True), child) for key, child in leaves]
+    if isinstance(node, nnx.Module) and any(child is node for _, child in children):
+        children = sorted(vars(node).items())  # made with pytree=False
+    for name, child in children:
+        if not any(child is parent for parent in (*above, node)):
+            yield from _layers(child, f"{path}/{name}" if path else name, (*above, node))
 
 
-class _FrozenType(type(nnx.Module)):
-    """The type of frozen types, so that pickle can make them anew."""
-
-    thawed: type[nnx.Module]
-
-
-class _Frozen(nnx.Module, metaclass=_FrozenType):
+class _Frozen(nnx.Module):
     """A batch norm that has one mode, and remembers the one it is asked for."""
 
     @property
@@ -378,22 +375,3 @@ class _Frozen(nnx.Module, metaclass=_FrozenType):
 
     def __call__(self, x: jax.Array, use_running_average: Any = None, **rest: Any) -> jax.Array:
         return super().__call__(x, use_running_average=True, **rest)
-
-
-@functools.cache
-def _frozen(kind: type[nnx.Module]) -> _FrozenType:
-    """The frozen subclass of a type of layer; it is the same one each time, as jit compares it.
-
-    Of a user's own subclass, `super().__call__` is what is frozen.
-    """
-    root = next(layer for layer in LAYERS if issubclass(kind, layer))
-    bases = (_Frozen, root) if kind is root else (kind, _frozen(root))
-    fields = {"thawed": kind, "__module__": __name__, "__doc__": kind.__doc__}
-    pytree = {"pytree": kind._pytree__is_pytree}
-    frozen: Any = types.new_class(
-        f"Frozen{kind.__name__}", bases, pytree, lambda b: b.update(fields)
-    )
-    return frozen
-
-
-copyreg.pickle(_FrozenType, lambda frozen: (_frozen, (frozen.thawed,)))

@@ -78,24 +78,44 @@ def freeze(paths: _globs.Paths) -> contextlib.AbstractContextManager[None]:
     return override(paths, use_running_average=True)
 
 
+def active() -> tuple[_Override, ...]:
+    """The overrides that hold here, for `again`."""
+    return _active.value
+
+
+@contextlib.contextmanager
+def again(overrides: tuple[_Override, ...]) -> Iterator[None]:
+    """A context in which these hold once more, outside of those that hold here."""
+    with _active((*overrides, *_active.value)), nn.intercept_methods(_intercept):
+        yield
+
+
 @contextlib.contextmanager
 def overridden(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple]:
     """The layer with the settings that are active for its path, and the arguments of its call."""
     path = "/".join(layer.path)
     fields: dict[str, Any] = {}
-    for active in _active.value:
-        _meeting[active].add(path)
-        if active.fits(path):
-            fields.update(active.fields)
+    for one in _active.value:
+        if one in _meeting:  # not where it holds again
+            _meeting[one].add(path)
+        if one.fits(path):
+            fields.update(one.fields)
     if "use_running_average" in fields:
         args, kwargs = args[:1], {k: v for k, v in kwargs.items() if k != "use_running_average"}
     _checks.layer_has_fields(layer, fields, path)
+    with setting(layer, **fields):
+        yield args, kwargs
+
+
+@contextlib.contextmanager
+def setting(layer: Any, **fields: Any) -> Iterator[None]:
+    """A context in which a layer, of linen or nnx, has other fields."""
     before = {name: getattr(layer, name) for name in fields}
     try:
         # A linen module is frozen for good reasons, but here it is put back before anyone looks.
         for name, value in fields.items():
             object.__setattr__(layer, name, value)
-        yield args, kwargs
+        yield
     finally:
         for name, value in before.items():
             object.__setattr__(layer, name, value)

@@ -2,25 +2,30 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 from jax.sharding import Mesh
 
+import bnjax.nnx
 from bnjax import _checks, _globs
-from bnjax.accumulation import Path, accumulating, begin, replace, unmeasured
+from bnjax.accumulation import Path, accumulating, added, begin, replace, unmeasured
 from bnjax.batches import Batch, on_all, pad_batch, shardings, split_over
+from bnjax.bridge import Bridge, describe, intercepting, path_of, variables_of
 from bnjax.linen import Call
-from bnjax.overrides import override
+from bnjax.moments import AxisName
+from bnjax.overrides import override, setting
 
 Batches = Iterable[Any]
 
 
 def recalibrate(
-    model: nn.Module,
-    variables: Mapping[str, Any],
+    model: nn.Module | nnx.Module,
+    variables: Mapping[str, Any] | nnx.State | None,
     batches: Batches,
     *,
     paths: _globs.Paths = "**",
@@ -28,7 +33,7 @@ def recalibrate(
     apply_kwargs: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
+) -> Any:
     """The variables with running statistics that are those of the data, exactly.
 
     Running statistics are a decaying average over the last batches, seen by parameters that have
@@ -38,8 +43,10 @@ def recalibrate(
     were averaged (EMA, SWA), and helps where the batches of the training were small.
 
     Args:
-        model: a linen model with batch norms, bnjax's or Flax's own.
-        variables: its variables. They are not touched, whatever happens.
+        model: a linen or nnx model with batch norms, bnjax's or Flax's own. An nnx model runs as
+            after `.eval()`; it is not touched either.
+        variables: its variables. They are not touched, whatever happens. Of an nnx model an
+            `nnx.State`, all of it or, such as averaged parameters, a part; None for its own.
         batches: inputs of the model; or dicts with `"x"` and perhaps `"mask"`, bool (N,), the
             examples that count. A ragged last batch is fine.
         paths: which batch norms, as globs over module paths; all of them by default.
@@ -55,23 +62,44 @@ def recalibrate(
 
     Returns:
         New variables: `batch_stats` has new means and variances, all other values are the same.
+        Of an nnx model the whole `nnx.State`, for `nnx.update(model, state)`.
 
     Raises:
         ValueError: no batch, no batch norm, variables of another model, or a channel without a
             finite mean and variance.
     """
+    _checks.flax_model(model)
+    settings = (dict(apply_kwargs or {}), mesh, paths, sequential, progress)
+    if isinstance(model, nnx.Module):
+        bridge = Bridge(model, variables)
+        _checks.some_batch_norm("batch_stats" in bridge.variables)
+        return bridge.state(_recalibrated(bridge, bridge.variables, batches, *settings))
     _checks.has_statistics(variables)
-    measure = _Measurement(model, variables, dict(apply_kwargs or {}), mesh, paths)
+    return _recalibrated(model, variables, batches, *settings)
+
+
+def _recalibrated(
+    model: nn.Module | Bridge,
+    variables: Any,
+    batches: Batches,
+    kwargs: dict[str, Any],
+    mesh: Mesh | None,
+    paths: _globs.Paths,
+    sequential: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """The variables with new statistics, of either library."""
+    measurement = _Measurement(model, variables, kwargs, mesh, paths)
     stats = variables["batch_stats"]
     if not sequential:
-        stats = measure(stats, batches, None, progress, "recalibrating")
+        stats = measurement(stats, batches, None, progress, "recalibrating")
         return {**variables, "batch_stats": stats}
     _checks.iterable_again(batches)
-    order = measure.order(stats, batches)
+    order = measurement.order(stats, batches)
     _checks.some_batch(bool(order))
     for number, path in enumerate(order, 1):
         label = f"{'/'.join(path)} ({number} of {len(order)})"
-        stats = measure(stats, batches, path, progress, label)
+        stats = measurement(stats, batches, path, progress, label)
     return {**variables, "batch_stats": stats}
 
 
@@ -80,18 +108,23 @@ class _Measurement:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Bridge,
         variables: Mapping[str, Any],
         kwargs: dict[str, Any],
         mesh: Mesh | None,
         paths: _globs.Paths,
     ) -> None:
-        self.model, self.kwargs, self.mesh, self.paths = model, kwargs, mesh, paths
+        if isinstance(model, Bridge):
+            self.measuring = functools.partial(_measuring_nnx, model.paths(paths))
+            model = model.holding({**variables, "batch_stats": begin(variables["batch_stats"])})
+        else:
+            self.measuring = functools.partial(_measuring_linen, paths)
+        self.model, self.kwargs, self.mesh = model, kwargs, mesh
         self.others = {name: tree for name, tree in variables.items() if name != "batch_stats"}
         self.context = contextlib.nullcontext
         if mesh is not None:
-            auto, alike, self.split = shardings(mesh)
-            self.others = on_all(self.others, alike)
+            auto, self.alike, self.split = shardings(mesh)
+            self.others = on_all(self.others, self.alike)
             self.context = functools.partial(jax.set_mesh, auto)
         self.steps: dict[Path | None, tuple[Callable, dict[Path, Any]]] = {}
 
@@ -101,6 +134,8 @@ class _Measurement:
         """The statistics after one pass that measures the layer at this path, or all."""
         step, conventions = self._step(path)
         accumulated, some = begin(stats), False
+        if self.mesh is not None:
+            accumulated = on_all(accumulated, self.alike)
         for batch in _tracked(batches, progress, label):
             some = True
             with _checks.variables_fit({**self.others, "batch_stats": stats}), self.context():
@@ -130,26 +165,76 @@ class _Measurement:
             return self.steps[path]
         conventions: dict[Path, Any] = {}
 
-        def measured(at: Path, call: Call) -> bool:
-            return at == path if path is not None else not call.running
-
         def step(stats: Any, others: Any, batch: Batch) -> Any:
-            # One layer alone is measured in evaluation, all together in training.
-            together = override(self.paths, use_running_average=False)
-            mode = together if path is None else contextlib.nullcontext()
-            with override("**", use_running_average=True), mode:
-                with accumulating(measured, batch.get("mask")) as seen:
-                    _, updates = self.model.apply(
-                        {**others, "batch_stats": stats},
-                        batch["x"],
-                        mutable=["batch_stats"],
-                        **self.kwargs,
-                    )
+            with self.measuring(path, batch.get("mask")) as seen:
+                _, updates = self.model.apply(
+                    {**others, "batch_stats": stats},
+                    batch["x"],
+                    mutable=["batch_stats"],
+                    **self.kwargs,
+                )
             conventions.update(seen)
             return updates["batch_stats"]
 
         self.steps[path] = jax.jit(step), conventions
         return self.steps[path]
+
+
+@contextlib.contextmanager
+def _measuring_linen(
+    paths: _globs.Paths, path: Path | None, examples: Any
+) -> Iterator[Mapping[Path, Any]]:
+    """A context in which one layer is measured in evaluation, or all together in training."""
+
+    def measured(at: Path, call: Call) -> bool:
+        return at == path if path is not None else not call.running
+
+    together = override(paths, use_running_average=False)
+    mode = together if path is None else contextlib.nullcontext()
+    with override("**", use_running_average=True), mode, accumulating(measured, examples) as seen:
+        yield seen
+
+
+@contextlib.contextmanager
+def _measuring_nnx(
+    paths: Collection[Path], path: Path | None, examples: Any
+) -> Iterator[Mapping[Path, Any]]:
+    """The same for the layers of a bridge."""
+    seen: dict[Path, Any] = {}
+
+    def intercept(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+        layer = context.module
+        if not isinstance(layer, bnjax.nnx.LAYERS):
+            return call(*args, **kwargs)
+        at, x = path_of(layer), jnp.asarray(args[0] if args else kwargs["x"])
+        mask = kwargs.get("mask")
+        if examples is not None:
+            alike = examples.reshape(-1, *(1,) * (x.ndim - 1))
+            mask = alike if mask is None else alike & jnp.asarray(mask, bool)
+        before = variables_of(layer).get("batch_stats")
+        together = path is None and at in paths
+        alone = {"axis_name": None, "axis_index_groups": None}
+        unmapped = layer.axis_name is not None and _unmapped(layer.axis_name)
+        with setting(layer, **alone if unmapped else {}):
+            y = call(x, use_running_average=not together, mask=mask)
+            if before and (together or at == path):
+                seen[at] = None
+                does = describe(layer, mask=None if mask is None else jnp.asarray(mask, bool))
+                for name, value in added(before, x, does).items():
+                    getattr(layer, name)[...] = value
+        return y
+
+    with intercepting(intercept):
+        yield seen
+
+
+def _unmapped(axis_name: AxisName) -> bool:
+    """Whether it names devices of the training, which are not here."""
+    try:
+        jax.lax.axis_size(axis_name)
+    except NameError:
+        return True
+    return False
 
 
 def _tracked(batches: Batches, progress: bool, label: str) -> Batches:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax import nnx
 
 
 class ResidualBlock(nn.Module):
@@ -77,3 +78,41 @@ class Siamese(nn.Module):
             for norm, y in zip(self.domains, both, strict=True)
         ]
         return self.head(nn.relu(ys[0] * ys[1]))
+
+
+class NnxBlock(nnx.Module):
+    """Two 3x3 convs and a shortcut, in nnx."""
+
+    def __init__(self, features: tuple[int, int], rngs: nnx.Rngs, norm: Callable[..., Any]) -> None:
+        into, out = features
+        strides = 1 if into == out else 2
+        self.conv1 = nnx.Conv(into, out, (3, 3), strides, use_bias=False, rngs=rngs)
+        self.bn1 = norm(out, rngs=rngs)
+        self.conv2 = nnx.Conv(out, out, (3, 3), use_bias=False, rngs=rngs)
+        self.bn2 = norm(out, rngs=rngs)
+        self.shortcut = nnx.Sequential()
+        if strides > 1:
+            conv0 = nnx.Conv(into, out, (1, 1), strides, use_bias=False, rngs=rngs)
+            self.shortcut = nnx.Sequential(conv0, norm(out, rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.bn1(self.conv1(x)))
+        return nnx.relu(self.shortcut(x) + self.bn2(self.conv2(y)))
+
+
+class NnxResNet(nnx.Module):
+    """Residual blocks under `nnx.remat`, the last of them used twice, and dropout."""
+
+    def __init__(self, rngs: nnx.Rngs, norm: Callable[..., Any] = nnx.BatchNorm) -> None:
+        self.stem = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.stem_bn = norm(4, rngs=rngs)
+        self.blocks = nnx.List([NnxBlock(sizes, rngs, norm) for sizes in ((4, 4), (4, 8))])
+        self.shared = NnxBlock((8, 8), rngs, norm)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.stem_bn(self.stem(x)))
+        for block in (*self.blocks, self.shared, self.shared):
+            x = nnx.remat(lambda block, x: block(x))(block, x)
+        return self.head(self.dropout(x.mean((1, 2))))

@@ -165,7 +165,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no model": (
         lambda: bnjax.fold(MODEL.apply, VARIABLES, X),  # pyright: ignore[reportArgumentType]
         TypeError,
-        "`model` must be an instance of a flax.linen.Module, got method.",
+        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got method.",
     ),
     "no statistics": (
         lambda: bnjax.fold(MODEL, {"params": PARAMS}, X),

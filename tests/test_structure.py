@@ -9,22 +9,23 @@ import pytest
 
 import bnjax
 
-TOOLS = {"training", "recalibration", "folding", "conversion", "files", "diagnosis"}
+TOOLS = {"training", "recalibration", "folding", "conversion", "files", "inspection", "diagnosis"}
 FLOORS = (
-    {"_checks", "_globs"},
+    {"_checks", "_globs", "_subtypes"},
     {"moments"},
     {"functional"},
     {"linen", "nnx"},
     {"overrides", "masks"},
-    {"accumulation", "batches"},
+    {"accumulation", "batches", "bridge", "tensors"},
     TOOLS,
     {"plotting"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(FLOORS) for room in rooms}
 PACKAGE = Path(bnjax.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
-HEAVY = ("torch", "matplotlib", "safetensors", "sklearn", "typer")
+HEAVY = ("torch", "matplotlib", "safetensors", "sklearn", "typer", "orbax")
 
 
 def room(path: str) -> str:

@@ -1,5 +1,6 @@
 """Batch norm folded into the conv or dense layer before it, for evaluation: fold."""
 
+import contextlib
 import dataclasses
 import io
 from collections.abc import Callable, Mapping
@@ -9,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import traverse_util
+from flax import nnx, traverse_util
 from flax.core import meta, unfreeze
 from rich.console import Console
 from rich.table import Table
 
-from bnjax import _checks
-from bnjax.folding.program import LINEAR, Call, Path, Program, as_context, pair
-from bnjax.linen import LAYERS
+from bnjax import _checks, overrides
+from bnjax.bridge import Bridge, Path, intercepting, path_of
+from bnjax.folding.program import LAYERS, LINEAR, Call, Program, as_context, pair
 
 
 class Row(NamedTuple):
@@ -66,17 +67,19 @@ class Folded:
     """A model in evaluation, without the batch norms that were folded.
 
     Attributes:
-        variables: its variables: folded kernels and biases, and nothing of those batch norms.
+        variables: its variables: folded kernels and biases, and nothing of those batch norms. Of
+            an nnx model they are a dict as linen has it: of collections, by path.
         report: what was folded, what was not and why, and what it changed in the outputs.
     """
 
     variables: dict[str, Any]
     report: Report
-    _model: nn.Module = dataclasses.field(repr=False)
+    _model: nn.Module | Bridge = dataclasses.field(repr=False)
     _apply_kwargs: Mapping[str, Any] = dataclasses.field(repr=False)
     _layers: frozenset[Path] = dataclasses.field(repr=False)
     # For each path of a folded batch norm, the dtypes of its input and output.
     _norms: Mapping[Path, tuple[Any, Any]] = dataclasses.field(repr=False)
+    _overrides: Any = dataclasses.field(repr=False)
 
     @property
     def max_difference(self) -> float:
@@ -95,31 +98,30 @@ class Folded:
         """
         held = {key[1:-1] for key in _flat(variables)}
         _checks.folded_variables(["/".join(path) for path in self._norms if path in held])
-        with as_context(self), nn.intercept_methods(self._intercept):
+        again = overrides.again(self._overrides)
+        with again, as_context(self), intercepting(self._intercept):
             return self._model.apply(variables, x, **self._apply_kwargs)
 
     def _intercept(self, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
-        if context.method_name != "__call__":
+        if context.method_name != "__call__" or not isinstance(module, LAYERS + LINEAR):
             return call(*args, **kwargs)
-        if isinstance(module, LAYERS) and module.path in self._norms:
+        path = path_of(module)
+        if path in self._norms:
             x = args[0] if args else kwargs["x"]
-            before, after = self._norms[module.path]
+            before, after = self._norms[path]
             return x.astype(after) if x.dtype == before else x
-        if not isinstance(module, LINEAR) or module.path not in self._layers:
+        with (
+            overrides.setting(module, use_bias=True)
+            if path in self._layers
+            else contextlib.nullcontext()
+        ):
             return call(*args, **kwargs)
-        use_bias = module.use_bias
-        try:
-            # A linen module is frozen for good reasons, but this is put back before anyone looks.
-            object.__setattr__(module, "use_bias", True)
-            return call(*args, **kwargs)
-        finally:
-            object.__setattr__(module, "use_bias", use_bias)
 
 
 def fold(
-    model: nn.Module,
-    variables: Mapping[str, Any],
+    model: nn.Module | nnx.Module,
+    variables: Mapping[str, Any] | nnx.State | None,
     example_x: Any,
     *,
     apply_kwargs: Mapping[str, Any] | None = None,
@@ -129,13 +131,16 @@ def fold(
     In evaluation `(conv(x) + b - mean) * s + bias`, with `s = scale / sqrt(var + eps)`, is a conv
     with the kernel `kernel * s` and the bias `(b - mean) * s + bias` (Jacob et al. 2018, section
     3.2). It is done, in float64, to each `nn.Conv`, `ConvLocal`, `ConvTranspose`, `Dense` and
-    `DenseGeneral` whose output goes into one batch norm and nowhere else, over its channels. That
-    is read off the program of the forward pass (its jaxpr), whatever the nesting; what stands in a
-    loop (`nn.scan`) or under `vmap` stays as it is. The result is compared with the model.
+    `DenseGeneral` (of nnx: `Conv`, `ConvTranspose`, `Linear` and `LinearGeneral`) whose output goes
+    into one batch norm and nowhere else, over its channels. That is read off the program of the
+    forward pass (its jaxpr), whatever the nesting; what stands in a loop (`nn.scan`) or under
+    `vmap` stays as it is. The result is compared with the model.
 
     Args:
-        model: a linen model with batch norms, bnjax's or Flax's own.
-        variables: its variables. They are not touched.
+        model: a linen or nnx model with batch norms, bnjax's or Flax's own. An nnx model is taken
+            as it is after `.eval()`. Where `override` or `freeze` holds here, it holds in `apply`.
+        variables: its variables. They are not touched. Of an nnx model an `nnx.State`, or None for
+            its own.
         example_x: an input of the model. What was folded is right for inputs that take the same
             way through the model's Python code: of another batch size, say.
         apply_kwargs: passed to the model's call, such as `{"train": False}`.
@@ -148,7 +153,7 @@ def fold(
             fold, or an output that folding changed by more than the tolerance: the square root of
             the machine epsilon of the coarsest dtype in a folded layer (3.5e-4 in float32), times
             the largest output.
-        TypeError: the model is no linen model.
+        TypeError: the model is no Flax model, or the variables of an nnx model no `nnx.State`.
 
     >>> model = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=True)])
     >>> x = jnp.ones((1, 3))
@@ -158,9 +163,15 @@ def fold(
     >>> jax.tree.map(jnp.shape, folded.variables)
     {'params': {'layers_0': {'bias': (2,), 'kernel': (3, 2)}}}
     """
-    _checks.linen_model(model)
-    kwargs = dict(apply_kwargs or {})
-    program = Program(model, variables, example_x, kwargs)
+    _checks.flax_model(model)
+    if isinstance(model, nnx.Module):
+        bridge = Bridge(model, variables)
+        return _fold(bridge, bridge.variables, example_x, dict(apply_kwargs or {}))
+    return _fold(model, variables, example_x, dict(apply_kwargs or {}))
+
+
+def _fold(model: nn.Module | Bridge, variables: Any, x: Any, kwargs: dict[str, Any]) -> Folded:
+    program = Program(model, variables, x, kwargs)
     _checks.some_batch_norm(any(call.norm for call in program.calls))
     pairs, reasons = pair(program)
     rows = tuple(Row("/".join(layer), "/".join(norm), why) for layer, norm, why in reasons)
@@ -169,7 +180,9 @@ def fold(
     for layer, norm in pairs:
         _absorb(flat, layer, norm)
     norms, layers = {n.path: n.dtypes for _, n in pairs}, frozenset(p.path for p, _ in pairs)
-    new = {key: leaf for key, leaf in flat.items() if key[1:-1] not in norms}
+    new = traverse_util.unflatten_dict(
+        {key: leaf for key, leaf in flat.items() if key[1:-1] not in norms}
+    )
     dtypes = [d for layer, norm in pairs for d in (layer.dtypes[1], *norm.dtypes)]
     dtypes += [
         meta.unbox(v).dtype for k, v in flat.items() if k[1:-1] in norms or k[1:-1] in layers
@@ -178,14 +191,15 @@ def fold(
         max(float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.inexact)) ** 0.5
     )
     folded = Folded(
-        traverse_util.unflatten_dict(new),
+        new,
         Report(rows, 0, 0, tolerance),
-        model,
+        model.holding(new) if isinstance(model, Bridge) else model,
         kwargs,
         layers,
         norms,
+        overrides.active(),
     )
-    difference, scale = _difference(folded, variables, example_x)
+    difference, scale = _difference(folded, model, variables, x)
     _checks.same_outputs(difference, scale, tolerance)
     report = Report(rows, difference, scale, tolerance)
     return dataclasses.replace(folded, report=report)
@@ -223,12 +237,12 @@ def _absorb(flat: dict[Path, Any], layer: Call, norm: Call) -> None:
     write("kernel", read("params", layer.path, "kernel", 0) * factor, kernel)
 
 
-def _difference(folded: Folded, variables: Any, x: Any) -> tuple[float, float]:
+def _difference(folded: Folded, model: Any, variables: Any, x: Any) -> tuple[float, float]:
     """The largest difference to the outputs of the model, and the scale of that output."""
 
     @jax.jit
     def both(variables: Any, new: Any, x: Any) -> Any:
-        expected = folded._model.apply(variables, x, **folded._apply_kwargs)
+        expected = model.apply(variables, x, **folded._apply_kwargs)
         return expected, folded.apply(new, x)
 
     # On accelerators the default precision rounds inputs of a conv, which folding has scaled.

@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from bnjax import _checks
-from bnjax.linen import LAYERS, describe
+import bnjax.nnx
+from bnjax import _checks, bridge, linen
+from bnjax._subtypes import own_type
+from bnjax.bridge import Bridge, Path, describe, path_of, variables_of
 
-Path = tuple[str, ...]
-
-LINEAR: tuple[Any, ...] = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+_LINEN = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+LINEAR: tuple[Any, ...] = _LINEN + bridge.LINEAR
+LAYERS: tuple[Any, ...] = linen.LAYERS + bnjax.nnx.LAYERS
 # Equations that run another program once, on the same values; a loop is not among them.
 _CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call"} | {
     "custom_jvp_call",
@@ -79,12 +82,14 @@ class _Visit:
 class Program:
     """The program of a forward pass, flat, and where in it the layers are."""
 
-    def __init__(self, model: nn.Module, variables: Any, x: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module | Bridge, variables: Any, x: Any, kwargs: dict[str, Any]
+    ) -> None:
         self.calls: list[Call] = []
         self.steps: list[_Step] = []
         self.lost: dict[int, str] = {}  # calls that can't be followed, and why
         with _checks.variables_fit(variables), as_context(object()):
-            with nn.intercept_methods(self._intercept):
+            with bridge.intercepting(self._intercept):
                 traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, **kwargs))(variables, x)
         leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
         self.inputs = [tuple(k.key for k in keys if hasattr(k, "key")) for keys, _ in leaves]
@@ -108,14 +113,16 @@ class Program:
         others = args[1:], {k: v for k, v in kwargs.items() if args or k != name}
         facts = _norm_facts(layer, x, *others) if norm else _linear_facts(layer)
         number, shapes = len(self.calls), {}
-        self.calls.append(Call(layer.path, norm, dtypes=(x.dtype, None), shapes=shapes, **facts))
+        self.calls.append(
+            Call(path_of(layer), norm, dtypes=(x.dtype, None), shapes=shapes, **facts)
+        )
 
         def mark(value: Any, role: str) -> Any:
             shapes[role] = jnp.shape(value)
             return checkpoint_name(value, f"{_MARK}/{number}/{role}")
 
         x = mark(x, "enter")
-        for collection, tree in layer.variables.items():
+        for collection, tree in variables_of(layer).items():
             for leaf, value in tree.items():
                 mark(meta.unbox(value), f"{collection}/{leaf}")
         y = mark(call(x, *others[0], **others[1]), "exit")
@@ -272,7 +279,7 @@ def _lines(
 
 def _norm_facts(layer: Any, x: jax.Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     does = describe(layer, *args, **kwargs)
-    _checks.evaluating(does.running, layer.path)
+    _checks.evaluating(does.running, path_of(layer))
     reason = None
     if not getattr(layer, "track_running_stats", True):
         reason = "the batch norm has no running statistics"
@@ -286,15 +293,18 @@ def _norm_facts(layer: Any, x: jax.Array, args: tuple, kwargs: dict[str, Any]) -
 
 
 def _linear_facts(layer: Any) -> dict[str, Any]:
-    base, reason = next(c for c in type(layer).__mro__ if c in LINEAR), None
-    if any(getattr(type(layer), name) is not getattr(base, name) for name in ("__call__", "param")):
-        reason = f"{type(layer).__name__} changes what {base.__name__} computes"
-    shape = jnp.shape(meta.unbox(layer.variables.get("params", {}).get("kernel", 0)))
+    kind, reason = own_type(layer), None
+    base = next(c for c in kind.__mro__ if c in LINEAR)
+    if any(getattr(kind, name, 0) is not getattr(base, name, 0) for name in ("__call__", "param")):
+        reason = f"{kind.__name__} changes what {base.__name__} computes"
+    shape = jnp.shape(meta.unbox(variables_of(layer).get("params", {}).get("kernel", 0)))
     features, transposed = 1, getattr(layer, "transpose_kernel", False)
     bias_shape = shape[-1:]
-    if base is nn.DenseGeneral:
-        features = len(layer.features) if isinstance(layer.features, Sequence) else 1
-        bias_shape = shape[: len(layer.batch_dims)] + shape[-features:]
+    if base in (nn.DenseGeneral, nnx.LinearGeneral):
+        out = layer.features if base is nn.DenseGeneral else layer.out_features
+        batch = layer.batch_dims if base is nn.DenseGeneral else layer.batch_axis
+        features = len(out) if isinstance(out, Sequence) else 1
+        bias_shape = shape[: len(batch)] + shape[-features:]
     elif base is nn.ConvLocal:
         bias_shape = shape[:-2] + shape[-1:]
     elif transposed:

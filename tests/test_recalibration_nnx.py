@@ -1,0 +1,310 @@
+"""Population statistics of the layers of an nnx model, which stays as it is."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bnjax
+from tests.test_nnx import KINDS, held, make, moved
+
+NORMS = {"flax": nnx.BatchNorm, "drop-in": bnjax.nnx.BatchNorm, "1d": bnjax.nnx.BatchNorm1d}
+each_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+
+
+class Branches(nnx.Module):
+    """Dropout, remat, a layer used twice and one that is also in a list, in no mode as yet."""
+
+    def __init__(self, rngs: nnx.Rngs, norm: Any = nnx.BatchNorm) -> None:
+        self.first = norm(3, rngs=rngs)
+        self.dense = nnx.Linear(3, 6, rngs=rngs)
+        self.norms = nnx.List([norm(6, rngs=rngs), norm(6, rngs=rngs)])
+        self.twice = self.norms[1]
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.inputs: Any = None
+
+    def look(self, name: str, x: Any) -> Any:
+        if self.inputs is not None:
+            self.inputs.setdefault(name, []).append(np.asarray(x, np.float64))
+        return x
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.first(self.look("first", x))
+        h = nnx.remat(lambda dense, x: dense(x))(self.dense, x)
+        h = self.dropout(nnx.relu(self.norms[0](self.look("norms/0", h))))
+        h = self.twice(self.look("norms/1", h))
+        return self.twice(self.look("norms/1", h * 2 + 1))
+
+
+@pytest.fixture
+def batches(rng):
+    parts = ((99, 0.0), (2, 10.0), (50, 3.0))
+    return [jnp.asarray(rng.normal(mean, 1, (n, 3)), jnp.float32) for n, mean in parts]
+
+
+def inputs_of_layers(model: Any, batches: Any) -> dict[str, np.ndarray]:
+    """What each batch norm sees, in float64."""
+    seen = nnx.clone(model)
+    object.__setattr__(seen, "inputs", {})
+    seen.dropout.deterministic = True
+    for x in batches:
+        seen(x)
+    return {name: np.concatenate(parts) for name, parts in seen.inputs.items()}
+
+
+def assert_population(layer: Any, values: np.ndarray) -> None:
+    np.testing.assert_allclose(layer.mean[...], values.mean(0), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(layer.var[...], values.var(0), rtol=1e-5)
+
+
+def updated(model: Any, state: nnx.State) -> Any:
+    new = nnx.clone(model)
+    nnx.update(new, state)
+    return new
+
+
+@each_norm
+@pytest.mark.parametrize("mesh", [False, True])
+def test_the_statistics_are_those_of_all_data_by_count_and_of_all_uses(norm, batches, mesh):
+    model = Branches(nnx.Rngs(0), norm)
+    devices = jax.make_mesh((len(jax.devices()),), ("data",)) if mesh else None
+    new = updated(model, bnjax.recalibrate(model, None, batches, mesh=devices))
+    expected = inputs_of_layers(model, batches)
+    assert_population(new.first, expected["first"])
+    assert_population(new.norms[0], expected["norms/0"])
+    assert_population(new.twice, expected["norms/1"])
+
+
+def test_a_model_on_one_device_is_measured_on_a_mesh_of_all(batches):
+    model = Branches(nnx.Rngs(0))
+    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[1]))
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+    state = bnjax.recalibrate(model, None, batches, mesh=mesh)
+    assert_population(updated(model, state).first, np.concatenate(batches).astype(np.float64))
+
+
+@each_norm
+def test_sequential_gives_each_layer_the_statistics_of_what_it_will_see(norm, batches):
+    model = Branches(nnx.Rngs(0), norm)
+    new = updated(model, bnjax.recalibrate(model, None, batches, sequential=True))
+    new.eval()
+    expected = inputs_of_layers(new, batches)
+    assert_population(new.first, expected["first"])
+    assert_population(new.norms[0], expected["norms/0"])
+
+
+@each_norm
+def test_masked_examples_do_not_count(norm, batches):
+    model = Branches(nnx.Rngs(0), norm)
+    padded = [
+        {"x": jnp.concatenate([x, jnp.full((5, 3), 1e3)]), "mask": np.arange(len(x) + 5) < len(x)}
+        for x in batches
+    ]
+    new, expected = (updated(model, bnjax.recalibrate(model, None, b)) for b in (padded, batches))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5),
+        held_stats(new),
+        held_stats(expected),
+    )
+
+
+def held_stats(model: Any) -> dict[str, Any]:
+    return {k: v for k, v in held(model).items() if k.rpartition("/")[2] in ("mean", "var")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_that_the_model_gives_counts_as_well(kind, batches):
+    class Masked(nnx.Module):
+        def __init__(self) -> None:
+            self.bn = make(kind) if kind is not KINDS[0] else make(bnjax.nnx.BatchNorm1d)
+
+        def __call__(self, x: Any) -> Any:
+            return self.bn(x, mask=x[:, :1] > 0)
+
+    x = batches[0]
+    new = updated(Masked(), bnjax.recalibrate(Masked(), None, [x]))
+    assert_population(new.bn, np.asarray(x, np.float64)[np.asarray(x[:, 0]) > 0])
+
+
+def test_statistics_are_pooled_by_one_device_where_training_names_several(batches):
+    for kind in KINDS[1:]:
+        layer = make(kind, axis_name="devices")
+        new = updated(layer, bnjax.recalibrate(layer, None, batches))
+        assert_population(new, np.concatenate(batches).astype(np.float64))
+
+
+def test_shards_that_the_model_maps_itself_are_pooled(rng):
+    class Mapped(nnx.Module):
+        def __init__(self) -> None:
+            self.bn = bnjax.nnx.BatchNorm1d(3, axis_name="shards", rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            axes: Any = nnx.StateAxes({...: None})
+            shards = x.reshape(2, -1, 3)
+            return nnx.vmap(lambda bn, x: bn(x), in_axes=(axes, 0), axis_name="shards")(
+                self.bn, shards
+            )
+
+    x = jnp.asarray(rng.normal(size=(8, 3)) * np.arange(8)[:, None], jnp.float32)
+    new = updated(Mapped(), bnjax.recalibrate(Mapped(), None, [x]))
+    assert_population(new.bn, np.asarray(x, np.float64))
+
+
+@pytest.mark.parametrize("ways", ["jit", "scan"])
+def test_layers_inside_of_transformations_are_measured(batches, ways):
+    class Loop(nnx.Module):
+        def __init__(self) -> None:
+            self.bn = nnx.vmap(lambda rngs: nnx.BatchNorm(3, rngs=rngs))(nnx.Rngs(0).split(2))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.scan(lambda x, bn: 2 * bn(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+                x, self.bn
+            )
+
+    class Jitted(nnx.Module):
+        def __init__(self) -> None:
+            self.bn = make(nnx.BatchNorm)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.jit(lambda bn, x: bn(x))(self.bn, x)
+
+    x = batches[0]
+    model: Any = Loop() if ways == "scan" else Jitted()
+    new = updated(model, bnjax.recalibrate(model, None, [x]))
+    mean, var = np.asarray(x.mean(0)), np.asarray(x.var(0))
+    if ways == "scan":
+        mean, var = np.stack([mean, 0 * mean]), np.stack([var, 4 * var / (var + 1e-5)])
+    np.testing.assert_allclose(new.bn.mean[...], mean, atol=1e-5)
+    np.testing.assert_allclose(new.bn.var[...], var, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_nothing_changes_when_the_iterator_fails(batches, sequential):
+    model = Branches(nnx.Rngs(0))
+    before, graphdef = held(model), nnx.graphdef(model)
+
+    class Failing:
+        def __iter__(self):
+            yield batches[0]
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match=r"^the disk is gone$"):
+        bnjax.recalibrate(model, None, Failing(), sequential=sequential)
+    jax.tree.map(np.testing.assert_array_equal, held(model), before)
+    assert nnx.graphdef(model) == graphdef
+
+
+@pytest.mark.parametrize("references", [False, True])
+def test_the_model_stays_as_it_is_and_all_but_the_statistics_is_the_same(batches, references):
+    with nnx.var_defaults(ref=references):
+        model = Branches(nnx.Rngs(0))
+    model(batches[0])
+    before, graphdef = held(model), nnx.graphdef(model)
+    state = bnjax.recalibrate(model, None, iter(batches), progress=True)
+    jax.tree.map(np.testing.assert_array_equal, held(model), before)
+    assert nnx.graphdef(model) == graphdef
+    assert jax.tree.structure(nnx.to_pure_dict(state)) == jax.tree.structure(
+        nnx.to_pure_dict(nnx.state(model))
+    )
+    new = updated(model, state)
+    norms = ("first", "norms/0", "norms/1")
+    assert moved(before, held(new)) == {f"{n}/{s}" for n in norms for s in ("mean", "var")}
+    jax.tree.map(np.testing.assert_array_equal, held(model), before)
+
+
+def test_chosen_layers_alone_are_recalibrated_a_shared_one_by_any_of_its_names(batches):
+    model = Branches(nnx.Rngs(0))
+    before = held(model)
+    new = updated(model, bnjax.recalibrate(model, None, batches, paths="t*"))
+    assert moved(before, held(new)) == {"norms/1/mean", "norms/1/var"}
+
+
+def test_a_frozen_layer_is_recalibrated_and_stays_frozen(batches):
+    layer = make(nnx.BatchNorm)
+    bnjax.nnx.freeze(layer)
+    new = updated(layer, bnjax.recalibrate(layer, None, batches))
+    assert_population(new, np.concatenate(batches).astype(np.float64))
+    layer.train()
+    assert layer.use_running_average is True
+
+
+def test_a_layer_with_arguments_of_its_own_is_measured(batches):
+    class Renamed(nnx.BatchNorm):
+        def __call__(self, x, train):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().__call__(x, use_running_average=not train)
+
+    layer = make(Renamed)
+    new = bnjax.recalibrate(layer, None, batches, apply_kwargs={"train": False})
+    assert_population(updated(layer, new), np.concatenate(batches).astype(np.float64))
+
+
+def test_a_part_of_the_state_such_as_averaged_parameters_goes_in_and_comes_out(batches):
+    model = Branches(nnx.Rngs(0))
+    averaged = jax.tree.map(lambda leaf: leaf * 2, nnx.state(model, nnx.Param))
+    new = updated(model, bnjax.recalibrate(model, averaged, batches))
+    np.testing.assert_array_equal(new.dense.kernel[...], 2 * model.dense.kernel[...])
+    twin = updated(model, averaged)
+    assert_population(new.norms[0], inputs_of_layers(twin, batches)["norms/0"])
+
+
+MISTAKES = {
+    "a dict": (
+        lambda model: bnjax.recalibrate(model, {"params": {}}, []),
+        TypeError,
+        "`variables` of an nnx model must be an nnx.State, as `nnx.state(model)` gives it, or None "
+        "for those that the model has, got dict.",
+    ),
+    "another model": (
+        lambda model: bnjax.recalibrate(model, nnx.state(make(num_features=6)), []),
+        ValueError,
+        "`variables` do not fit the model: unknown ['bias', 'mean', 'scale', 'var']. Are they of "
+        "another model?",
+    ),
+    "another shape": (
+        lambda model: bnjax.recalibrate(model.first, nnx.state(make(num_features=6)), []),
+        ValueError,
+        "`variables` do not fit the model: of another shape ['bias (6,) not (3,)', "
+        "'mean (6,) not (3,)', 'scale (6,) not (3,)', 'var (6,) not (3,)']. Are they of another "
+        "model?",
+    ),
+    "no model": (
+        lambda model: bnjax.recalibrate(model.__call__, None, []),
+        TypeError,
+        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got method.",
+    ),
+    "no statistics": (
+        lambda model: bnjax.recalibrate(model.dense, None, []),
+        ValueError,
+        "`model` must call a batch norm, bnjax's or Flax's own, but calls none.",
+    ),
+    "no batch": (
+        lambda model: bnjax.recalibrate(model, None, []),
+        ValueError,
+        "`batches` must hold at least one batch, got none. An iterator that was used before is "
+        "empty: pass a list, or make it anew.",
+    ),
+    "no such layer": (
+        lambda model: bnjax.recalibrate(model, None, [], paths="bn"),
+        ValueError,
+        "The pattern 'bn' fits the path of no batch norm: there are ['first', 'norms/0', "
+        "'norms/1', 'twice']. `*` is a part of one name, `**` any number of names, as in "
+        "'encoder/**'.",
+    ),
+    "NaN": (
+        lambda model: bnjax.recalibrate(model.first, None, [jnp.full((2, 3), jnp.nan)]),
+        ValueError,
+        "These layers saw no finite mean and variance:  (3 channels). Is there NaN or inf in the "
+        "batches or the parameters, or a mask without True?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_an_error_that_says_how_to_mend_it(name):
+    call, error, message = MISTAKES[name]
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call(Branches(nnx.Rngs(0)))
