@@ -1,0 +1,172 @@
+"""The command line: parse, call one tool, print. Needs typer, from the extra `tools`."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bnjax import files, inspection
+from bnjax.conversion import from_torch, to_torch
+
+PROBLEMS, UNREADABLE = 1, 2
+
+app = typer.Typer(
+    help="Look into checkpoints with batch norm, and convert them. Exit codes: 0 fine, 1 problems "
+    "found, 2 cannot read.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console, errors = Console(), Console(stderr=True)
+
+File = Annotated[
+    Path, typer.Argument(help="A .safetensors, .pth, .pt or .msgpack file, or an orbax folder.")
+]
+
+
+@contextmanager
+def failing(code: int) -> Iterator[None]:
+    """Turn an error for the user into a message and an exit code."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError, ModuleNotFoundError) as error:
+        errors.print(escape(str(error)), style="red", soft_wrap=True, highlight=False)
+        raise typer.Exit(code) from error
+
+
+@app.command()
+def inspect(
+    file: File,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show the batch norms in a checkpoint, one row for each, and a verdict."""
+    with failing(UNREADABLE):
+        layers = inspection.inspect(files.load(file, only=inspection.relevant))
+    problems = inspection.problems(layers)
+    if as_json:
+        rows = [layer._asdict() for layer in layers]
+        print(json.dumps({"file": str(file), "layers": rows, "problems": problems}, indent=2))
+    else:
+        show(layers, problems, file.name)
+    if problems:
+        raise typer.Exit(PROBLEMS)
+
+
+def show(layers: list[inspection.Layer], problems: list[str], title: str) -> None:
+    """Print the table and the verdict."""
+    table = Table(title=f"batch norms in {escape(title)}", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    for column in ("size", "scale", "mean", "variance", "updates", "dead", "weak", "NaN"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in layers:
+        numbers = (layer.updates, layer.dead, layer.nearly_dead, layer.not_finite)
+        cells = ("-" if n is None else str(n) for n in numbers)
+        ranges = map(written, (layer.scale, layer.mean, layer.var))
+        style = "red" if layer.problems else None
+        name = escape(layer.name or "top")
+        table.add_row(name, str(layer.channels), *ranges, *cells, style=style)
+    if layers:
+        # In a file or a pipe, the paths in one piece.
+        console.print(table, width=None if console.is_terminal else max(console.width, 100))
+    for problem in problems:
+        console.print(f"[red]problem[/]  {escape(problem)}", highlight=False, soft_wrap=True)
+    quiet = sum(layer.dead + layer.nearly_dead for layer in layers)
+    if quiet:
+        console.print(
+            f"note: {quiet} channels are dead or weak: their output has a standard deviation of 0 "
+            f"or below {inspection.NEARLY_DEAD}, so they could be pruned",
+            highlight=False,
+            soft_wrap=True,
+        )
+    verdict = "fine" if not problems else f"{len(problems)} problems found"
+    console.print(f"verdict: {verdict} ({len(layers)} batch norms)", highlight=False)
+
+
+def written(limits: inspection.Range) -> str:
+    """A range as text."""
+    return "-" if limits is None else f"{limits[0]:.2g}..{limits[1]:.2g}"
+
+
+@app.command()
+def convert(
+    source: File,
+    target: Annotated[Path, typer.Argument(help="Its suffix chooses the format; none is orbax.")],
+    like: Annotated[
+        Path | None,
+        typer.Option(help="A checkpoint whose names, layouts and dtypes the arrays shall have."),
+    ] = None,
+    rename: Annotated[
+        list[str] | None, typer.Option(help="PYTORCH=FLAX, a module path or name; with --like.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A glob over names to leave out; with --like.")
+    ] = None,
+    flatten: Annotated[
+        list[str] | None,
+        typer.Option(help="LAYER=C,H,W: a linear layer (Flax path) after a flatten; with --like."),
+    ] = None,
+    transposed: Annotated[
+        list[str] | None,
+        typer.Option(help="A glob over transposed convolutions (Flax paths); with --like."),
+    ] = None,
+) -> None:
+    """Write a checkpoint in another format.
+
+    Names and values stay as they are, bit for bit, whatever the format. Between PyTorch's naming
+    and Flax's it takes --like FILE, a checkpoint of the model in the other framework (of any
+    values): a weight alone does not say whether it is of a linear layer or an embedding.
+    """
+    with failing(UNREADABLE):
+        tree = files.load(source)
+        template = None if like is None else files.load(like)
+    with failing(PROBLEMS):
+        options = {
+            "rename": dict(pair(text) for text in rename) if rename else None,
+            "ignore": ignore or (),
+            "flatten": {layer: shape(text) for layer, text in map(pair, flatten or ())},
+            "transposed": transposed,
+        }
+        if template is None:
+            if any(options.values()):
+                raise ValueError("These options are for a change of names: add --like FILE.")
+        else:
+            tree = renamed(tree, template, options)
+        files.save(target, tree)
+    console.print(f"wrote {escape(str(target))}", soft_wrap=True, highlight=False)
+
+
+def renamed(tree: dict[str, Any], template: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The tree with names and layouts of the template, which is in the other naming."""
+    flax, other = (bool({"params", "batch_stats"} & {*each}) for each in (tree, template))
+    if flax == other:
+        naming = "Flax's (`params` and `batch_stats`)" if flax else "PyTorch's"
+        raise ValueError(
+            f"Both files have {naming} naming, so --like changes nothing: leave it out. Of a "
+            "nested checkpoint, save the state dict or the variables alone."
+        )
+    if other:
+        return from_torch(tree, None, template, **options)
+    return to_torch(tree, template, **options, numpy=True)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Both sides of NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"Expected NAME=VALUE, got {text!r}.")
+    return name, value
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Numbers with commas between."""
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise ValueError(f"Expected a shape such as 512,7,7, got {text!r}.")
+    return tuple(map(int, text.split(",")))

@@ -1,0 +1,38 @@
+"""Small state dicts, the variables that they fit, and the error where they don't."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+F32 = np.float32
+MISFIT = (
+    "PyTorch's state dict and the `variables` do not fit, so nothing was converted. Match names "
+    "with `rename`, or leave them out with `ignore`."
+)
+
+
+def misfit(*lines: str) -> str:
+    return "^" + re.escape("\n  ".join((MISFIT, *lines))) + "$"
+
+
+def params(**modules: Any) -> dict[str, Any]:
+    return {"params": modules}
+
+
+def batch_norm(channels: int = 2) -> dict[str, np.ndarray]:
+    """A batch norm in PyTorch, each of whose arrays is another."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    values = {f"bn.{n}": np.arange(channels, dtype=F32) + i for i, n in enumerate(names, 1)}
+    return {**values, "bn.num_batches_tracked": np.array(7)}
+
+
+def batch_norm_variables(channels: int = 2, **more: Any) -> dict[str, Any]:
+    ones = np.ones(channels, F32)
+    stats = {"mean": ones, "var": ones, **more}
+    return {"params": {"bn": {"scale": ones, "bias": ones}}, "batch_stats": {"bn": stats}}
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)

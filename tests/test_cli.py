@@ -1,0 +1,265 @@
+"""The command line, as a user runs it: tables, JSON, conversions, and exit codes."""
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import bnjax
+from bnjax import inspection
+
+pytest.importorskip("typer", reason="the command line is in the extra `tools`")
+
+from typer.testing import CliRunner
+
+from bnjax.cli import app
+
+F32 = np.float32
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """The exit code and all output, on a wide terminal."""
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def layer(name: str, **changes: Any) -> dict[str, np.ndarray]:
+    """A batch norm of three channels in PyTorch, as a training leaves it."""
+    values = {
+        "weight": np.array([0.5, 1, 1.5], F32),
+        "bias": np.zeros(3, F32),
+        "running_mean": np.array([-1, 0, 2], F32),
+        "running_var": np.array([0.25, 1, 4], F32),
+        "num_batches_tracked": np.array(120),
+    } | changes
+    return {f"{name}.{leaf}": array for leaf, array in values.items()}
+
+
+NEW = {"running_mean": np.zeros(3, F32), "running_var": np.ones(3, F32)}
+FINE = layer("bn1") | {"conv.weight": np.ones((3, 3, 1, 1), F32)}
+BAD = (
+    layer("bn1", running_mean=np.array([0, np.nan, 1], F32))
+    | layer("bn2", **NEW)
+    | layer("bn3", weight=np.zeros(3, F32))
+    | layer("bn4", running_var=np.array([-1, 0, 1], F32), weight=np.array([1, 1, 1e-4], F32))
+)
+PROBLEMS = [
+    "bn1: 1 values of the running mean are NaN or infinite",
+    "bn2: the statistics were never updated: all means are 0 and all variances 1",
+    "bn3: all channels are dead: their output does not vary",
+    "bn4: 1 running variances are negative",
+]
+
+
+@pytest.fixture(params=[".safetensors", ".pth", ".msgpack", ""])
+def suffix(request) -> str:
+    if request.param == ".pth":
+        pytest.importorskip("torch")
+    return request.param
+
+
+# inspect
+
+
+def test_inspect_shows_each_batch_norm_in_every_format(tmp_path, suffix):
+    bnjax.save(tmp_path / f"model{suffix}", FINE)
+    code, output = run("inspect", tmp_path / f"model{suffix}")
+    assert code == 0, output
+    assert re.search(r"bn1 +3 +0\.5\.\.1\.5 +-1\.\.2 +0\.25\.\.4 +120 +0 +0 +0 ", output), output
+    assert output.endswith("verdict: fine (1 batch norms)\n")
+
+
+def test_inspect_finds_what_is_wrong(tmp_path):
+    bnjax.save(tmp_path / "model.safetensors", BAD)
+    code, output = run("inspect", tmp_path / "model.safetensors")
+    assert code == 1
+    assert [line[9:] for line in output.splitlines() if line.startswith("problem")] == PROBLEMS
+    assert "note: 5 channels are dead or weak: their output has a standard deviation of" in output
+    assert output.endswith("verdict: 4 problems found (4 batch norms)\n")
+
+
+def test_json_has_the_same_for_programs(tmp_path):
+    bnjax.save(tmp_path / "model.msgpack", BAD)
+    code, output = run("inspect", "--json", tmp_path / "model.msgpack")
+    report = json.loads(output, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (code, report["problems"]) == (1, PROBLEMS)
+    first, *_, last = report["layers"]
+    assert first == {
+        "name": "bn1",
+        "channels": 3,
+        "scale": [0.5, 1.5],
+        "mean": [0.0, 1.0],
+        "var": [0.25, 4.0],
+        "updates": 120,
+        "dead": 0,
+        "nearly_dead": 0,
+        "not_finite": 1,
+        "problems": [PROBLEMS[0].removeprefix("bn1: ")],
+    }
+    assert (last["dead"], last["nearly_dead"]) == (1, 1)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = bnjax.BatchNorm1d(momentum=None, name="bn1")(nn.Dense(3)(x))
+        return nn.BatchNorm(True, use_scale=False, name="bn_2")(x)
+
+
+def moved() -> dict[str, Any]:
+    variables = jax.device_get(Net().init(jax.random.key(0), jnp.ones((2, 3))))
+    return jax.tree.map(lambda array: array + 1, variables)
+
+
+@pytest.mark.parametrize("wrap", [lambda tree: tree, lambda tree: {"step": 3, "ema": tree}])
+def test_inspect_reads_flax_naming_at_any_depth(tmp_path, suffix, wrap):
+    bnjax.save(tmp_path / f"model{suffix}", wrap(moved()))
+    code, output = run("inspect", "--json", tmp_path / f"model{suffix}")
+    assert code == 0, output
+    rows = json.loads(output)["layers"]
+    assert sorted(row["name"].rpartition("/")[2] for row in rows) == ["bn1", "bn_2"]
+    assert {(row["updates"], row["scale"] is None) for row in rows} == {(1, False), (None, True)}
+
+
+def test_inspect_reads_an_nnx_state_from_orbax(tmp_path):
+    import orbax.checkpoint as ocp
+
+    state = nnx.state(bnjax.nnx.BatchNorm1d(3, rngs=nnx.Rngs(0)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", {"bn": state})
+    code, output = run("inspect", tmp_path / "model")
+    assert code == 1
+    assert "problem  bn: the statistics were never updated" in output
+
+
+def test_a_checkpoint_without_statistics_is_a_problem(tmp_path):
+    bnjax.save(tmp_path / "model.msgpack", {"params": moved()["params"]})
+    code, output = run("inspect", tmp_path / "model.msgpack")
+    assert code == 1
+    assert output.startswith("problem  no batch norm has running statistics here: were they saved,")
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        layer("bn", running_var=np.ones(2, F32)),
+        {"bn.running_mean": np.ones(3, F32)},
+        layer("bn", num_batches_tracked=np.ones(3), running_mean=np.ones((), F32)),
+        layer("bn", running_mean=np.zeros(0, F32)),
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_a_problem(arrays):
+    problems = inspection.problems(inspection.inspect(arrays))
+    assert problems[0].startswith("bn: running mean, variance, scale and bias do not fit together")
+
+
+def test_stacked_and_empty_layers_have_rows():
+    stacked = {k: np.stack([v, v]) for k, v in layer("bn").items()}
+    (row,) = inspection.inspect(stacked)
+    assert (row.channels, row.updates, row.problems) == (3, None, ())
+    empty = {k: v[:0] if v.ndim else v for k, v in layer("bn").items()}
+    (row,) = inspection.inspect(empty)
+    assert (row.channels, row.scale, row.dead) == (0, None, 0)
+
+
+def test_what_cannot_be_read_has_exit_code_two(tmp_path):
+    path = tmp_path / "model.msgpack"
+    assert run("inspect", path) == (2, f"There is no checkpoint at {path}.\n")
+    path.write_bytes(b"[bold]no[/] checkpoint")
+    for command in (("inspect", path), ("convert", path, tmp_path / "other.msgpack")):
+        code, output = run(*command)
+        assert code == 2
+        assert output.startswith(f"Cannot read {path} as Flax's msgpack: it is truncated, damaged")
+    assert [found.name for found in tmp_path.iterdir()] == ["model.msgpack"]
+
+
+# convert
+
+
+def test_convert_changes_the_format_and_nothing_else(tmp_path, suffix):
+    bnjax.save(tmp_path / "model.msgpack", FINE)
+    code, output = run("convert", tmp_path / "model.msgpack", tmp_path / f"other{suffix}")
+    assert (code, output) == (0, f"wrote {tmp_path / f'other{suffix}'}\n")
+    jax.tree.map(np.testing.assert_array_equal, bnjax.load(tmp_path / f"other{suffix}"), FINE)
+
+
+def test_convert_like_a_checkpoint_goes_between_pytorch_and_flax(tmp_path):
+    there, like, back = (tmp_path / f"{name}.msgpack" for name in ("there", "like", "back"))
+    source = tmp_path / "model.safetensors"
+    rng = np.random.default_rng(0)
+    state_dict = layer("stem.bn_2") | {"fc.weight": rng.standard_normal((2, 12)).astype(F32)}
+    bnjax.save(source, state_dict | layer("head"))
+    ones = np.ones(3, F32)
+    variables = {
+        "params": {"bn_2": {"scale": ones, "bias": ones}, "fc": {"kernel": np.zeros((12, 2), F32)}},
+        "batch_stats": {"bn_2": {"mean": ones, "var": ones}},
+    }
+    bnjax.save(like, variables)
+    options = ("--rename", "stem=", "--ignore", "head.*", "--flatten", "fc=3,2,2")
+    code, output = run("convert", source, there, "--like", like, *options)
+    assert code == 0, output
+    expected = bnjax.from_torch(
+        state_dict, None, variables, rename={"stem": ""}, flatten={"fc": (3, 2, 2)}
+    )
+    jax.tree.map(np.testing.assert_array_equal, bnjax.load(there), expected)
+    code, output = run("convert", there, back, "--like", source, *options)
+    assert code == 0, output
+    same = state_dict | layer("head")
+    jax.tree.map(np.testing.assert_array_equal, bnjax.load(back), same)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rename", "a=b"], "These options are for a change of names: add --like FILE."),
+        (
+            ["--like", "model.safetensors"],
+            "Both files have PyTorch's naming, so --like changes nothing: leave it out. Of a "
+            "nested checkpoint, save the state dict or the variables alone.",
+        ),
+        (["--like", "flax.msgpack", "--rename", "a"], "Expected NAME=VALUE, got 'a'."),
+        (
+            ["--like", "flax.msgpack", "--flatten", "fc=3,x"],
+            "Expected a shape such as 512,7,7, got '3,x'.",
+        ),
+        (
+            ["--like", "flax.msgpack"],
+            "PyTorch's state dict and the `variables` do not fit, so nothing was converted.",
+        ),
+    ],
+)
+def test_a_conversion_that_cannot_be_done_writes_nothing(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    bnjax.save("model.safetensors", FINE)
+    bnjax.save("flax.msgpack", moved())
+    code, output = run("convert", "model.safetensors", "out.msgpack", *options)
+    assert code == 1
+    assert output.startswith(message)
+    assert not (tmp_path / "out.msgpack").exists()
+
+
+# As a program
+
+
+def test_the_module_and_its_exit_codes(tmp_path):
+    bnjax.save(tmp_path / "model.safetensors", FINE)
+    command = [sys.executable, "-m", "bnjax", "inspect", str(tmp_path / "model.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "verdict: fine (1 batch norms)" in done.stdout
+
+
+def test_without_typer_it_says_what_to_install():
+    script = "import sys; sys.modules['typer'] = None; from bnjax.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "The command line of bnjax needs typer: pip install 'bnjax[tools]'\n"

@@ -1,0 +1,281 @@
+"""State dicts into Flax and back: names, layouts, and what is refused. PyTorch's numbers, live."""
+
+import copy
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import bnjax
+from tests.state_dicts import (
+    F32,
+    assert_same,
+    batch_norm,
+    batch_norm_variables,
+    misfit,
+    params,
+)
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("layer1.0.bn1.weight", ("layer1", "0", "bn1")),
+        ("layer1.0.bn1.weight", ("layer1_0", "bn1")),
+        ("layer1.0.bn1.weight", ("layer1_0_bn1",)),
+        ("features.3.weight", ("features", "layers_3")),
+        ("0.weight", ("layers_0",)),
+        ("encoder.layers.0.weight", ("encoder", "layers_0")),
+        ("weight", ()),
+    ],
+)
+def test_a_module_path_has_its_usual_names(name, path):
+    value: Any = np.arange(3, dtype=F32)
+    tree: Any = {"scale": np.zeros(3, F32)}
+    for part in reversed(path):
+        tree = {part: tree}
+    new = bnjax.from_torch({name: value}, None, {"params": tree})["params"]
+    for part in path:
+        new = new[part]
+    assert_same(new, {"scale": value})
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        {"module.stem": "encoder/conv1"},
+        {"module": "", "module.stem": "encoder.conv1"},
+        {"module.stem.weight": "encoder/conv1/kernel"},
+        lambda name: name.replace("module.stem", "encoder/conv1"),
+    ],
+)
+def test_rename_names_what_has_another_name(rename):
+    weight = np.arange(6, dtype=F32).reshape(2, 3)
+    variables = params(encoder={"conv1": {"kernel": np.zeros((3, 2), F32)}})
+    new = bnjax.from_torch({"module.stem.weight": weight}, None, variables, rename=rename)
+    assert_same(new, params(encoder={"conv1": {"kernel": weight.T}}))
+    back = bnjax.to_torch(new, {"module.stem.weight": weight}, rename=rename, numpy=True)
+    assert_same(back, {"module.stem.weight": weight})
+
+
+def test_an_array_of_no_known_layer_goes_under_its_own_name_as_it_is():
+    embedding = np.arange(6, dtype=F32).reshape(1, 2, 3)
+    variables = params(pos_embed=np.zeros((1, 2, 3), F32))
+    new = bnjax.from_torch({"pos_embed": embedding}, None, variables)
+    assert_same(new, params(pos_embed=embedding))
+
+
+def test_all_that_does_not_fit_is_in_one_error_with_the_nearest_names():
+    state_dict = {
+        "cnov1.weight": np.zeros((4, 3, 3, 3), F32),
+        "fc.weight": np.zeros((5, 8), F32),
+        "fc.bias": np.zeros(5, np.int32),
+        "head.num_batches_tracked": np.array(1),
+    }
+    variables = params(
+        conv1={"kernel": np.zeros((3, 3, 3, 4), F32)},
+        fc={"kernel": np.zeros((9, 5), F32), "bias": np.zeros(5, F32)},
+    )
+    message = misfit(
+        "only in PyTorch: cnov1.weight (4, 3, 3, 3); nearest: params/conv1/kernel",
+        "only in PyTorch: head.num_batches_tracked ()",
+        "only in Flax: params/conv1/kernel (3, 3, 3, 4); nearest: cnov1.weight",
+        "wrong shape: fc.weight (5, 8) for params/fc/kernel (9, 5), which is (5, 9) in PyTorch",
+        "wrong dtype: fc.bias int32 for params/fc/bias float32",
+    )
+    with pytest.raises(ValueError, match=message):
+        bnjax.from_torch(state_dict, None, variables)
+    with pytest.raises(ValueError, match=message):
+        bnjax.to_torch(variables, state_dict, numpy=True)
+
+
+def test_several_counterparts_are_an_error():
+    zero = np.zeros(2, F32)
+    variables = params(a={"b": {"c": {"bias": zero}}})
+    line = "ambiguous: a.b_c.bias, a_b.c.bias for params/a/b/c/bias"
+    with pytest.raises(ValueError, match=misfit(line)):
+        bnjax.from_torch({"a.b_c.bias": zero, "a_b.c.bias": zero}, None, variables)
+    line = "ambiguous: b.0.bias for params/b/0/bias, params/b_0/bias"
+    with pytest.raises(ValueError, match=misfit(line)):
+        bnjax.to_torch(params(b={"0": {"bias": zero}}, b_0={"bias": zero}), numpy=True)
+
+
+def test_ignored_names_are_dropped_or_keep_their_values():
+    state_dict = {"fc.weight": np.ones((5, 2), F32), "conv.bias": np.ones(3, F32)}
+    fresh = {"kernel": np.full((2, 7), 3, F32), "bias": np.full(7, 4, F32)}
+    variables = params(fc=fresh, conv={"bias": np.zeros(3, F32)})
+    new = bnjax.from_torch(state_dict, None, variables, ignore="fc.*")
+    assert_same(new, params(fc=fresh, conv={"bias": np.ones(3, F32)}))
+    back = bnjax.to_torch(new, state_dict, ignore="fc/*", numpy=True)
+    assert_same(back, state_dict)
+    assert list(bnjax.to_torch(new, ignore="fc/*", numpy=True)) == ["conv.bias"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ignore": "head.*"}, "The pattern 'head.*' fits the path of no name: there are ['a/b"),
+        ({"rename": {"head": "fc"}}, "The pattern 'head' fits the path of no name to rename: the"),
+        ({"transposed": "up"}, "The pattern 'up' fits the path of no convolution: none was call"),
+        ({"flatten": {"fc": (1, 2)}}, "The pattern 'fc' fits the path of no dense layer: there "),
+        (
+            {"flatten": {"a": (3, 2)}},
+            "`flatten['a']` must be the shape (C, H, W) that PyTorch flattens into the 8 inputs of "
+            "this layer, got (3, 2).",
+        ),
+    ],
+)
+def test_an_option_that_fits_nothing_is_an_error(options, message):
+    variables = params(a={"kernel": np.zeros((8, 2), F32), "bias": np.zeros(2, F32)})
+    state_dict = {"a.weight": np.zeros((2, 8), F32), "a.bias": np.zeros(2, F32)}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        bnjax.from_torch(state_dict, None, variables, **options)
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "model", "variables", "message"),
+    [
+        (
+            {"epoch": 3, "state_dict": {}},
+            None,
+            params(),
+            "`state_dict` must hold dense arrays of numbers alone, but these are none: "
+            "{'epoch': 'int', 'state_dict': 'dict'}. Is state_dict['state_dict'] what you mean?",
+        ),
+        (
+            [],
+            None,
+            params(),
+            "`state_dict` must be a mapping of names to arrays, got list. Of a torch module, pass "
+            "`module.state_dict()`.",
+        ),
+        (
+            {},
+            nn.Dense,
+            params(),
+            "`model` must be an instance of a flax.linen.Module or flax.nnx.Module, or None, got "
+            "type.",
+        ),
+        (
+            {},
+            nn.Dense(3),
+            {"kernel": 1},
+            "`variables` must be a dict with the collections `params` and `batch_stats`, as "
+            "`model.init` makes it, or the `nnx.State` of a model, got ['kernel'].",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_an_error(state_dict, model, variables, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
+        bnjax.from_torch(state_dict, model, variables)
+
+
+# Batch norm
+
+
+def test_a_batch_norm_has_its_statistics_and_its_counter_where_it_counts():
+    stats = {"mean": np.array([3, 4], F32), "var": np.array([4, 5], F32)}
+    affine = {"scale": np.array([1, 2], F32), "bias": np.array([2, 3], F32)}
+    expected = {"params": {"bn": affine}, "batch_stats": {"bn": stats}}
+    assert_same(bnjax.from_torch(batch_norm(), None, batch_norm_variables()), expected)
+    counting = batch_norm_variables(count=np.array(0, np.int32))
+    new = bnjax.from_torch(batch_norm(), None, counting)
+    assert new["batch_stats"]["bn"]["count"].dtype == np.int32
+    assert_same(new, {"params": {"bn": affine}, "batch_stats": {"bn": {**stats, "count": 7}}})
+
+
+def test_the_counter_back_is_that_of_the_layer_or_of_like_or_zero():
+    key = "bn.num_batches_tracked"
+    counting = bnjax.from_torch(batch_norm(), None, batch_norm_variables(count=np.array(0)))
+    assert bnjax.to_torch(counting, numpy=True)[key] == 7
+    plain = bnjax.from_torch(batch_norm(), None, batch_norm_variables())
+    assert bnjax.to_torch(plain, batch_norm(), numpy=True)[key] == 7
+    back = bnjax.to_torch(plain, numpy=True)[key]
+    assert (back, back.dtype, back.shape) == (0, np.int64, ())
+
+
+def test_statistics_without_counterpart_are_an_error():
+    untracked = {"params": batch_norm_variables()["params"]}
+    message = misfit(
+        "only in PyTorch: bn.running_mean (2,)",
+        "only in PyTorch: bn.running_var (2,)",
+        "only in PyTorch: bn.num_batches_tracked ()",
+    )
+    with pytest.raises(ValueError, match=message.replace(r"\(2,\)", r"\(2,\).*")):
+        bnjax.from_torch(batch_norm(), None, untracked)
+    old = {name: value for name, value in batch_norm().items() if "num_batches" not in name}
+    counting = batch_norm_variables(count=np.array(0, np.int32))
+    with pytest.raises(ValueError, match=r"\n  only in Flax: batch_stats/bn/count \(\)$"):
+        bnjax.from_torch(old, None, counting)
+    assert (
+        bnjax.from_torch(old, None, counting, ignore="**/count")["batch_stats"]["bn"]["count"] == 0
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_statistics_in_half_precision_become_float32(dtype):
+    half = {n: v if v.ndim == 0 else v.astype(dtype) for n, v in batch_norm().items()}
+    variables = jax.tree.map(lambda v: v.astype(dtype), batch_norm_variables())
+    new = bnjax.from_torch(half, None, variables)
+    assert {v.dtype.name for v in new["batch_stats"]["bn"].values()} == {"float32"}
+    assert {v.dtype.name for v in new["params"]["bn"].values()} == {jnp.dtype(dtype).name}
+    assert_same(new["batch_stats"]["bn"]["var"], np.array([4, 5], F32))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16])
+def test_an_impossible_variance_is_refused_by_name(dtype):
+    state_dict = batch_norm(4)
+    state_dict["bn.running_var"] = np.array([-1, np.nan, np.inf, 1], dtype)
+    state_dict["bn.running_mean"] = np.array([-1, np.nan, 0, 1], dtype)
+    message = misfit(
+        "impossible mean: bn.running_mean has 1 non-finite of 4 values",
+        "impossible variance: bn.running_var has 2 non-finite and 1 negative of 4 values",
+    )
+    with pytest.raises(ValueError, match=message):
+        bnjax.from_torch(state_dict, None, batch_norm_variables(4))
+
+
+def test_a_count_too_large_for_its_dtype_is_refused():
+    state_dict = {**batch_norm(), "bn.num_batches_tracked": np.array(2**31)}
+    message = "too large a number for batch_stats/bn/count int32: bn.num_batches_tracked has 21474"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bnjax.from_torch(state_dict, None, batch_norm_variables(count=np.array(0, np.int32)))
+
+
+# Purity
+
+
+def test_inputs_are_untouched_and_no_memory_is_shared():
+    state_dict, variables = batch_norm(), jax.tree.map(jnp.asarray, batch_norm_variables())
+    before = copy.deepcopy((state_dict, jax.device_get(variables)))
+    new = bnjax.from_torch(state_dict, None, variables)
+    back = bnjax.to_torch(new, state_dict, numpy=True)
+    kept = jax.device_get(new)
+    assert_same((state_dict, variables), before)
+    for array in (*state_dict.values(), *back.values()):
+        array += 1
+    assert_same(new, kept)
+    assert_same(variables, before[1])
+
+
+def test_collections_that_pytorch_does_not_know_stay_as_they_are():
+    variables = {**batch_norm_variables(), "cache": {"bn": {"mean": np.ones(3)}}}
+    new = bnjax.from_torch(batch_norm(), None, variables)
+    assert new["cache"]["bn"]["mean"] is variables["cache"]["bn"]["mean"]
+
+
+def test_shapes_alone_and_boxed_parameters_will_do():
+    init = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
+    model = nn.Dense(2, kernel_init=init)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 3)))
+    state_dict = {"weight": np.arange(6, dtype=F32).reshape(2, 3), "bias": np.zeros(2, F32)}
+    new = bnjax.from_torch(state_dict, model, shapes)
+    assert new["params"]["kernel"].names == ("in", "out")
+    np.testing.assert_array_equal(new["params"]["kernel"].value, state_dict["weight"].T)
+    assert_same(bnjax.to_torch(new, numpy=True), state_dict)

@@ -1,0 +1,319 @@
+"""Checkpoints on disk: each format comes back, whole or not at all, and no file can do harm."""
+
+import json
+import pickle
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import bnjax
+from bnjax import files
+
+NEEDS = {".safetensors": "safetensors", ".pth": "torch", ".msgpack": "msgpack", "": "orbax"}
+STATE_DICT = {
+    "conv.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2),
+    "bn.weight": np.ones(5, jnp.bfloat16),
+    "bn.running_mean": np.linspace(0, 1, 5, dtype=np.float16),
+    "bn.running_var": np.ones(5, np.float32),
+    "bn.num_batches_tracked": np.array(3),
+    "mask": np.array([True, False]),
+    "empty": np.zeros((0, 3), np.float32),
+}
+VARIABLES = {
+    "params": {"conv": {"kernel": STATE_DICT["conv.weight"]}, "bn_0": {"scale": np.ones(5, "f")}},
+    "batch_stats": {"bn_0": {"mean": np.zeros(5, "f")}},
+}
+
+
+FILES = (".safetensors", ".pth", ".msgpack")
+
+
+@pytest.fixture(params=(*FILES, ""))
+def path(request, tmp_path) -> Path:
+    """A path in each format; the empty suffix is an orbax folder."""
+    pytest.importorskip(NEEDS[request.param])
+    return tmp_path / f"model{request.param}"
+
+
+each_file = pytest.mark.parametrize("path", FILES, indirect=True)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(found.name for found in folder.iterdir())
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+@pytest.mark.parametrize("tree", [STATE_DICT, VARIABLES])
+def test_each_format_comes_back_bit_for_bit(path, tree):
+    if path.suffix == "":
+        tree = {name: value for name, value in tree.items() if name != "empty"}  # orbax: not empty
+    bnjax.save(path, tree)
+    assert_same(bnjax.load(str(path)), tree)
+
+
+@each_file
+def test_a_file_is_replaced_and_has_the_usual_permissions(path):
+    bnjax.save(path, STATE_DICT)
+    bnjax.save(path, VARIABLES)
+    assert_same(bnjax.load(path), VARIABLES)
+    (path.parent / "other").touch()
+    assert path.stat().st_mode == (path.parent / "other").stat().st_mode
+    assert names(path.parent) == sorted([path.name, "other"])
+
+
+def test_a_folder_is_not_replaced(tmp_path):
+    bnjax.save(tmp_path / "model", VARIABLES)
+    message = f"^There is a folder at {tmp_path / 'model'}, and a folder can't be replaced in one "
+    with pytest.raises(FileExistsError, match=message):
+        bnjax.save(tmp_path / "model", VARIABLES)
+
+
+@each_file
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch):
+    bnjax.save(path, VARIABLES)
+
+    def full(_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match=r"^the disk is full$"):
+        bnjax.save(path, STATE_DICT)
+    assert names(path.parent) == [path.name]
+    assert_same(bnjax.load(path), VARIABLES)
+
+
+def test_trees_of_flax_are_saved_as_they_are(tmp_path):
+    boxed = nn.Dense(2, kernel_init=nn.with_partitioning(nn.initializers.ones, (None, "x")))
+    bnjax.save(tmp_path / "linen.msgpack", boxed.init(jax.random.key(0), jnp.ones((1, 3))))
+    kernel = bnjax.load(tmp_path / "linen.msgpack")["params"]["kernel"]
+    np.testing.assert_array_equal(kernel, np.ones((3, 2)))
+    model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    bnjax.save(tmp_path / "nnx.msgpack", nnx.state(model))
+    assert jax.tree.map(np.shape, bnjax.load(tmp_path / "nnx.msgpack")) == {
+        "layers": {"0": {"bias": (2,), "kernel": (3, 2)}}
+    }
+
+
+def test_only_what_is_wanted_is_loaded(path):
+    bnjax.save(path, VARIABLES)
+    loaded = bnjax.load(path, only=lambda name, shape: name.endswith("mean") and shape == (5,))
+    assert jax.tree.map(np.shape, loaded["batch_stats"]) == {"bn_0": {"mean": (5,)}}
+    assert len(jax.tree.leaves(loaded)) == 1
+
+
+def test_what_a_checkpoint_holds_beside_arrays_stays(tmp_path):
+    torch = pytest.importorskip("torch")
+    held = {"epoch": 3, "name": "run", "state_dict": {"w": torch.ones(2)}, "lr": [0.1, None]}
+    torch.save(held, tmp_path / "run.pth")
+    loaded = bnjax.load(tmp_path / "run.pth")
+    np.testing.assert_array_equal(loaded.pop("state_dict")["w"], np.ones(2, np.float32))
+    assert loaded == {"epoch": 3, "name": "run", "lr": {"0": 0.1, "1": None}}
+
+
+# What can't be saved
+
+
+@pytest.mark.parametrize(
+    ("name", "tree", "message"),
+    [
+        (
+            "model.bin",
+            {},
+            "The suffix of {} says of no format what it is. Formats are .safetensors, .pth and .pt "
+            "(PyTorch), .msgpack (Flax), and a folder without a suffix (orbax).",
+        ),
+        (
+            "model.msgpack",
+            {"a": {"b": "text"}, "key": None},
+            "Cannot save to {}: a checkpoint holds arrays alone, but these are none: a/b (str), "
+            "key (NoneType). Leave them out; random keys of nnx with `nnx.state(model, "
+            "nnx.Not(nnx.RngState))`.",
+        ),
+        (
+            "model.msgpack",
+            [1],
+            "Cannot save to {}: it holds a list where a dict of names and arrays is expected. Save "
+            "the `state_dict()` or the variables of a model.",
+        ),
+        (
+            "model.safetensors",
+            {"a/b": np.ones(2)},
+            "Cannot save to {}: the name 'a/b' has a '/', which stands between the names of nested "
+            "dicts here. Rename it, or save as .msgpack.",
+        ),
+        (
+            "model",
+            {"a": {"..": np.ones(2)}},
+            "Cannot save to {}: it has the name '..' in a, and a name is no such path.",
+        ),
+    ],
+)
+def test_what_would_not_come_back_is_not_saved(tmp_path, name, tree, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message.format(tmp_path / name))}$"):
+        bnjax.save(tmp_path / name, tree)
+    assert names(tmp_path) == []
+
+
+# Files that are damaged, something else, or malicious
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^There is no checkpoint at .*/no\.pth\.$"):
+        bnjax.load(tmp_path / "no.pth")
+
+
+def mutations(content: bytes, number: int) -> Any:
+    """Truncated, flipped, overwritten, foreign and shifted versions of a file."""
+    rng = np.random.default_rng(0)
+    for kind in range(number):
+        changed = bytearray(content)
+        place = rng.integers(len(content) + 1) if content else 0
+        junk = rng.bytes(int(rng.integers(1, 48)))
+        if kind % 5 == 0:
+            changed = changed[:place]
+        elif kind % 5 == 1 and place < len(content):
+            changed[place] ^= 1 << rng.integers(8)
+        elif kind % 5 == 2:
+            changed[: len(junk)] = junk
+        elif kind % 5 == 3:
+            changed = bytearray(junk)
+        else:
+            changed[place:place] = junk
+        yield bytes(changed)
+
+
+# When one array of several can't be read, tensorstore drops what it had to say of the others.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+def test_a_damaged_file_gives_arrays_or_an_error_that_names_it(path):
+    bnjax.save(path, STATE_DICT if path.suffix else VARIABLES)
+    parts = [path] if path.suffix else [part for part in path.rglob("*") if part.is_file()]
+    outcomes = {"loaded": 0, "refused": 0}
+    for part in parts:
+        content = part.read_bytes()
+        for changed in mutations(content, 200 // len(parts)):
+            part.write_bytes(changed)
+            there = sorted(path.parent.rglob("*"))
+            try:
+                outcome = bnjax.load(path)
+            except ValueError as error:
+                outcome = str(error)
+            if isinstance(outcome, str):
+                assert outcome.startswith(f"Cannot read {path} as ")
+            outcomes["refused" if isinstance(outcome, str) else "loaded"] += 1
+            assert sorted(path.parent.rglob("*")) == there
+        part.write_bytes(content)
+    assert outcomes["refused"] > 20, outcomes
+
+
+class Runs:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.parametrize("archived", [True, False])
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, archived):
+    torch = pytest.importorskip("torch")
+    path, target = tmp_path / "evil.pth", tmp_path / "target"
+    if archived:
+        torch.save({"a": Runs(target)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"a": Runs(target)}))
+    message = (
+        f"Cannot read {path} as a PyTorch checkpoint: it is damaged, or holds more than tensors "
+        "and plain containers, and to unpickle that could run code. Where you trust it, load it "
+        "with torch and save its `state_dict()` alone."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        bnjax.load(path)
+    assert not target.exists()
+
+
+def test_a_flipped_bit_in_a_pytorch_file_is_noticed(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "model.pth"
+    torch.save({"w": torch.zeros(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"the checksum of its part .*/data/0 is wrong\. Copy it"):
+        bnjax.load(path)
+
+
+def test_a_tensor_that_is_larger_than_its_file_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"w": [torch.zeros(1).expand(10**13)]}, tmp_path / "bomb.pth")
+    with pytest.raises(ValueError, match=r"a tensor of shape \(10000000000000,\) is larger than"):
+        bnjax.load(tmp_path / "bomb.pth")
+
+
+def safetensors_of(*names: str) -> bytes:
+    """A valid file with an empty array under each name."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({name: entry for name in names}).encode()
+    return struct.pack("<Q", len(header)) + header
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "a//b", "a/./b", ".."])
+def test_a_name_that_is_a_path_elsewhere_is_refused(tmp_path, name):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_of(name))
+    message = f"Cannot read {path} as safetensors: it has the name {name!r}, and a name is no such "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bnjax.load(path)
+    from flax.serialization import msgpack_serialize
+
+    path = tmp_path / "model.msgpack"
+    path.write_bytes(msgpack_serialize({"params": {name: np.ones(1)}}))
+    with pytest.raises(ValueError, match=r"it has the name .* in params, and a name is no such"):
+        bnjax.load(path)
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a")])
+def test_a_name_below_an_array_is_refused(tmp_path, names):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_of(*names))
+    with pytest.raises(ValueError, match=f"^Cannot read {re.escape(str(path))} as safetensors: "):
+        bnjax.load(path)
+
+
+def test_a_folder_of_checkpoints_names_those_inside(tmp_path):
+    bnjax.save(tmp_path / "run" / "1" / "state", VARIABLES)
+    message = (
+        f"Cannot read {tmp_path / 'run'} as an orbax checkpoint: the folder itself is no "
+        f"checkpoint. These are some: {tmp_path / 'run' / '1' / 'state'}."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        bnjax.load(tmp_path / "run")
+
+
+def test_another_suffix_or_contents_are_an_error(tmp_path):
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(ValueError, match=r"^The suffix of .*model\.bin says of no format"):
+        bnjax.load(tmp_path / "model.bin")
+    from flax.serialization import msgpack_serialize
+
+    (tmp_path / "model.msgpack").write_bytes(msgpack_serialize(np.ones(2)))
+    with pytest.raises(ValueError, match="it holds a ndarray where a dict of names and arrays is"):
+        bnjax.load(tmp_path / "model.msgpack")
