@@ -7,6 +7,7 @@ from bnjax import training as training
 from bnjax.accumulation import merge_batch_stats as merge_batch_stats
 from bnjax.conversion import from_torch as from_torch
 from bnjax.conversion import to_torch as to_torch
+from bnjax.diagnosis import diagnose as diagnose
 from bnjax.files import load as load
 from bnjax.files import save as save
 from bnjax.folding import fold as fold

@@ -1,12 +1,16 @@
 """The command line: parse, call one tool, print. Needs typer, from the extra `tools`."""
 
+import importlib
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from flax import nnx
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -14,12 +18,13 @@ from rich.table import Table
 
 from bnjax import files, inspection
 from bnjax.conversion import from_torch, to_torch
+from bnjax.diagnosis import diagnose as diagnosed
 
 PROBLEMS, UNREADABLE = 1, 2
 
 app = typer.Typer(
-    help="Look into checkpoints with batch norm, and convert them. Exit codes: 0 fine, 1 problems "
-    "found, 2 cannot read.",
+    help="Look into checkpoints with batch norm, convert and diagnose them. Exit codes: 0 fine, "
+    "1 problems found, 2 cannot read.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -141,6 +146,60 @@ def convert(
             tree = renamed(tree, template, options)
         files.save(target, tree)
     console.print(f"wrote {escape(str(target))}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="package.module:make_model, called without args.")],
+    variables: Annotated[Path, typer.Option(help="Its checkpoint.")],
+    data: Annotated[Path, typer.Option(help="An .npz with the inputs, in `x` or alone.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="That of the training.")] = 64,
+    apply: Annotated[
+        str, typer.Option(help='What you evaluate with, as JSON: {"train": false}.')
+    ] = "{}",
+    steps: Annotated[int | None, typer.Option(help="How many it was trained for.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the report to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say why a model is good in training and bad in evaluation: layer, cause and repair."""
+    with failing(UNREADABLE):
+        made, tree, x = made_by(model), files.load(variables), inputs(data)
+        if isinstance(made, nnx.Module):
+            made.eval()
+            state = nnx.state(made)
+            nnx.replace_by_pure_dict(state, nnx.statelib.restore_int_paths(tree))
+            tree = state
+        batches = [x[start : start + batch_size] for start in range(0, len(x), batch_size)]
+        report = diagnosed(made, tree, batches, steps=steps, apply_kwargs=json.loads(apply))
+        if plot is not None:
+            report.plot(plot)
+    if as_json:
+        print(report.to_json())
+    else:
+        console.print(report)
+    if not report.healthy:
+        raise typer.Exit(PROBLEMS)
+
+
+def made_by(target: str) -> Any:
+    """The model that the function at `package.module:function` makes."""
+    module, colon, name = target.partition(":")
+    if not colon:
+        raise ValueError(f"Expected package.module:make_model, got {target!r}.")
+    sys.path.insert(0, "")  # as `python -m` does for modules in the current folder
+    make = getattr(importlib.import_module(module), name, None)
+    if make is None:
+        raise ValueError(f"The module {module} has no {name!r}.")
+    return make()
+
+
+def inputs(path: Path) -> np.ndarray:
+    """The array `x` of an .npz file, or its only one."""
+    with np.load(path, allow_pickle=False) as file:
+        names = list(file.files)
+        if "x" not in names and len(names) != 1:
+            raise ValueError(f"{path} must hold the inputs as `x`, or alone, got {names}.")
+        return file["x" if "x" in names else names[0]]
 
 
 def renamed(tree: dict[str, Any], template: dict[str, Any], options: dict[str, Any]) -> Any:

@@ -137,11 +137,8 @@ def remat_policy() -> Callable[..., bool]:
     backward pass reduces nothing again, and devices do not talk again. Normalization, activations
     and sums are recomputed. Between the passes stays about half of what stays without it.
 
-    >>> import bnjax
     >>> from flax import linen as nn
-    >>> norm = bnjax.BatchNorm2d(64)
-    >>> Block = nn.remat(nn.Sequential, policy=bnjax.remat_policy())
-    >>> block = Block([nn.Conv(64, (3, 3), use_bias=False), norm, nn.relu])
+    >>> Block = nn.remat(nn.Sequential, policy=remat_policy())
     """
     return jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_saveable,

@@ -20,9 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bnjax import decay_mask
 from bnjax.plotting import plot_curves, plot_statistics
-from bnjax.training import TrainState, eval_step, evaluate, init_state, train_step
+from bnjax.training import TrainState, eval_step, evaluate, history, init_state, train_step
 
 SAVED = ("step", "params", "opt_state", "batch_stats", "rng", "rejected")
+SHOWN = ("BatchNorm2d_0", "Block_2/BatchNorm2d_2")  # the first and the last batch norm
 console = Console()
 
 
@@ -32,7 +33,7 @@ class Run:
 
     state: TrainState
     epochs: list[dict[str, float]]
-    statistics: dict[str, dict[str, list[list[float]]]]
+    statistics: dict[str, Any]
 
 
 def start(splits: Splits, lr: float, epochs: int, batch_size: int, seed: int) -> Run:
@@ -65,22 +66,6 @@ def restore(manager: ocp.CheckpointManager, run: Run) -> Run:
     return Run(run.state.replace(**items["state"]), **items["records"])
 
 
-def record(run: Run, before: Any, after: Any, momentum: float = 0.1) -> None:
-    """Append the statistics of the first and the last layer after one more step."""
-    layers = jax.tree_util.tree_flatten_with_path(after, is_leaf=lambda tree: "mean" in tree)[0]
-    for path, stats in (layers[0], layers[-1]):
-        name = "/".join(key.key for key in path)
-        old = before
-        for key in path:
-            old = old[key.key]
-        lines = run.statistics.setdefault(name, {})
-        for key in ("mean", "var"):
-            # running = (1 - momentum) * old + momentum * batch, solved for the batch
-            batch = (stats[key] - (1 - momentum) * old[key]) / momentum
-            lines.setdefault(key, []).append(stats[key][:1].tolist())
-            lines.setdefault(f"batch_{key}", []).append(batch[:1].tolist())
-
-
 def train(
     run: Run,
     manager: ocp.CheckpointManager,
@@ -92,6 +77,7 @@ def train(
 ) -> Run:
     """The epochs that are left, each with a checkpoint at its end."""
     step, test = train_step(loss_fn, mesh=mesh), eval_step(loss_fn, mesh=mesh)
+    step = history(step, run.statistics, paths=SHOWN, channels=1)
     part = jax.process_index(), jax.process_count()
     columns = (
         TextColumn("{task.description}"),
@@ -103,12 +89,8 @@ def train(
         bar = progress.add_task("training", total=epochs, completed=len(run.epochs))
         for epoch in range(len(run.epochs), epochs):
             measured = []
-            before = jax.device_get(run.state.batch_stats)
             for batch in batches(splits.train, batch_size, seed * 100_003 + epoch, part):
                 run.state, metrics = step(run.state, batch)
-                after = jax.device_get(run.state.batch_stats)
-                record(run, before, after)
-                before = after
                 measured.append(metrics)
             means = jax.tree.map(lambda *values: float(np.mean(values)), *measured)
             validation = evaluate(test, run.state, batches(splits.validation, 256, part=part))
@@ -185,7 +167,7 @@ def main(
     for text, holds in checks:
         console.print(f"[green]yes[/]  {text}" if holds else f"[red]NO[/]   {text}")
     plot_curves(run.epochs, out / "curves.png")
-    plot_statistics(run.statistics, out / "statistics.png")
+    plot_statistics(run.statistics["layers"], out / "statistics.png")
     console.print(f"pictures and checkpoints: {out}", soft_wrap=True)
     if not all(holds for _, holds in checks):
         raise typer.Exit(1)

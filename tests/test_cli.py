@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from bnjax import inspection
+from bnjax import files, inspection
 
 pytest.importorskip("typer", reason="the command line is in the extra `tools`")
 
@@ -263,3 +263,39 @@ def test_without_typer_it_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "The command line of bnjax needs typer: pip install 'bnjax[tools]'\n"
+
+
+def trained_dense() -> nn.Module:
+    return nn.Sequential([nn.Dense(4), bnjax.BatchNorm1d(4)])
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_diagnose_prints_a_report_and_says_by_its_code_whether_all_is_well(tmp_path, healthy):
+    x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
+    model = trained_dense()
+    variables = model.init(jax.random.key(0), x)
+    if healthy:
+        variables = bnjax.recalibrate(model, variables, [x])
+    files.save(tmp_path / "model.msgpack", variables)
+    np.savez(tmp_path / "x.npz", x=x)
+    arguments = ("diagnose", f"{__name__}:trained_dense", "--variables", tmp_path / "model.msgpack")
+    arguments = (*arguments, "--data", tmp_path / "x.npz")
+    code, output = run(*arguments, "--plot", tmp_path / "report.png")
+    assert code == (0 if healthy else 1)
+    assert ("All is well: 1 batch norms" if healthy else "never updated, error") in output
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    code, output = run(*arguments, "--json")
+    assert json.loads(output)["healthy"] is healthy
+
+
+def test_diagnose_says_what_it_cannot_read(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.ones(2), b=np.ones(2))
+    paths = ("--variables", tmp_path / "no.msgpack", "--data", tmp_path / "x.npz")
+    for target, message in (
+        ("tests.test_cli", "Expected package.module:make_model, got 'tests.test_cli'."),
+        (f"{__name__}:absent", "has no 'absent'"),
+        (f"{__name__}:trained_dense", "There is no checkpoint at"),
+    ):
+        code, output = run("diagnose", target, *paths)
+        assert code == 2
+        assert message in output

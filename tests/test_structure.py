@@ -16,9 +16,8 @@ FLOORS = (
     {"functional"},
     {"linen", "nnx"},
     {"overrides", "masks"},
-    {"accumulation", "batches", "bridge", "tensors"},
+    {"accumulation", "batches", "bridge", "plotting", "tensors"},
     TOOLS,
-    {"plotting"},
     {"cli"},
     {"__main__"},
 )

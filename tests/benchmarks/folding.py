@@ -4,8 +4,6 @@ Run it as `python -m tests.benchmarks.folding`. Both are compiled, checked for e
 timed in turns, so that what else the machine does hits both alike: the ratio is the result.
 """
 
-import os
-import sys
 from typing import Annotated, Any
 
 import jax
@@ -17,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import bnjax
-from tests.benchmarks.speed import ALLOCATOR, measure
+from tests.benchmarks.environment import settle, touch_heap
+from tests.benchmarks.timing import measure
 from tests.models import ResNet
 
 
@@ -40,9 +39,8 @@ def main(
     size: Annotated[int, typer.Option(help="Height and width of the images.")] = 32,
 ) -> None:
     """Time the evaluation at batch sizes 1 and 32, with Flax's layer and bnjax's drop-in."""
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        program = [sys.executable, "-m", "tests.benchmarks.folding", *sys.argv[1:]]
-        os.execve(sys.executable, program, os.environ | ALLOCATOR)
+    settle("tests.benchmarks.folding")
+    touch_heap()
     title = f"ResNet-18, width {width}, {size}x{size}: medians of {rounds} rounds, milliseconds"
     table = Table(title=title)
     for column in ("batch norm", "batch", "before", "folded", "ratio", "difference"):

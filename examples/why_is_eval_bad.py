@@ -1,0 +1,225 @@
+"""Ways to ruin batch norm in evaluation, and what `bnjax.diagnose` says about each.
+
+The digits network gets one fault after another, most of them in its training, is diagnosed, and
+mended as the diagnosis says. Accuracies are those of evaluation in batches of four.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import typer
+from digits import Batch, Data, ResNet, Splits, batches, load, loss_fn
+from rich.console import Console
+from rich.table import Table
+
+import bnjax
+from bnjax.diagnosis import Report
+from bnjax.training import TrainState, history, init_state, train_step
+
+EVALUATED = 4
+console = Console()
+
+
+class Setup(NamedTuple):
+    """A model, and how it is evaluated: the settings of its call, and what is done to images."""
+
+    model: ResNet
+    variables: Any
+    settings: dict[str, Any] | None = None
+    prepare: Callable[[Any], Any] = lambda x: x
+    within: Callable[[], Any] = contextlib.nullcontext
+
+
+class Case(NamedTuple):
+    """A fault, the model that has it and how to mend it, and what else the diagnosis gets."""
+
+    fault: str
+    broken: Setup
+    mended: Callable[[], Setup]
+    size: int = 64
+    known: dict[str, Any] | None = None
+
+
+class Trainer:
+    """Trains the network; `record` has the statistics of the last training."""
+
+    def __init__(self, splits: Splits, epochs: int, seed: int) -> None:
+        self.splits, self.epochs, self.seed = splits, epochs, seed
+        self.model = ResNet(splits.classes, (8, 16, 32))
+        self.record: dict[str, Any] = {}
+        self.step = train_step(loss_fn, donate=False)
+
+    def __call__(
+        self,
+        model: ResNet | None = None,
+        lr: float = 5e-3,
+        size: int = 64,
+        prepare: Callable[[Any], Any] = lambda x: x,
+        kept: Callable[[Any], Any] = lambda batch_stats: batch_stats,
+        each: Callable[[TrainState], Any] = lambda state: None,
+    ) -> Any:
+        """The variables after a training; `kept` changes the statistics before each step."""
+        data, self.record = self.splits.train, {}
+        count = len(data) // 64 * self.epochs
+        tx = optax.adam(optax.cosine_decay_schedule(lr, count))
+        state = init_state(model or self.model, tx, jax.random.key(self.seed), data.x[:2])
+        step = history(self.step, self.record, every=10)
+        shown = 0
+        for epoch in range(self.epochs):
+            for batch in batches(data, size, self.seed + epoch):
+                if shown < count:  # small batches: as many steps, not as many epochs
+                    batch = {**batch, "x": prepare(batch["x"])}
+                    state, _ = step(state.replace(batch_stats=kept(state.batch_stats)), batch)
+                    shown += 1
+            each(state)
+        return state.variables
+
+    def clean(self, size: int = 64, prepare: Callable[[Any], Any] = lambda x: x) -> list[Batch]:
+        """Batches to measure statistics over, as they are evaluated: not shifted."""
+        data = Data(self.splits.train.x[: 16 * size], self.splits.train.y[: 16 * size])
+        return [{**batch, "x": prepare(batch["x"])} for batch in batches(data, size)]
+
+
+def cases(train: Trainer) -> Iterator[Case]:
+    """The faults, one after another."""
+    model = train.model
+    good = train()
+    right = Setup(model, good)
+    fresh = model.init(jax.random.key(0), train.splits.train.x[:2])["batch_stats"]
+    yield Case("none", right, lambda: right, known={"history": train.record})
+    yield Case("updates not kept", Setup(model, {**good, "batch_stats": fresh}), lambda: right)
+
+    def recalibrated(setup: Setup) -> Callable[[], Setup]:
+        def mended() -> Setup:
+            data = train.clean(prepare=setup.prepare)
+            new = bnjax.recalibrate(setup.model, setup.variables, data)
+            return setup._replace(variables=new)
+
+        return mended
+
+    for value in (0.001, 0.99):
+
+        def within(value: float = value) -> Any:
+            return bnjax.override("**", momentum=value)
+
+        with within():
+            setup = Setup(model, train(), within=within)
+            yield Case(
+                f"momentum={value}", setup, recalibrated(setup), known={"history": train.record}
+            )
+
+    yield Case("batches of two", Setup(model, train(size=2, lr=1e-3)), lambda: right, size=2)
+    setup = Setup(model, good, prepare=lambda x: x / 4 + 1)
+    yield Case("images not standardized", setup, lambda: right)
+
+    untracked = ResNet(train.splits.classes, (8, 16, 32), track_running_stats=False)
+    alone = train(untracked)
+    tracked = Setup(model, {**alone, "batch_stats": fresh})
+    yield Case("nothing tracked", Setup(untracked, alone), recalibrated(tracked))
+    setup = Setup(model, good, {"mutable": ["batch_stats"]})
+    yield Case("mutable in evaluation", setup, lambda: right)
+
+    stats = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), good["batch_stats"])
+    setup = Setup(model, {**good, "batch_stats": stats})
+    yield Case("a NaN batch kept", setup, recalibrated(setup))
+
+    data = train.splits.train
+    parts = np.array_split(np.argsort(data.y, kind="stable"), 4)  # a few classes for each device
+    own = [list(batches(Data(data.x[part], data.y[part]), 64)) for part in parts]
+    stats = [bnjax.recalibrate(model, good, part)["batch_stats"] for part in own]
+    stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *stats)
+    merged = Setup(model, {**good, "batch_stats": bnjax.merge_batch_stats(stacked)})
+    setup = Setup(model, {**good, "batch_stats": stacked})
+    yield Case("devices without axis name", setup, recalibrated(merged))
+
+    tiny = Setup(model, train(prepare=lambda x: x / 1e5), prepare=lambda x: x / 1e5)
+    yield Case("images of size 1e-5", tiny, lambda: right)
+
+    states: list[TrainState] = []
+    last = train(lr=0.03, each=states.append)
+    params = jax.tree.map(lambda *p: sum(p) / len(p), *(s.params for s in states[:-1]))
+    setup = Setup(model, {"params": params, "batch_stats": last["batch_stats"]})
+    yield Case("averaged weights", setup, recalibrated(setup), known={"history": train.record})
+
+    def half(batch_stats: Any) -> Any:
+        return jax.tree.map(jnp.bfloat16, batch_stats)
+
+    def slow() -> Any:
+        return bnjax.override("**", momentum=0.005)
+
+    with slow():
+        setup = Setup(model, train(kept=half), within=slow)
+    yield Case("statistics in bfloat16", setup, recalibrated(setup))
+
+
+def accuracy(setup: Setup, data: Data) -> float:
+    """The accuracy as the user evaluates; statistics that move are kept."""
+    variables, correct = setup.variables, 0
+    stats = variables.get("batch_stats", {})
+    if any(leaf.ndim > 1 for leaf in jax.tree.leaves(stats)):  # evaluate on the first device
+        variables = {**variables, "batch_stats": jax.tree.map(lambda rows: rows[0], stats)}
+    call = jax.jit(lambda variables, x: setup.model.apply(variables, x, **(setup.settings or {})))
+    count = len(data) // EVALUATED * EVALUATED
+    order = np.argsort(data.y[:count], kind="stable")  # as a folder of classes has them
+    for index in order.reshape(-1, EVALUATED):
+        logits: Any = call(variables, setup.prepare(data.x[index]))
+        if isinstance(logits, tuple):
+            logits, updates = logits
+            variables = {**variables, **updates}
+        correct += int((np.asarray(logits).argmax(-1) == data.y[index]).sum())
+    return correct / count
+
+
+def diagnosed(case: Case, train: Trainer) -> Report:
+    """What bnjax says about it."""
+    setup = case.broken
+    with setup.within():
+        return bnjax.diagnose(
+            setup.model,
+            setup.variables,
+            train.clean(case.size, setup.prepare),
+            loss_fn=loss_fn,
+            apply_kwargs=setup.settings,
+            **(case.known or {}),
+        )
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where pictures of the reports go.")] = Path(
+        "runs/why_is_eval_bad"
+    ),
+    epochs: Annotated[int, typer.Option(min=2, help="Of each training.")] = 12,
+    seed: int = 0,
+    full: Annotated[bool, typer.Option(help="Print each report, too.")] = False,
+) -> None:
+    """Make each fault, diagnose it, and mend it."""
+    splits = load(seed=seed)
+    train = Trainer(splits, epochs, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    table = Table(title="Why is evaluation bad?", caption="accuracy in batches of four")
+    for column in ("fault", "diagnosis", "at layer", "what mends it"):
+        table.add_column(column, overflow="fold")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
+    for case in cases(train):
+        report = diagnosed(case, train)
+        console.print(report if full else f"{case.fault}: {report.verdict}", soft_wrap=True)
+        report.plot(out / f"{case.fault.replace(' ', '_').replace('=', '_')}.png")
+        before, after = (accuracy(s, splits.test) for s in (case.broken, case.mended()))
+        words = ["all is well", "", ""]
+        if report.findings:
+            first = report.findings[0]
+            words = [first.kind, first.layer, first.repair.partition("  #")[0]]
+        table.add_row(case.fault, *words, f"{before:.3f}", f"{after:.3f}")
+    console.print(table)
+    console.print(f"pictures: {out}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,383 @@
+"""Each fault, made in a small network that is really trained, is found, and it alone."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import bnjax
+from bnjax.diagnosis import Report
+from bnjax.training import TrainState, history, train_step
+from tests.diagnosed import STEPS, FlaxNet, Net, NnxNet, batches, compiled, loss_fn, train
+
+NET = Net()
+DATA = list(batches(8, seed=7))
+PATHS = ["BatchNorm2d_0", "BatchNorm2d_1", "BatchNorm1d_0"]
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Any]:
+    return train(NET).variables
+
+
+def found(report: Report) -> list[tuple[str, str]]:
+    return [(finding.severity, finding.kind) for finding in report.findings]
+
+
+def diagnose(variables: Any, data: Any = DATA, model: Any = NET, **options: Any) -> Report:
+    return bnjax.diagnose(model, variables, data, loss_fn=loss_fn, **options)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_healthy_run_has_no_finding(seed):
+    record: dict[str, Any] = {}
+    step = history(compiled(), record, every=20)
+    state = train(NET, seed=seed, step=step)
+    report = diagnose(state.variables, list(batches(8, seed=seed)), history=record)
+    assert report.healthy, report
+    assert "All is well: 3 batch norms fit these data." in str(report)
+    assert report.losses["eval"]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(FlaxNet(), id="flax"),
+        pytest.param(FlaxNet(settings=(("use_scale", False),)), id="without scale"),
+    ],
+)
+def test_a_healthy_run_of_flaxs_layers_has_no_finding(model):
+    state = train(model, train=True)
+    for data in (DATA, DATA[:1], [{**DATA[0], "mask": np.arange(64) < 50}, *DATA[1:]]):
+        report = diagnose(state.variables, data, model, apply_kwargs={"train": False})
+        assert report.healthy, report
+
+
+def test_updates_thrown_away(trained):
+    fresh = NET.init(jax.random.key(0), DATA[0]["x"])["batch_stats"]
+    report = diagnose({**trained, "batch_stats": fresh})
+    assert found(report) == [("error", "never updated")]
+    assert set(report.findings[0].layers) == set(PATHS)
+    assert "mutable=['batch_stats']" in report.findings[0].repair
+
+
+def test_one_layer_never_updated(trained):
+    fresh = NET.init(jax.random.key(0), DATA[0]["x"])["batch_stats"]["BatchNorm2d_1"]
+    stats = {**trained["batch_stats"], "BatchNorm2d_1": fresh}
+    report = diagnose({**trained, "batch_stats": stats})
+    assert found(report) == [("error", "never updated")]
+    assert report.findings[0].layers == ("BatchNorm2d_1",)
+
+
+def test_a_momentum_too_small_for_so_few_steps():
+    with bnjax.override("**", momentum=0.01):
+        variables = train(NET, step=train_step(loss_fn, donate=False)).variables
+        for steps, tolerance in ((STEPS, 0), (None, 0.12)):
+            report = diagnose(variables, steps=steps)
+            assert found(report) == [("error", "lagging")]
+            numbers = report.findings[0].numbers
+            assert numbers["left"] == pytest.approx(0.99**STEPS, abs=tolerance)
+            assert numbers["needed"] == 459  # 0.99^459 = 0.01
+
+
+def test_a_value_of_pytorchs_convention_in_flaxs_layer():
+    model = FlaxNet(momentum=0.1)
+    report = diagnose(
+        train(model, train=True).variables, model=model, apply_kwargs={"train": False}
+    )
+    assert found(report) == [("warning", "momentum looks inverted")]
+    assert report.findings[0].repair.startswith("BatchNorm(..., momentum=0.9)")
+
+
+def test_a_value_of_flaxs_convention_in_pytorchs_layer():
+    with bnjax.override("**", momentum=0.99):
+        report = diagnose(train(NET, step=train_step(loss_fn, donate=False)).variables)
+    assert found(report) == [("warning", "momentum looks inverted")]
+    assert report.findings[0].repair.startswith("BatchNorm2d(..., momentum=0.01)")
+
+
+def test_batches_of_four():
+    state = train(NET, size=4, steps=400, lr=0.003)
+    report = diagnose(state.variables, list(batches(64, 4, seed=7)))
+    assert found(report) == [("warning", "batch too small")]
+    assert report.findings[0].layers == ("BatchNorm1d_0",)
+    assert report.findings[0].numbers["values"] == 4
+
+
+def test_a_batch_of_one_that_a_layer_can_not_train_on(trained):
+    report = diagnose(trained, list(batches(8, 1)))
+    assert found(report) == [("warning", "batch too small")]
+    assert "1 values per channel in a batch of 1" in report.findings[0].evidence
+
+
+def test_a_training_on_record_had_larger_batches(trained):
+    record = {"step": [STEPS], "examples": [64]}
+    assert diagnose(trained, list(batches(64, 4, seed=7)), history=record).healthy
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("scale", lambda x: 3 * x),
+        ("brightness", lambda x: x + 2),
+        ("noise", lambda x: x + np.random.default_rng(0).normal(size=x.shape).astype("f")),
+        ("another range", lambda x: 40 * x + 120),
+    ],
+)
+def test_data_that_differ_start_in_the_first_layer(trained, name, change):
+    report = diagnose(trained, [{**batch, "x": change(batch["x"])} for batch in DATA])
+    assert found(report) == [("error", "data differ from training data")]
+    assert report.findings[0].layer == "BatchNorm2d_0"
+
+
+@pytest.fixture(scope="module")
+def fast() -> list[TrainState]:
+    """The states of a training at a high learning rate, the initial one not among them."""
+    states: list[TrainState] = []
+    train(NET, lr=0.03, each=states.append)
+    return states
+
+
+def test_weights_averaged_with_the_statistics_of_the_last_ones(fast):
+    params = jax.tree.map(lambda *p: sum(p) / len(p), *(s.params for s in fast[5:40]))
+    variables = {"params": params, "batch_stats": fast[-1].batch_stats}
+    report = diagnose(variables)
+    assert found(report) == [("error", "statistics belong to other weights")]
+    assert diagnose(bnjax.recalibrate(NET, variables, DATA)).healthy
+
+
+def test_weights_of_another_step(fast):
+    variables = {"params": fast[-1].params, "batch_stats": fast[20].batch_stats}
+    report = diagnose(variables)
+    assert found(report) == [("error", "statistics belong to other weights")]
+
+
+def test_a_record_knows_that_the_weights_are_others():
+    record: dict[str, Any] = {}
+    states: list[TrainState] = []
+    train(NET, lr=0.03, each=states.append, step=history(compiled(), record))
+    last = states[-1].batch_stats
+    averaged = jax.tree.map(lambda *p: sum(p) / len(p), *(s.params for s in states[5:40]))
+    report = diagnose({"params": averaged, "batch_stats": last}, history=record)
+    assert found(report) == [("error", "statistics belong to other weights")]
+    # The record has it even where the first layer is off the most.
+    shifted = [{**batch, "x": batch["x"] + 3} for batch in DATA]
+    report = diagnose({"params": states[-1].params, "batch_stats": last}, shifted, history=record)
+    assert ("error", "data differ from training data") in found(report)
+
+
+class Untracked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        tracked = functools.partial(bnjax.BatchNorm1d, track_running_stats=False)
+        conv = functools.partial(bnjax.BatchNorm2d, track_running_stats=False)
+        return Net(conv, tracked)(x)
+
+
+def test_statistics_that_are_not_tracked():
+    model = Untracked()
+    report = diagnose(train(model).variables, model=model)
+    assert found(report) == [("error", "eval depends on the batch")]
+    finding = report.findings[0]
+    assert finding.numbers["mates"] > 0.03
+    assert len(finding.layers) == 3
+    assert "track_running_stats=True" in finding.repair
+
+
+def test_evaluation_in_training_mode():
+    model = FlaxNet()
+    variables = train(model, train=True).variables
+    report = diagnose(variables, model=model, apply_kwargs={"train": True})
+    assert found(report) == [("error", "eval depends on the batch")]
+    assert "train=False" in report.findings[0].repair
+
+
+@pytest.mark.parametrize("model", [NET, FlaxNet()], ids=["bnjax", "flax"])
+def test_an_evaluation_that_moves_the_statistics(model, trained):
+    kwargs: dict[str, Any] = {"mutable": ["batch_stats"]}
+    if isinstance(model, FlaxNet):
+        trained, kwargs = train(model, train=True).variables, {**kwargs, "train": True}
+    report = diagnose(trained, model=model, apply_kwargs=kwargs)
+    assert found(report) == [("error", "statistics move in eval")]
+    assert len(report.findings[0].layers) == 3
+
+
+def test_a_nan_batch_in_flaxs_layer():
+    model = FlaxNet()
+    variables = train(model, train=True).variables
+    x = DATA[0]["x"].copy()
+    x[0] = np.nan
+    _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    report = diagnose({**variables, **updates}, model=model, apply_kwargs={"train": False})
+    assert found(report) == [("error", "statistics poisoned")]
+    assert report.findings[0].layer == "BatchNorm_0"
+    assert report.findings[0].numbers["channels"] == 8 + 16 + 32
+
+
+@pytest.mark.parametrize("value", [-1.0, np.inf])
+def test_a_bad_variance_in_one_channel(trained, value):
+    stats = jax.tree.map(np.array, trained["batch_stats"])
+    stats["BatchNorm2d_1"]["var"][3] = value
+    report = diagnose({**trained, "batch_stats": stats})
+    assert found(report) == [("error", "statistics poisoned")]
+    assert report.findings[0].layers == ("BatchNorm2d_1",)
+
+
+def test_a_batch_that_is_not_finite(trained):
+    x = DATA[1]["x"].copy()
+    x[0] = np.inf
+    report = diagnose(trained, [DATA[0], {**DATA[1], "x": x}, *DATA[2:]])
+    assert found(report) == [("error", "values not finite")]
+    assert report.findings[0].layer == "BatchNorm2d_0"
+    assert report.findings[0].numbers["batches"] == 1
+
+
+def devices(variables: Any, count: int = 4) -> Any:
+    """The statistics of devices that trained apart, each on a kind of data of its own."""
+    own = [[{**b, "x": b["x"] + 0.3 * d} for b in batches(60, 16, seed=d)] for d in range(count)]
+    step = jax.pmap(
+        lambda v, x: {**v, **NET.apply(v, x, mutable=["batch_stats"])[1]},
+        devices=jax.devices()[:count],
+    )
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), variables)
+    for parts in zip(*own, strict=True):
+        stacked = step(stacked, np.stack([part["x"] for part in parts]))
+    return jax.device_get(stacked)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["statistics", "all variables"])
+def test_devices_that_never_talked(trained, alone):
+    stacked = devices(trained)
+    variables = {**trained, "batch_stats": stacked["batch_stats"]} if alone else stacked
+    report = diagnose(variables)
+    assert found(report) == [("error", "devices disagree")]
+    assert report.findings[0].numbers["distance"] > 0.1
+    assert "merge_batch_stats" in report.findings[0].repair
+
+
+def test_devices_that_agree(trained):
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), trained)
+    assert diagnose(stacked).healthy
+
+
+def test_eps_that_is_larger_than_the_variance(trained):
+    tiny = [{**batch, "x": 1e-4 * batch["x"]} for batch in DATA]
+    report = diagnose(bnjax.recalibrate(NET, trained, tiny), tiny)
+    assert found(report) == [("warning", "eps dominates")]
+    assert report.findings[0].layers == ("BatchNorm2d_0",)
+    assert "eps=1e-" in report.findings[0].repair
+
+
+def test_channels_that_are_constant(trained):
+    kernel = trained["params"]["Conv_1"]["kernel"].at[..., :5].set(0)
+    params = {**trained["params"], "Conv_1": {"kernel": kernel}}
+    report = diagnose(bnjax.recalibrate(NET, {**trained, "params": params}, DATA))
+    assert found(report) == [("warning", "dead channels")]
+    assert report.findings[0].numbers["constant"] == 5
+
+
+def test_scales_that_are_zero(trained):
+    norm = trained["params"]["BatchNorm2d_0"]
+    params = {**trained["params"], "BatchNorm2d_0": {**norm, "scale": jnp.zeros(8)}}
+    report = diagnose(bnjax.recalibrate(NET, {**trained, "params": params}, DATA[:1]), DATA[:1])
+    assert ("warning", "dead channels") in found(report)
+
+
+def test_statistics_that_stall_in_bfloat16():
+    plain = train_step(loss_fn, donate=False)
+
+    def step(state, batch):
+        half = jax.tree.map(jnp.bfloat16, state.batch_stats)
+        return plain(state.replace(batch_stats=half), batch)
+
+    with bnjax.override("**", momentum=0.005):
+        variables = train(NET, step=step, steps=1500, lr=0.003).variables
+        report = diagnose(variables, steps=1500)
+    assert found(report) == [("error", "half-precision statistics")]
+
+
+def test_statistics_in_half_precision_that_fit(trained):
+    half = jax.tree.map(jnp.bfloat16, trained["batch_stats"])
+    report = diagnose({**trained, "batch_stats": half})
+    assert found(report) == [("warning", "half-precision statistics")]
+
+
+def test_activations_near_the_end_of_float16():
+    layer = bnjax.BatchNorm1d()
+    x = np.random.default_rng(0).normal(0, 15_000, (256, 4)).astype(np.float16)
+    variables = bnjax.recalibrate(layer, layer.init(jax.random.key(0), x), [x])
+    report = bnjax.diagnose(layer, variables, [x])
+    assert found(report) == [("warning", "range exhausted")]
+
+
+@pytest.fixture(scope="module")
+def fitted() -> NnxNet:
+    """An nnx network, in evaluation, that is fitted by its statistics alone."""
+    model = NnxNet(nnx.Rngs(0))
+    model.eval()
+    nnx.update(model, bnjax.recalibrate(model, None, DATA))
+    return model
+
+
+def test_a_healthy_nnx_model(fitted):
+    assert diagnose(None, model=fitted).healthy
+    assert diagnose(nnx.state(fitted), model=fitted).healthy
+
+
+def test_an_nnx_model_left_in_training(fitted):
+    model = nnx.clone(fitted)
+    model.train()
+    report = diagnose(None, model=model)
+    assert found(report) == [("error", "statistics move in eval")]
+    assert report.findings[0].repair == "model.eval()"
+    assert report.findings[0].layers == ("norms/0", "norms/1", "norms/2")
+
+
+def test_frozen_nnx_layers_stay_out_of_it(fitted):
+    model = nnx.clone(fitted)
+    bnjax.nnx.freeze(model)
+    model.train()
+    assert diagnose(None, model=model).healthy
+
+
+def test_nnx_updates_thrown_away_and_data_that_differ(fitted):
+    fresh = NnxNet(nnx.Rngs(0))
+    fresh.eval()
+    assert found(diagnose(None, model=fresh)) == [("error", "never updated")]
+    shifted = [{**batch, "x": 3 * batch["x"] + 1} for batch in DATA]
+    report = diagnose(None, shifted, fitted)
+    assert found(report) == [("error", "data differ from training data")]
+    assert report.findings[0].layer == "norms/0"
+
+
+def test_nnx_layers_that_are_not_tracked():
+    def untracked(features, momentum, rngs):
+        return bnjax.nnx.BatchNorm1d(features, track_running_stats=False, rngs=rngs)
+
+    class Small(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = untracked(3, 0.1, rngs)
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    model = Small(nnx.Rngs(0))
+    model.eval()
+    x = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+    report = bnjax.diagnose(model, None, [x])
+    assert found(report) == [("error", "eval depends on the batch")]
+
+
+def test_nnx_devices_that_never_talked(fitted):
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), nnx.state(fitted))
+    assert diagnose(stacked, model=fitted).healthy
+    stats = nnx.filter_state(stacked, nnx.BatchStat)
+    apart = jax.tree.map(lambda leaf: leaf * jnp.array([[0.5], [1.5]]), stats)
+    others = nnx.filter_state(nnx.state(fitted), nnx.Not(nnx.BatchStat))
+    report = diagnose(nnx.merge_state(others, apart), model=fitted)
+    assert found(report) == [("error", "devices disagree")]
