@@ -97,6 +97,7 @@ def plot_layers(
     names = [rows[i]["name"] or "top" for i in shown]
     variances.set_xticks(shown, names, rotation=40, ha="right", rotation_mode="anchor")
     variances.set_xticks(range(len(rows)), minor=True)
+    variances.set_xlim(-0.7, len(rows) - 0.3)
     for tick, i in zip(variances.get_xticklabels(), shown, strict=True):
         tick.set_color(_color(rows[i]["found"]))
     rest = "" if len(shown) == len(rows) else "; the farthest are named"

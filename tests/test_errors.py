@@ -30,6 +30,11 @@ class Mistake(NamedTuple):
 # Nothing below computes a value: mistakes are found when a layer is built or a call is traced.
 
 
+def untyped(value: Any) -> Any:
+    """A value that a type checker would not let through."""
+    return value
+
+
 def core(params: Any = PARAMS, batch_stats: Any = STATS, x: Any = NC, **settings: Any):
     settings = {"mutable": True, **settings}
     return lambda: jax.eval_shape(
@@ -150,7 +155,7 @@ CHANNEL_COUNT = (
     ),
     Mistake(
         "no whole number",
-        lambda: bnjax.init(2.5),
+        lambda: bnjax.init(untyped(2.5)),
         "`num_features` must be an integer and not negative, got 2.5.",
     ),
     Mistake(
@@ -202,7 +207,11 @@ NUMBERS = (
     ),
     Mistake("text momentum", core(momentum="0.1"), RANGE.format("'0.1'")),
     Mistake("nan eps", core(eps=float("nan")), NEGATIVE.format("eps", "nan")),
-    Mistake("text eps", lambda: bnjax.BatchNorm2d(eps="small"), NEGATIVE.format("eps", "'small'")),
+    Mistake(
+        "text eps",
+        lambda: bnjax.BatchNorm2d(eps=untyped("small")),
+        NEGATIVE.format("eps", "'small'"),
+    ),
     Mistake(
         "negative correction",
         core(correction=-1),
@@ -212,7 +221,7 @@ NUMBERS = (
     Mistake("no whole axis", core(axis=1.0), AXIS.format(2, 1, 1.0)),
     Mistake(
         "two axes of a torch layer",
-        init(bnjax.BatchNorm2d(3, axis=(1, 2))),
+        init(bnjax.BatchNorm2d(3, axis=untyped((1, 2)))),
         "`axis` of BatchNorm2d must be one integer, got (1, 2). bnjax.linen.BatchNorm takes "
         "several axes.",
     ),

@@ -205,7 +205,7 @@ def statistics_move(evidence: Evidence) -> Finding | None:
         moved[0],
         moved,
         f"An evaluation changed the statistics of {count_of(moved)}; among other batch mates an "
-        f"example's output changes by {part(evidence.measured.mates)} of its deviation.",
+        f"example's output changes by {part(evidence.measured.mates)} its deviation.",
         {"layers": len(moved), "mates": evidence.measured.mates},
         "The model is evaluated in training mode"
         + (", with .train() on." if nnx else ", with mutable statistics."),
@@ -234,7 +234,7 @@ def depends_on_batch(evidence: Evidence) -> Finding | None:
         paths[0],
         paths,
         f"{count_of(paths)} normalize by the batch in evaluation: among other batch mates an "
-        f"example's output changes by {part(measured.mates)} of its deviation.",
+        f"example's output changes by {part(measured.mates)} its deviation.",
         {"layers": len(paths), "mates": measured.mates},
         cause,
         repair,
@@ -294,7 +294,7 @@ def batch_too_small(evidence: Evidence) -> Finding | None:
         paths_of(bad),
         f"{values:.0f} values per channel in a batch of {examples:.0f}: the statistics scatter by "
         f"{lost} between batches, and outputs in evaluation differ from those in training by "
-        f"{part(measured.gap)} of their deviation.",
+        f"{part(measured.gap)} their deviation.",
         {"values": values, "examples": examples, "spread": noise[worst.path], "gap": measured.gap},
         "In training each example is normalized by a handful of others, in evaluation by all.",
         f"batch_size = {math.ceil(examples * times)}"
@@ -337,10 +337,10 @@ def dead_channels(evidence: Evidence) -> Finding | None:
 
 
 def part(value: float) -> str:
-    """A part of the outputs' deviation, as text."""
+    """How much of a deviation, in words that go before it."""
     if not math.isfinite(value):
-        return "NaN"
-    return f"{value:.0%}" if value < 10 else f"{value:.0f} times"
+        return "NaN times"
+    return f"{value:.0%} of" if value < 10 else f"{value:.0f} times"
 
 
 def _largest(dtype: Any) -> float:

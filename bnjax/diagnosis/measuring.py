@@ -18,7 +18,7 @@ from bnjax.diagnosis.devices import readings
 from bnjax.diagnosis.passes import Kind, LossFn, Passes, Seen, compare, passes_of
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
     """One batch norm that keeps statistics, and those of the batches; in float64, each (C,).
 

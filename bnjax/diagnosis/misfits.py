@@ -179,7 +179,8 @@ def other_weights(
         paths_of(far),
         f"{len(far)} of {len(layers)} layers are off, by up to {worst.distance:.2g} standard "
         f"deviations at '{worst.path}', but the first, which sees the data themselves, by "
-        f"{layers[0].distance:.2g}; outputs differ by {part(evidence.measured.gap)}.",
+        f"{layers[0].distance:.2g}; outputs differ by {part(evidence.measured.gap)} their "
+        "deviation.",
         {"layers": len(far), "distance": worst.distance, "first": layers[0].distance},
         "The weights are an average (EMA, SWA), of another step, or moved faster than the "
         "statistics follow.",

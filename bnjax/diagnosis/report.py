@@ -79,7 +79,7 @@ class Report:
             for x in self._measured.layers
             if x.seen and not x.poisoned.all()
         ]
-        gap = f"outputs differ by {part(self.outputs['gap'])} of their deviation"
+        gap = f"outputs differ by {part(self.outputs['gap'])} their deviation"
         plot_layers(rows, path, f"{self.verdict}; {gap}", self._modes())
 
     @property
@@ -160,7 +160,7 @@ class Report:
     def _summary(self) -> str:
         texts = [
             "outputs in evaluation differ from those in training by "
-            f"{part(self.outputs['gap'])} of their deviation"
+            f"{part(self.outputs['gap'])} their deviation"
         ]
         texts += [f"{n} {a:.4g} in training, {b:.4g} in evaluation" for n, a, b in self._modes()]
         return "; ".join(texts)
