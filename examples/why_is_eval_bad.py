@@ -5,6 +5,7 @@ mended as the diagnosis says. Accuracies are those of evaluation in batches of f
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -197,6 +198,7 @@ def main(
     epochs: Annotated[int, typer.Option(min=2, help="Of each training.")] = 12,
     seed: int = 0,
     full: Annotated[bool, typer.Option(help="Print each report, too.")] = False,
+    first: Annotated[int | None, typer.Option(help="Only so many faults.")] = None,
 ) -> None:
     """Make each fault, diagnose it, and mend it."""
     splits = load(seed=seed)
@@ -207,7 +209,7 @@ def main(
         table.add_column(column, overflow="fold")
     for column in ("before", "after"):
         table.add_column(column, justify="right")
-    for case in cases(train):
+    for case in itertools.islice(cases(train), first):
         report = diagnosed(case, train)
         console.print(report if full else f"{case.fault}: {report.verdict}", soft_wrap=True)
         report.plot(out / f"{case.fault.replace(' ', '_').replace('=', '_')}.png")

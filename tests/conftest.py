@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=15)
+settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=10)
 settings.load_profile("bnjax")
 
 

@@ -1,6 +1,7 @@
 """`remat_policy`: what is kept between the passes, and what is not done twice."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -119,7 +120,8 @@ def test_no_sum_over_the_batch_is_made_again():
 
     def reductions(policy: Any) -> int:
         step = jax.grad(functools.partial(loss, policy=policy), has_aux=True)
-        return str(jax.make_jaxpr(step)(params, x)).count("reduce_sum[")
+        program = jax.jit(step).lower(params, x).compile().as_text()
+        return len(re.findall(r" reduce\(|ynn_fusion", program))
 
-    assert reductions(bnjax.remat_policy()) == reductions(None)
+    assert reductions(bnjax.remat_policy()) <= reductions(None)
     assert reductions(jax.checkpoint_policies.dots_saveable) > reductions(None)
