@@ -216,8 +216,8 @@ def main(
         before, after = (accuracy(s, splits.test) for s in (case.broken, case.mended()))
         words = ["all is well", "", ""]
         if report.findings:
-            first = report.findings[0]
-            words = [first.kind, first.layer, first.repair.partition("  #")[0]]
+            worst = report.findings[0]
+            words = [worst.kind, worst.layer, worst.repair.partition("  #")[0]]
         table.add_row(case.fault, *words, f"{before:.3f}", f"{after:.3f}")
     console.print(table)
     console.print(f"pictures: {out}", soft_wrap=True)
