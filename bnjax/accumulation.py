@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bnjax import _checks, linen
+from bnjax.batches import counting
 from bnjax.functional import move
 from bnjax.moments import Moments, measure, merge, pool, working_dtype
 from bnjax.overrides import overridden
@@ -62,9 +63,8 @@ def accumulating(
         if "x" in kwargs:
             args, kwargs = (kwargs["x"],), {k: v for k, v in kwargs.items() if k != "x"}
         if examples is not None:
-            mask = examples.reshape(-1, *(1,) * (args[0].ndim - 1))
-            given = kwargs.get("mask")
-            kwargs = {**kwargs, "mask": mask if given is None else mask & jnp.asarray(given, bool)}
+            mask = counting(kwargs.get("mask"), examples, args[0].ndim)
+            kwargs = {**kwargs, "mask": mask}
         with overridden(module, args, kwargs) as ((x, *others), options):
             does = linen.describe(module, *others, **options)
         room = module.has_variable(_COLLECTION, _SEEN[0])

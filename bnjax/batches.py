@@ -1,19 +1,66 @@
-"""Batches on their way to the devices: padded, and split over a mesh."""
+"""Batches: which examples count, losses over them, and how they go to the devices of a mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bnjax import _checks
+
 Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Any, Any], Any]
 
 
 def size_of(batch: Batch) -> int:
     """The number of examples: the leading axis of `batch["x"]`."""
     return jax.tree.leaves(batch["x"])[0].shape[0]
+
+
+def counted(batch: Batch) -> jax.Array:
+    """The number of examples that count."""
+    if "mask" not in batch:
+        return jnp.asarray(size_of(batch), jnp.float32)
+    return jnp.sum(batch["mask"], dtype=jnp.float32)
+
+
+def totals_of(loss_fn: LossFn, outputs: Any, batch: Batch) -> Metrics:
+    """The sums of loss and metrics over the examples that count."""
+
+    def values(outputs: Any, batch: Batch) -> Metrics:
+        result = loss_fn(outputs, batch)
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        return {**metrics, "loss": loss}
+
+    def one(outputs: Any, batch: Batch) -> Metrics:
+        return values(*jax.tree.map(lambda leaf: leaf[None], (outputs, batch)))
+
+    found = values(outputs, batch)
+    mask = batch.get("mask", True)
+    if "mask" in batch and any(jnp.ndim(value) == 0 for value in found.values()):
+        # A mean has seen the masked examples too. That of one example alone has seen no other.
+        each = jax.vmap(one)(outputs, dict(batch))
+        found = {name: each[name] if jnp.ndim(v) == 0 else v for name, v in found.items()}
+
+    def total(name: str, value: jax.Array) -> jax.Array:
+        value = jnp.asarray(value)
+        _checks.per_example(name, value.shape, size_of(batch))
+        value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        return value * counted(batch) if value.ndim == 0 else jnp.sum(jnp.where(mask, value, 0))
+
+    return {name: total(name, value) for name, value in found.items()}
+
+
+def counting(mask: Any, examples: Any, ndim: int) -> Any:
+    """The mask of an input of this rank, its own if any, without the examples that do not count."""
+    if examples is None:
+        return mask
+    alike = examples.reshape(-1, *(1,) * (ndim - 1))
+    return alike if mask is None else alike & jnp.asarray(mask, bool)
 
 
 def pad_batch(batch: Batch, multiple: int) -> Batch:

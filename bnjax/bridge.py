@@ -17,6 +17,7 @@ from bnjax import _checks, _globs, linen
 from bnjax._subtypes import subtype
 from bnjax.linen import Call
 from bnjax.nnx import LAYERS, BatchNorm, fitting
+from bnjax.overrides import setting
 
 Path = tuple[str, ...]
 
@@ -111,6 +112,19 @@ def intercepting(interceptor: Callable[..., Any]) -> Iterator[None]:
             linear layers.
     """
     with _interceptor(interceptor), nn.intercept_methods(interceptor):
+        yield
+
+
+@contextlib.contextmanager
+def without_devices(layer: Any) -> Iterator[None]:
+    """A context in which a layer, of linen or nnx, names no devices that are not here."""
+    fields: dict[str, Any] = {}
+    if layer.axis_name is not None:
+        try:
+            jax.lax.axis_size(layer.axis_name)
+        except NameError:
+            fields = {"axis_name": None, "axis_index_groups": None}
+    with setting(layer, **fields):
         yield
 
 

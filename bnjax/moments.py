@@ -231,7 +231,7 @@ def _centred_at_mean(
     x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same with the mean as the origin, where no sample is at hand."""
-    positions = jnp.asarray(math.prod(x.shape[a] for a in reduced), n.dtype)
+    positions = _count(x.shape, reduced, (), None, n.dtype)
     scaled = x.astype(working_dtype(x.dtype)) * (1 / positions)  # their sum does not overflow
     mean = jnp.sum(_where(mask, scaled), reduced) * (positions / n)
     unit = jnp.where(jnp.abs(mean) > _HUGE, 1 / _HUGE, 1)  # rounding errors have squares, too

@@ -320,7 +320,7 @@ def freeze(model: nnx.Module, paths: _globs.Paths = "**") -> None:
     [0.0, 0.0, 0.0]
     """
     for layer in fitting(model, paths):
-        if not isinstance(layer, _Frozen):
+        if not is_frozen(layer):
             frozen = subtype(_Frozen, type(layer), LAYERS, "Frozen")
             object.__setattr__(layer, "__class__", frozen)
 
@@ -333,14 +333,19 @@ def unfreeze(model: nnx.Module, paths: _globs.Paths = "**") -> None:
         paths: a glob over attribute paths or several, as for `freeze`, with the same error.
     """
     for layer in fitting(model, paths):
-        if isinstance(layer, _Frozen):
+        if is_frozen(layer):
             frozen: Any = type(layer)
             object.__setattr__(layer, "__class__", frozen.kind)
 
 
+def is_frozen(layer: nnx.Module) -> bool:
+    """Whether a batch norm is frozen."""
+    return isinstance(layer, _Frozen)
+
+
 def fitting(model: nnx.Module, paths: _globs.Paths) -> list[nnx.Module]:
     """The batch norms whose path fits, after a look at all patterns."""
-    layers = list(_layers(model))
+    layers = list(batch_norms(model))
     there = [path for path, _ in layers]
     matchers = [_globs.matcher(pattern) for pattern in _globs.as_tuple(paths)]
     for pattern, fits in zip(_globs.as_tuple(paths), matchers, strict=True):
@@ -348,7 +353,7 @@ def fitting(model: nnx.Module, paths: _globs.Paths) -> list[nnx.Module]:
     return [layer for path, layer in layers if any(fits(path) for fits in matchers)]
 
 
-def _layers(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[str, nnx.Module]]:
+def batch_norms(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[str, nnx.Module]]:
     """All batch norms with their paths: a shared one with each, where `iter_modules` has one."""
     if isinstance(node, LAYERS):
         yield path, node
@@ -359,7 +364,7 @@ def _layers(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[str,
         children = sorted(vars(node).items())  # made with pytree=False
     for name, child in children:
         if not any(child is parent for parent in (*above, node)):
-            yield from _layers(child, f"{path}/{name}" if path else name, (*above, node))
+            yield from batch_norms(child, f"{path}/{name}" if path else name, (*above, node))
 
 
 class _Frozen(nnx.Module):

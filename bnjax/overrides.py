@@ -90,6 +90,11 @@ def again(overrides: tuple[_Override, ...]) -> Iterator[None]:
         yield
 
 
+def none() -> contextlib.AbstractContextManager[None]:
+    """A context in which none holds."""
+    return _active(())
+
+
 @contextlib.contextmanager
 def overridden(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple]:
     """The layer with the settings that are active for its path, and the arguments of its call."""

@@ -14,11 +14,10 @@ from jax.sharding import Mesh
 import bnjax.nnx
 from bnjax import _checks, _globs
 from bnjax.accumulation import Path, accumulating, added, begin, replace, unmeasured
-from bnjax.batches import Batch, on_all, pad_batch, shardings, split_over
-from bnjax.bridge import Bridge, describe, intercepting, path_of, variables_of
+from bnjax.batches import Batch, counting, on_all, pad_batch, shardings, split_over
+from bnjax.bridge import Bridge, describe, intercepting, path_of, variables_of, without_devices
 from bnjax.linen import Call
-from bnjax.moments import AxisName
-from bnjax.overrides import override, setting
+from bnjax.overrides import override
 
 Batches = Iterable[Any]
 
@@ -207,15 +206,10 @@ def _measuring_nnx(
         if not isinstance(layer, bnjax.nnx.LAYERS):
             return call(*args, **kwargs)
         at, x = path_of(layer), jnp.asarray(args[0] if args else kwargs["x"])
-        mask = kwargs.get("mask")
-        if examples is not None:
-            alike = examples.reshape(-1, *(1,) * (x.ndim - 1))
-            mask = alike if mask is None else alike & jnp.asarray(mask, bool)
+        mask = counting(kwargs.get("mask"), examples, x.ndim)
         before = variables_of(layer).get("batch_stats")
         together = path is None and at in paths
-        alone = {"axis_name": None, "axis_index_groups": None}
-        unmapped = layer.axis_name is not None and _unmapped(layer.axis_name)
-        with setting(layer, **alone if unmapped else {}):
+        with without_devices(layer):
             y = call(x, use_running_average=not together, mask=mask)
             if before and (together or at == path):
                 seen[at] = None
@@ -226,15 +220,6 @@ def _measuring_nnx(
 
     with intercepting(intercept):
         yield seen
-
-
-def _unmapped(axis_name: AxisName) -> bool:
-    """Whether it names devices of the training, which are not here."""
-    try:
-        jax.lax.axis_size(axis_name)
-    except NameError:
-        return True
-    return False
 
 
 def _tracked(batches: Batches, progress: bool, label: str) -> Batches:

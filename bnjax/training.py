@@ -13,10 +13,19 @@ from jax.sharding import Mesh
 
 from bnjax import _checks, _globs
 from bnjax.accumulation import Path, accumulating, begin, finish, map_layers, next_pass
-from bnjax.batches import Batch, on_all, pad_batch, shardings, size_of, split_over
+from bnjax.batches import (
+    Batch,
+    LossFn,
+    Metrics,
+    counted,
+    on_all,
+    pad_batch,
+    shardings,
+    size_of,
+    split_over,
+    totals_of,
+)
 
-Metrics = dict[str, jax.Array]
-LossFn = Callable[[Any, Any], Any]
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
 
@@ -104,7 +113,7 @@ def train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None if state.rng is None else jax.random.fold_in(state.rng, state.step)
-        count = jnp.maximum(_count(batch), 1)
+        count = jnp.maximum(counted(batch), 1)
 
         def gradients(batch_stats: Any, part: Batch, key: Any) -> tuple[Any, Any, Metrics]:
             def objective(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
@@ -115,7 +124,7 @@ def train_step(
                     rngs=None if key is None else {"dropout": key},
                     **kwargs,
                 )
-                totals = _totals(loss_fn, outputs, part)
+                totals = totals_of(loss_fn, outputs, part)
                 means = {name: total / count for name, total in totals.items()}
                 return means["loss"], (updates.get("batch_stats", {}), means)
 
@@ -151,7 +160,7 @@ def eval_step(
 
     def step(state: TrainState, batch: Batch) -> Metrics:
         outputs = state.apply_fn(state.variables, batch["x"], **(apply_kwargs or {}))
-        return _totals(loss_fn, outputs, batch) | {"count": _count(batch)}
+        return totals_of(loss_fn, outputs, batch) | {"count": counted(batch)}
 
     sharded = _jit(step, mesh, 1, donate=False)
     if mesh is None:
@@ -286,40 +295,6 @@ def commit(accepted: jax.Array, proposed: TrainState, current: TrainState) -> Tr
 
 def _variables(params: Any, batch_stats: Any) -> dict[str, Any]:
     return {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
-
-
-def _count(batch: Batch) -> jax.Array:
-    """The number of examples that count."""
-    if "mask" not in batch:
-        return jnp.asarray(size_of(batch), jnp.float32)
-    return jnp.sum(batch["mask"], dtype=jnp.float32)
-
-
-def _totals(loss_fn: LossFn, outputs: Any, batch: Batch) -> Metrics:
-    """The sums of loss and metrics over the examples that count."""
-
-    def values(outputs: Any, batch: Batch) -> Metrics:
-        result = loss_fn(outputs, batch)
-        loss, metrics = result if isinstance(result, tuple) else (result, {})
-        return {**metrics, "loss": loss}
-
-    def one(outputs: Any, batch: Batch) -> Metrics:
-        return values(*jax.tree.map(lambda leaf: leaf[None], (outputs, batch)))
-
-    found = values(outputs, batch)
-    mask = batch.get("mask", True)
-    if "mask" in batch and any(jnp.ndim(value) == 0 for value in found.values()):
-        # A mean has seen the masked examples too. That of one example alone has seen no other.
-        each = jax.vmap(one)(outputs, dict(batch))
-        found = {name: each[name] if jnp.ndim(v) == 0 else v for name, v in found.items()}
-
-    def total(name: str, value: jax.Array) -> jax.Array:
-        value = jnp.asarray(value)
-        _checks.per_example(name, value.shape, size_of(batch))
-        value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-        return value * _count(batch) if value.ndim == 0 else jnp.sum(jnp.where(mask, value, 0))
-
-    return {name: total(name, value) for name, value in found.items()}
 
 
 def _accumulate(

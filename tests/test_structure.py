@@ -12,11 +12,11 @@ import bnjax
 TOOLS = {"training", "recalibration", "folding", "conversion", "files", "inspection", "diagnosis"}
 FLOORS = (
     {"_checks", "_globs", "_subtypes"},
-    {"moments"},
+    {"moments", "batches"},
     {"functional"},
     {"linen", "nnx"},
     {"overrides", "masks"},
-    {"accumulation", "batches", "bridge", "plotting", "tensors"},
+    {"accumulation", "bridge", "plotting", "tensors"},
     TOOLS,
     {"cli"},
     {"__main__"},

@@ -6,12 +6,12 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
+from bnjax.batches import LossFn
 from bnjax.diagnosis import findings
 from bnjax.diagnosis.findings import Evidence
 from bnjax.diagnosis.findings import Finding as Finding
 from bnjax.diagnosis.measuring import measured
 from bnjax.diagnosis.misfits import misfits
-from bnjax.diagnosis.passes import LossFn
 from bnjax.diagnosis.report import Report as Report
 from bnjax.diagnosis.report import row_of
 

@@ -41,7 +41,7 @@ def readings(model: Any, variables: Any) -> Iterator[Callable[[], Reading]]:
 
 
 def _of_nnx(model: nnx.Module, state: Any) -> Iterator[Callable[[], Reading]]:
-    modes = {path: _mode(layer) for path, layer in bnjax.nnx._layers(model)}
+    modes = {path: _mode(layer) for path, layer in bnjax.nnx.batch_norms(model)}
 
     def read(model: nnx.Module, state: Any) -> Reading:
         bridge = Bridge(model, state)

@@ -95,7 +95,7 @@ class Evidence:
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers that were seen in training, and have statistics that are numbers."""
-        return tuple(x for x in self.measured.layers if x.seen and not x.poisoned.all())
+        return tuple(x for x in self.measured.layers if x.compared)
 
     def spread(self, layer: Layer) -> float:
         """How much the layer's statistics scatter between batches; of one batch, as if normal."""

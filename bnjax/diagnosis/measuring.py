@@ -7,15 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from flax import nnx
 from flax.core import meta
 
 from bnjax import _checks
-from bnjax.batches import size_of
+from bnjax.batches import LossFn, size_of
 from bnjax.bridge import Bridge, Path
 from bnjax.diagnosis.devices import readings
-from bnjax.diagnosis.passes import Kind, LossFn, Passes, Seen, compare, passes_of
+from bnjax.diagnosis.passes import Kind, Passes, Seen, compare, passes_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,16 +77,32 @@ class Layer:
         return ~(np.isfinite(self.mean) & np.isfinite(self.var) & (self.var >= 0))
 
     @property
+    def compared(self) -> bool:
+        """Whether there is anything to compare: both statistics, in a channel at least."""
+        return self.seen and not self.poisoned.all()
+
+    @property
+    def mean_off(self) -> float:
+        """`mean_distance`, as root mean square over the channels that can be compared."""
+        return float(np.sqrt(np.mean(self.mean_distance[~self.poisoned] ** 2)))
+
+    @property
+    def var_off(self) -> float:
+        """`var_ratio`, as geometric mean over the channels that can be compared."""
+        return float(np.exp(np.mean(np.log(self.var_ratio[~self.poisoned]))))
+
+    @property
     def distance(self) -> float:
         """From running to batch statistics, in standard deviations of the output.
 
         Root mean square over the channels of both what the mean is off by, and of the logarithm of
         the ratio of the standard deviations.
         """
-        usable = ~self.poisoned
+        if not self.compared:
+            return 0.0
         with np.errstate(invalid="ignore", divide="ignore"):
             square = self.mean_distance**2 + (np.log(self.var_ratio) / 2) ** 2
-        return float(np.sqrt(np.mean(square[usable]))) if self.seen and usable.any() else 0.0
+        return float(np.sqrt(np.mean(square[~self.poisoned])))
 
     @property
     def spread(self) -> float:
@@ -215,7 +232,6 @@ class _Run:
             mode: {name: total / self.used for name, total in totals.items()}
             for mode, totals in self.losses.items()
         }
-        leaves = jax.tree.leaves(self.variables.get("params", {}))
         return Measured(
             layers=tuple(
                 self._layer(path, kind) for path, kind in kinds.items() if path in self.sums
@@ -231,7 +247,7 @@ class _Run:
             mates=self._mates(),
             losses=losses,
             unequal=self.unequal,
-            params_norm=float(np.sqrt(sum(float(jnp.sum(jnp.abs(leaf) ** 2)) for leaf in leaves))),
+            params_norm=float(optax.tree.norm(self.variables.get("params", {}))),
             nnx=isinstance(self.passes.model, Bridge),
         )
 

@@ -148,8 +148,7 @@ def data_differ(
     if not far or not _data_are_to_blame(evidence, far, layers):
         return None
     start = far[0]
-    ratio = float(np.exp(np.mean(np.log(start.var_ratio[~start.poisoned]))))
-    mean = float(np.sqrt(np.mean(start.mean_distance[~start.poisoned] ** 2)))
+    ratio, mean = start.var_off, start.mean_off
     return Finding(
         "data differ from training data",
         "error",

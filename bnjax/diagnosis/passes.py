@@ -21,12 +21,19 @@ import bnjax.nnx
 from bnjax import _checks, linen, overrides
 from bnjax._subtypes import own_type
 from bnjax.accumulation import map_layers
-from bnjax.batches import Batch, size_of
-from bnjax.bridge import Bridge, Path, describe, intercepting, path_of, variables_of
+from bnjax.batches import Batch, LossFn, counted, counting, size_of, totals_of
+from bnjax.bridge import (
+    Bridge,
+    Path,
+    describe,
+    intercepting,
+    path_of,
+    variables_of,
+    without_devices,
+)
 from bnjax.moments import working_dtype
 
 LAYERS = linen.LAYERS + bnjax.nnx.LAYERS
-LossFn = Callable[[Any, Any], Any]
 
 
 class Kind(NamedTuple):
@@ -138,7 +145,7 @@ class Passes:
                 args, kwargs = (kwargs["x"],), {k: v for k, v in kwargs.items() if k != "x"}
             with _here(layer, args, kwargs) as ((x, *others), options):
                 given = others[0] if others else options.get("use_running_average")
-                mask = _counting(options.get("mask"), batch.get("mask"), jnp.ndim(x))
+                mask = counting(options.get("mask"), batch.get("mask"), jnp.ndim(x))
                 options = {} if mask is None else {"mask": mask}
 
                 def run(running: bool) -> Any:
@@ -161,7 +168,7 @@ class Passes:
             running = layer.use_running_average if given is None else given
             running = not self.moves if torch and running is None else running
         else:
-            frozen = isinstance(layer, bnjax.nnx._Frozen)
+            frozen = bnjax.nnx.is_frozen(layer)
             running = frozen or (self.modes["/".join(path)] if given is None else given)
         _checks.given(running)
         self.kinds[path] = Kind(
@@ -256,24 +263,14 @@ def compare(a: Any, b: Any, size: int, examples: Any = None) -> tuple[jax.Array,
 @contextlib.contextmanager
 def _here(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[tuple, Any]]:
     """The layer under the overrides that hold here, and without the devices of the training."""
-    alone = {"axis_name": None, "axis_index_groups": None}
     with contextlib.ExitStack() as stack:
         given = args, kwargs
         if isinstance(layer, nn.Module):
             # They act here and not below, where they would undo what is set for a measurement.
             given = stack.enter_context(overrides.overridden(layer, args, kwargs))
-            stack.enter_context(overrides._active(()))
-        stack.enter_context(overrides.setting(layer, **(alone if _unmapped(layer) else {})))
+            stack.enter_context(overrides.none())
+        stack.enter_context(without_devices(layer))
         yield given
-
-
-def _unmapped(layer: Any) -> bool:
-    try:
-        if layer.axis_name is not None:
-            jax.lax.axis_size(layer.axis_name)
-    except NameError:
-        return True
-    return False
 
 
 def _frozen(path: Path, outside: Any) -> bool:
@@ -282,14 +279,6 @@ def _frozen(path: Path, outside: Any) -> bool:
         dict(one.fields).get("use_running_average") for one in outside if one.fits("/".join(path))
     ]
     return next((mode for mode in reversed(modes) if mode is not None), False)
-
-
-def _counting(mask: Any, examples: Any, ndim: int) -> Any:
-    """The positions of an input that count, by the model's mask and by that of the batch."""
-    if examples is None:
-        return mask
-    alike = examples.reshape(-1, *(1,) * (ndim - 1))
-    return alike if mask is None else alike & jnp.asarray(mask, bool)
 
 
 def _values(layer: Any, shape: tuple[int, ...], mask: Any) -> Any:
@@ -326,13 +315,5 @@ def _put(layer: Any, values: Mapping[str, Any]) -> None:
 
 def _means(loss_fn: LossFn | None, outputs: Any, batch: Batch) -> dict[str, jax.Array]:
     """Loss and metrics, over the examples that count."""
-    if loss_fn is None:
-        return {}
-    found = loss_fn(outputs, batch)
-    loss, metrics = found if isinstance(found, tuple) else (found, {})
-    means = {}
-    for name, value in {"loss": loss, **metrics}.items():
-        value = jnp.asarray(value, jnp.float32)
-        _checks.per_example(name, value.shape, size_of(batch))
-        means[name] = jnp.mean(value, where=batch.get("mask", True) if value.ndim else True)
-    return means
+    totals = {} if loss_fn is None else totals_of(loss_fn, outputs, batch)
+    return {name: total / jnp.maximum(counted(batch), 1) for name, total in totals.items()}

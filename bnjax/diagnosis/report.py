@@ -77,7 +77,7 @@ class Report:
                 "found": any(x.path in finding.layers for finding in self.findings),
             }
             for x in self._measured.layers
-            if x.seen and not x.poisoned.all()
+            if x.compared
         ]
         gap = f"outputs differ by {part(self.outputs['gap'])} their deviation"
         plot_layers(rows, path, f"{self.verdict}; {gap}", self._modes())
@@ -168,18 +168,14 @@ class Report:
 
 def row_of(layer: Layer) -> dict[str, Any]:
     """The numbers of a layer that a report shows."""
-    fine = ~layer.poisoned
-    compared = layer.seen and bool(fine.any())
-    nan = float("nan")
+    compared, nan = layer.compared, float("nan")
     return {
         "path": layer.path,
         "layer": layer.kind.layer,
         "channels": layer.var.size,
         "values": layer.values,
-        "mean_distance": float(np.sqrt(np.mean(layer.mean_distance[fine] ** 2)))
-        if compared
-        else nan,
-        "var_ratio": float(np.exp(np.mean(np.log(layer.var_ratio[fine])))) if compared else nan,
+        "mean_distance": layer.mean_off if compared else nan,
+        "var_ratio": layer.var_off if compared else nan,
         "distance": layer.distance if compared else nan,
         "spread": layer.spread if compared else nan,
         "poisoned": int(layer.poisoned.sum()),
