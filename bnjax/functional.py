@@ -162,7 +162,7 @@ def batch_norm(
             x, mask, group, axes = _split(x, mask, axes, virtual_batch_size, correction)
     wide = x.astype(working_dtype(x.dtype))
     if by_batch:
-        moments = measure(x, axes, mask, wide)
+        moments = measure(x, axes, mask, wide, apart=group is not None)
         origin = moments.origin
         if axis_name is not None and group is None:
             moments = pool(moments, axis_name, axis_index_groups, _reference(batch_stats, origin))

@@ -62,9 +62,16 @@ class Moments:
 
 
 def measure(
-    x: jax.Array, axes: Axes, mask: jax.Array | None = None, wide: jax.Array | None = None
+    x: jax.Array,
+    axes: Axes,
+    mask: jax.Array | None = None,
+    wide: jax.Array | None = None,
+    *,
+    apart: bool = False,
 ) -> Moments:
-    """Moments of `x` over all axes but the feature axes, in one pass over x (two with a mask).
+    """Moments of `x` over all axes but the feature axes.
+
+    It reads x once, and once more where a mean is far from zero, or under a mask on accelerators.
 
     Args:
         x: values of any shape and dtype; integers and half precision are taken as float32.
@@ -72,6 +79,7 @@ def measure(
         mask: bool, of x's rank (sizes 1 broadcast); only True positions are seen.
         wide: x in the working dtype, whose derivative is taken in place of that of x. Functions
             that share it add their gradients before these are rounded to x's dtype.
+        apart: the channels may be on devices that should not talk: nothing is decided for all.
 
     Returns:
         Moments in float32 at least, of the shape of the feature axes; zeros if no value is seen.
@@ -85,7 +93,7 @@ def measure(
         return Moments(jnp.zeros((), real), empty, empty, jnp.zeros(features, real))
     count = _count(x.shape, reduced, features, mask, real)
     wide = x.astype(working) if wide is None else wide
-    origin, offset, var = _centred(x, wide, mask, count, reduced)
+    origin, offset, var = _centred(x, wide, mask, count, reduced, apart)
     var = jnp.where(var < jnp.inf, var, jnp.nan)  # by an infinite one, all would be normal: 0
     return Moments(count, origin, offset, var * count)
 
@@ -172,9 +180,14 @@ def _count(
     return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, features)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _centred(
-    x: jax.Array, wide: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axes
+    x: jax.Array,
+    wide: jax.Array,
+    mask: jax.Array | None,
+    count: jax.Array,
+    reduced: Axes,
+    apart: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Origin, mean minus origin, and biased variance.
 
@@ -183,29 +196,20 @@ def _centred(
     d var = 2 mean(Re(conj(x - mean) dx)).
     """
     n = jnp.maximum(count, 1)
-    origin = _sample(x, mask, reduced)
-    if origin is None:
-        return _centred_at_mean(x, mask, n, reduced)
-    return lax.platform_dependent(
-        x,
-        origin,
-        n,
-        cpu=functools.partial(_centred_at_zero_or_sample, reduced=reduced),
-        default=functools.partial(_centred_at_sample, reduced=reduced),
-    )
+    seen = mask is None and all(isinstance(size, int) for size in x.shape)
+
+    def anywhere(x: jax.Array, mask: jax.Array | None, n: jax.Array) -> Any:
+        origin = _sample(x, reduced) if seen else _mean(x, mask, n, reduced)
+        return _centred_at(origin, x, mask, n, reduced)
+
+    if apart:
+        return anywhere(x, mask, n)
+    on_cpu = functools.partial(_centred_at_zero_or_mean, reduced=reduced)
+    return lax.platform_dependent(x, mask, n, cpu=on_cpu, default=anywhere)
 
 
-def _centred_at_sample(
-    x: jax.Array, origin: jax.Array, n: jax.Array, reduced: Axes
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same with a value of each channel as the origin."""
-    offset, squares = _mean_and_squares(x, None, n, reduced, origin)
-    # |offset| is at most about one standard deviation, so this difference loses no digits.
-    return origin, offset, jnp.maximum(squares - _abs2(offset), 0)
-
-
-def _centred_at_zero_or_sample(
-    x: jax.Array, origin: jax.Array, n: jax.Array, reduced: Axes
+def _centred_at_zero_or_mean(
+    x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same with the origin 0, if no mean is far from it.
 
@@ -213,62 +217,53 @@ def _centred_at_zero_or_sample(
     take no longer than Flax, and the plain sums alone half as long as the others.
     """
     x1, x2 = lax.optimization_barrier((x, x))
-    mean = jnp.sum(x1.astype(origin.dtype), reduced) / n
+    wide = working_dtype(x.dtype)
+    mean = jnp.sum(_where(mask, x1.astype(wide)), reduced) / n
     square = _abs2(mean)
-    var = jnp.sum(_abs2(x2.astype(origin.dtype)), reduced) / n - square
+    var = jnp.sum(_where(mask, _abs2(x2.astype(wide))), reduced) / n - square
     near = ((square < _NEAR * var) | (mean == 0)) & jnp.isfinite(var)
-    at_zero = jnp.zeros_like(origin), mean, var
+    at_zero = jnp.zeros_like(mean), mean, var
 
     def mixed() -> tuple[jax.Array, jax.Array, jax.Array]:
         # By channel, so that no channel's result depends on the others.
-        at_sample = _centred_at_sample(x, origin, n, reduced)
-        return jax.tree.map(lambda zero, sample: jnp.where(near, zero, sample), at_zero, at_sample)
+        finite = jnp.isfinite(mean)
+        careful = lax.cond(jnp.all(finite), lambda: mean, lambda: _mean(x, mask, n, reduced))
+        at_mean = _centred_at(jnp.where(finite, mean, careful), x, mask, n, reduced)
+        return jax.tree.map(lambda zero, other: jnp.where(near, zero, other), at_zero, at_mean)
 
     return lax.cond(jnp.all(near), lambda: at_zero, mixed)
 
 
-def _centred_at_mean(
-    x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes
+def _centred_at(
+    origin: jax.Array, x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same with the mean as the origin, where no sample is at hand."""
-    positions = _count(x.shape, reduced, (), None, n.dtype)
-    scaled = x.astype(working_dtype(x.dtype)) * (1 / positions)  # their sum does not overflow
-    mean = jnp.sum(_where(mask, scaled), reduced) * (positions / n)
-    unit = jnp.where(jnp.abs(mean) > _HUGE, 1 / _HUGE, 1)  # rounding errors have squares, too
-    if not jnp.iscomplexobj(x):  # ends in a reduction for the reason that `_median_of_3` does
-        mean = jnp.max(jnp.stack([mean, jnp.full_like(mean, -jnp.inf)]), 0)
-    offset, squares = _mean_and_squares(x, mask, n, reduced, mean, unit)
+    """The same with a given origin, which is within about a standard deviation of the mean."""
+    unit = jnp.where(jnp.abs(origin) > _HUGE, 1 / _HUGE, 1)  # rounding errors have squares, too
+    # The barrier gives each sum a reading of x of its own: XLA would write x - origin for both.
+    x1, origin1, x2, origin2, unit = lax.optimization_barrier((x, origin, x, origin, unit))
+    offset = jnp.sum(_where(mask, deviations(x1, origin1, reduced)), reduced) / n
+    scaled = deviations(x2, origin2, reduced) * jnp.expand_dims(unit, reduced)
     square = _abs2(offset * unit)
-    var = jnp.maximum(squares - square, 0)
-    # The offset is the rounding error of the mean. A spread far below it is one as well: the
-    # channel is constant, and its value is the mean put right.
+    # The offset is at most about one standard deviation, so this difference loses no digits.
+    var = jnp.maximum(jnp.sum(_where(mask, _abs2(scaled)), reduced) / n - square, 0)
+    # Of a constant channel, the offset is the rounding error of the origin, and so are its squares:
+    # its value is the origin put right.
     constant = var <= square * 2.0**-18
-    origin = jnp.where(constant, mean + offset, mean)
+    origin = jnp.where(constant, origin + offset, origin)
     return origin, jnp.where(constant, 0, offset), jnp.where(constant, 0, var / lax.square(unit))
 
 
-def _mean_and_squares(
-    x: jax.Array,
-    mask: jax.Array | None,
-    n: jax.Array,
-    reduced: Axes,
-    origin: jax.Array,
-    unit: jax.Array | int = 1,
-) -> tuple[jax.Array, jax.Array]:
-    """The mean of `x - origin`, and that of its squares in units of `unit`."""
-    # The barrier gives each sum a reading of x of its own: XLA would write x - origin for both.
-    x1, origin1, x2, origin2 = lax.optimization_barrier((x, origin, x, origin))
-    small = deviations(x2, origin2, reduced)
-    if not isinstance(unit, int):
-        small *= jnp.expand_dims(unit, reduced)
-    total = jnp.sum(_where(mask, deviations(x1, origin1, reduced)), reduced)
-    return total / n, jnp.sum(_where(mask, _abs2(small)), reduced) / n
+def _mean(x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes) -> jax.Array:
+    """The mean, as a sum that does not overflow."""
+    positions = _count(x.shape, reduced, (), None, n.dtype)
+    scaled = x.astype(working_dtype(x.dtype)) * (1 / positions)
+    return jnp.sum(_where(mask, scaled), reduced) * (positions / n)
 
 
 @_centred.defjvp
-def _centred_jvp(reduced, primals, tangents):  # pyright: ignore[reportUnusedFunction]
+def _centred_jvp(reduced, apart, primals, tangents):  # pyright: ignore[reportUnusedFunction]
     x, wide, mask, count = primals
-    origin, offset, var = map(_kept, _centred(x, wide, mask, count, reduced))
+    origin, offset, var = map(_kept, _centred(x, wide, mask, count, reduced, apart))
     n = jnp.maximum(count, 1)
 
     # With checkpoint, a backward pass keeps x itself, not a float32 copy of its deviations.
@@ -362,15 +357,13 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).mat.varying
 
 
-def _sample(x: jax.Array, mask: jax.Array | None, reduced: Axes) -> jax.Array | None:
-    """A typical value of each channel; None if it is not known which values count."""
-    sizes = tuple(x.shape[a] for a in reduced)
-    if mask is not None or not all(isinstance(size, int) for size in sizes):
-        return None
+def _sample(x: jax.Array, reduced: Axes) -> jax.Array:
+    """A typical value of each channel."""
     if not reduced:
         return x.astype(working_dtype(x.dtype))
     # The median of nine values spread over the batch: a value of the channel, so a constant channel
     # is centred exactly, and rare outliers do not become the origin.
+    sizes = tuple(x.shape[a] for a in reduced)
     spread = (2 * np.arange(9) + 1) * math.prod(sizes) // 18
     spec = [split for axis, split in enumerate(explicit_axes(x)) if axis not in reduced]
     by_position = jnp.moveaxis(x, reduced, range(len(reduced))).at[np.unravel_index(spread, sizes)]
