@@ -133,9 +133,10 @@ def finish(accumulated: Any, conventions: Mapping[Path, Convention]) -> Any:
 
     def settle(path: Path, kept: Mapping[str, Any], seen: list[Moments]) -> Mapping[str, Any]:
         momentum, correction, _ = conventions[path]
+        weights = None if momentum is None else (1 - momentum, momentum)
         for call in seen:  # each moves the statistics, as it does in a plain forward pass
             enough = call.count > correction
-            kept = move(kept, call.mean, call.variance(correction), enough, momentum)
+            kept = move(kept, call.mean, call.variance(correction), enough, weights)
         return kept
 
     return _settled(accumulated, conventions, settle)

@@ -151,7 +151,6 @@ def batch_norm(
     _checks.eps(eps, training=by_batch)
     _checks.correction(correction)
     _checks.virtual_batch_size(virtual_batch_size, axis_index_groups)
-    updated = dict(batch_stats)
     group, shape = None, x.shape
     dtype = dtype or x.dtype
     if by_batch:
@@ -160,29 +159,54 @@ def batch_norm(
             _checks.several_values(x, axes, devices, correction)
         else:
             x, mask, group, axes = _split(x, mask, axes, virtual_batch_size, correction)
+    updated = dict(batch_stats)
     wide = x.astype(working_dtype(x.dtype))
     if by_batch:
         moments = measure(x, axes, mask, wide, apart=group is not None)
         origin = moments.origin
         if axis_name is not None and group is None:
             moments = pool(moments, axis_name, axis_index_groups, _reference(batch_stats, origin))
-        offset = (moments.origin - origin) + moments.offset
-        # A batch without values is normalized as if it had mean 0 and variance 1.
-        var = jnp.where(moments.count > 0, moments.variance(), 1)
         if mutable and batch_stats:
-            batch = _summary(moments, correction, group, axis_name)
-            updated = move(batch_stats, *batch, momentum)
+            weights = None if momentum is None else (1 - momentum, momentum)
+            names = axis_name if isinstance(axis_name, str | None) else tuple(axis_name)
+            updated = _moved(updated, moments, weights, correction, group, names)
     else:
         origin, var = (_at_least(x.dtype, batch_stats[key]) for key in ("mean", "var"))
-        offset = jnp.zeros_like(origin)
-    if group is not None:
-        params = {key: jnp.expand_dims(value, axes.index(group)) for key, value in params.items()}
-    # Not rsqrt: its derivative forms var^-1.5, which underflows from a deviation of 1e13 on.
-    scale = params.get("scale", 1) / jnp.sqrt(var + eps)
-    shift = params.get("bias", 0) - offset * scale
+        moments = Moments(jnp.ones((), var.dtype), origin, jnp.zeros_like(origin), var)
+    over = None if group is None else axes.index(group)
+    scale, shift = _scale_and_shift(dict(params), moments, origin, eps, over)
     scale, shift = _as_varying(scale, shift, x)
     y = _affine(x, wide, mask, origin, scale, shift, other_axes(x.ndim, axes), dtype)
     return (y if group is None else _join(y, group, shape)), updated
+
+
+# What is compiled by itself is traced, differentiated and lowered once for all layers of a shape.
+@functools.partial(jax.jit, static_argnums=4)
+def _scale_and_shift(
+    params: Params, moments: Moments, origin: jax.Array, eps: Any, over: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """What x minus the origin is multiplied by, and what is added; `over` is the axis of groups."""
+    if over is not None:
+        params = {key: jnp.expand_dims(value, over) for key, value in params.items()}
+    offset = (moments.origin - origin) + moments.offset
+    # A batch without values is normalized as if it had mean 0 and variance 1.
+    var = jnp.where(moments.count > 0, moments.variance(), 1)
+    # Not rsqrt: its derivative forms var^-1.5, which underflows from a deviation of 1e13 on.
+    scale = params.get("scale", 1) / jnp.sqrt(var + eps)
+    return scale, params.get("bias", 0) - offset * scale
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _moved(
+    batch_stats: BatchStats,
+    moments: Moments,
+    weights: tuple[Any, Any] | None,
+    correction: Any,
+    group: int | None,
+    axis_name: AxisName | None,
+) -> BatchStats:
+    """The running statistics after the batch; the weights are those of the old and of the new."""
+    return move(batch_stats, *_summary(moments, correction, group, axis_name), weights)
 
 
 def _check_trees(
@@ -225,22 +249,27 @@ def move(
     mean: jax.Array,
     var: jax.Array,
     counts: jax.Array,
-    momentum: float | None,
+    weights: tuple[Any, Any] | None,
 ) -> BatchStats:
-    """The running statistics after one more batch, in each channel where that is a number."""
+    """The running statistics after one more batch, in each channel where that is a number.
+
+    The weights are those of the old statistics and of the new; None for the cumulative average.
+    """
     counts = counts & jnp.isfinite(mean) & jnp.isfinite(var)
     updated, channels = {}, ()
-    weight: Any = momentum
     if "count" in batch_stats:
         # The statistics of several layers may be stacked, as by nn.scan: one count for each.
         channels = tuple(range(jnp.ndim(batch_stats["count"]), counts.ndim))
         updated["count"] = batch_stats["count"] + jnp.any(counts, channels)
     for key, new in (("mean", mean), ("var", var)):
         old = _at_least(new.dtype if jnp.iscomplexobj(new) else jnp.float32, batch_stats[key])
-        if momentum is None:
-            weight = 1 / jnp.maximum(updated["count"], 1).astype(jnp.real(old).dtype)
-            weight = jnp.expand_dims(weight, channels)
-        updated[key] = jnp.where(counts, (1 - weight) * old + weight * new.astype(old.dtype), old)
+        if weights is None:
+            share = 1 / jnp.maximum(updated["count"], 1).astype(jnp.real(old).dtype)
+            share = jnp.expand_dims(share, channels)
+            of_old, of_new = 1 - share, share
+        else:
+            of_old, of_new = weights
+        updated[key] = jnp.where(counts, of_old * old + of_new * new.astype(old.dtype), old)
     return {key: updated[key] for key in batch_stats}
 
 
@@ -300,11 +329,10 @@ def _reference(batch_stats: Mapping[str, jax.Array], origin: jax.Array) -> jax.A
 
 def _as_varying(scale: jax.Array, shift: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Values that are alike on all devices, used where x differs: one sum in a backward pass."""
-    both = jnp.stack([scale, shift])
-    new = varying_axes(x) - varying_axes(both)
+    new = varying_axes(x) - varying_axes(scale) - varying_axes(shift)
     if not new:
         return scale, shift
-    both = lax.pcast(both, tuple(sorted(new)), to="varying")
+    both = lax.pcast(jnp.stack([scale, shift]), tuple(sorted(new)), to="varying")
     return both[0], both[1]
 
 
@@ -330,26 +358,28 @@ def _affine_jvp(reduced, dtype, primals, tangents):  # pyright: ignore[reportUnu
     x, wide, mask, origin, scale, shift = primals
     _, dx, _, d_origin, d_scale, d_shift = tangents
 
-    # The plain product rule, arranged for its transpose. With checkpoint, a backward pass keeps x
-    # itself and recomputes the deviations. The barriers give each pass over x and over the
-    # cotangent a reading of its own: without them XLA writes one shared float32 copy for all.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def tangent(x, origin, scale, dx, d_scale, d_shift):
-        x, origin = lax.optimization_barrier((x, origin))
-        by_x = _guard(x, mask, dx * jnp.expand_dims(scale, reduced))
-        by_scale = _guard(x, mask, deviations(x, origin, reduced)) * jnp.expand_dims(
-            d_scale, reduced
-        )
-        # With x's sharding, or the transpose would gather an explicitly sharded cotangent.
-        by_shift = lax.broadcast_in_dim(
-            d_shift, x.shape, other_axes(x.ndim, reduced), out_sharding=jax.typeof(x).sharding
-        )
-        # One barrier more for one of them, or XLA would find the two readings alike.
-        by_shift = lax.optimization_barrier(lax.optimization_barrier(by_shift.astype(dtype)))
-        return by_x.astype(dtype) + (lax.optimization_barrier(by_scale.astype(dtype)) + by_shift)
-
     y = _affine(x, wide, mask, origin, scale, shift, reduced, dtype)
-    return y, tangent(x, origin, scale, dx, d_scale, d_shift - d_origin * scale)
+    return y, _tangent(x, mask, origin, scale, dx, d_origin, d_scale, d_shift, reduced, dtype)
+
+
+# The plain product rule, arranged for its transpose. With checkpoint, a backward pass keeps x
+# itself and recomputes the deviations. The barriers give each pass over x and over the cotangent a
+# reading of its own: without them XLA writes one shared float32 copy for all.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(8, 9))
+def _tangent(x, mask, origin, scale, dx, d_origin, d_scale, d_shift, reduced, dtype):
+    x, origin = lax.optimization_barrier((x, origin))
+    by_x = _guard(x, mask, dx * jnp.expand_dims(scale, reduced))
+    by_scale = _guard(x, mask, deviations(x, origin, reduced)) * jnp.expand_dims(d_scale, reduced)
+    # With x's sharding, or the transpose would gather an explicitly sharded cotangent.
+    by_shift = lax.broadcast_in_dim(
+        d_shift - d_origin * scale,
+        x.shape,
+        other_axes(x.ndim, reduced),
+        out_sharding=jax.typeof(x).sharding,
+    )
+    # One barrier more for one of them, or XLA would find the two readings alike.
+    by_shift = lax.optimization_barrier(lax.optimization_barrier(by_shift.astype(dtype)))
+    return by_x.astype(dtype) + (lax.optimization_barrier(by_scale.astype(dtype)) + by_shift)
 
 
 def _guard(x: jax.Array, mask: jax.Array | None, values: jax.Array) -> jax.Array:

@@ -94,8 +94,15 @@ def measure(
     count = _count(x.shape, reduced, features, mask, real)
     wide = x.astype(working) if wide is None else wide
     origin, offset, var = _centred(x, wide, mask, count, reduced, apart)
-    var = jnp.where(var < jnp.inf, var, jnp.nan)  # by an infinite one, all would be normal: 0
-    return Moments(count, origin, offset, var * count)
+    return _moments(count, origin, offset, var)
+
+
+@jax.jit
+def _moments(
+    count: jax.Array, origin: jax.Array, offset: jax.Array, variance: jax.Array
+) -> Moments:
+    finite = variance < jnp.inf  # by an infinite one, all would be normal: 0
+    return Moments(count, origin, offset, jnp.where(finite, variance, jnp.nan) * count)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -195,6 +202,15 @@ def _centred(
     however the origin was chosen, it does not move, and d mean = mean(dx),
     d var = 2 mean(Re(conj(x - mean) dx)).
     """
+    del wide
+    return _statistics(x, mask, count, reduced, apart)
+
+
+# Compiled by itself, it is traced and lowered once for all layers of a shape.
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _statistics(
+    x: jax.Array, mask: jax.Array | None, count: jax.Array, reduced: Axes, apart: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     n = jnp.maximum(count, 1)
     seen = mask is None and all(isinstance(size, int) for size in x.shape)
 
@@ -202,10 +218,11 @@ def _centred(
         origin = _sample(x, reduced) if seen else _mean(x, mask, n, reduced)
         return _centred_at(origin, x, mask, n, reduced)
 
-    if apart:
-        return anywhere(x, mask, n)
     on_cpu = functools.partial(_centred_at_zero_or_mean, reduced=reduced)
-    return lax.platform_dependent(x, mask, n, cpu=on_cpu, default=anywhere)
+    if apart:
+        on_cpu = anywhere
+    origin, offset, var = lax.platform_dependent(x, mask, n, cpu=on_cpu, default=anywhere)
+    return _kept(origin), _kept(offset), _kept(var)
 
 
 def _centred_at_zero_or_mean(
@@ -263,23 +280,24 @@ def _mean(x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes) -> 
 @_centred.defjvp
 def _centred_jvp(reduced, apart, primals, tangents):  # pyright: ignore[reportUnusedFunction]
     x, wide, mask, count = primals
-    origin, offset, var = map(_kept, _centred(x, wide, mask, count, reduced, apart))
+    origin, offset, var = _centred(x, wide, mask, count, reduced, apart)
     n = jnp.maximum(count, 1)
 
-    # With checkpoint, a backward pass keeps x itself, not a float32 copy of its deviations.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def tangent(x, origin, offset, dx):
-        x, origin, offset = lax.optimization_barrier((x, origin, offset))
-        dx = _where(mask, dx)
-        from_mean = deviations(x, origin, reduced) - jnp.expand_dims(offset, reduced)
-        from_mean = _where(mask, from_mean)
-        return (
-            jnp.sum(dx, reduced) / n,
-            2 * jnp.sum(jnp.real(jnp.conj(from_mean) * dx), reduced) / n,
-        )
-
-    d_offset, d_var = tangent(x, origin, offset, tangents[1])
+    d_offset, d_var = _tangent(x, mask, n, origin, offset, tangents[1], reduced)
     return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)
+
+
+# With checkpoint, a backward pass keeps x itself, not a float32 copy of its deviations.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=6)
+def _tangent(x, mask, n, origin, offset, dx, reduced):
+    x, origin, offset = lax.optimization_barrier((x, origin, offset))
+    dx = _where(mask, dx)
+    from_mean = deviations(x, origin, reduced) - jnp.expand_dims(offset, reduced)
+    from_mean = _where(mask, from_mean)
+    return (
+        jnp.sum(dx, reduced) / n,
+        2 * jnp.sum(jnp.real(jnp.conj(from_mean) * dx), reduced) / n,
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))

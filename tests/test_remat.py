@@ -121,7 +121,7 @@ def test_no_sum_over_the_batch_is_made_again():
     def reductions(policy: Any) -> int:
         step = jax.grad(functools.partial(loss, policy=policy), has_aux=True)
         program = jax.jit(step).lower(params, x).compile().as_text() or ""
-        return len(re.findall(r" reduce\(|ynn_fusion", program))
+        return len(re.findall(r" reduce\(", program))
 
     assert reductions(bnjax.remat_policy()) <= reductions(None)
-    assert reductions(jax.checkpoint_policies.dots_saveable) > reductions(None)
+    assert reductions(jax.checkpoint_policies.nothing_saveable) > reductions(None)
