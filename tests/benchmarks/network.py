@@ -66,7 +66,7 @@ def _resnet(options: Options) -> dict[str, Any]:
         model = ResNet((1,) if options.quick else (2, 2, 2, 2), width, norm=norm)
         variables = jax.jit(model.init)(jax.random.key(0), x)
         runs.update(compiled({name: gradient(model)}, (variables, x)))
-    times = medians(turns(runs, max(options.rounds // 2, 1)))
+    times = medians(turns(runs, 2 * options.rounds))
     return {"batch": batch, "size": size, "width": width, "milliseconds": times}
 
 
@@ -78,7 +78,7 @@ def _blocks(options: Options) -> dict[str, Any]:
         layers = available(options.quick)
         contenders = {**layers, blocks.AFFINE: affine}
         steps = {name: blocks.training_step(apply) for name, apply in contenders.items()}
-        times = turns(compiled(steps, (network, x)), options.rounds)
+        times = turns(compiled(steps, (network, x)), 2 * options.rounds)
         for name in layers:
             pairs = zip(times[name], times[blocks.AFFINE], strict=True)
             difference = statistics.median(a - b for a, b in pairs)
