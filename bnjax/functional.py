@@ -163,18 +163,22 @@ def batch_norm(
     wide = x.astype(working_dtype(x.dtype))
     if by_batch:
         moments = measure(x, axes, mask, wide, apart=group is not None)
-        origin = moments.origin
+        origin, offset = moments.origin, moments.offset
         if axis_name is not None and group is None:
             moments = pool(moments, axis_name, axis_index_groups, _reference(batch_stats, origin))
+            offset = (moments.origin - origin) + moments.offset
         if mutable and batch_stats:
             weights = None if momentum is None else (1 - momentum, momentum)
             names = axis_name if isinstance(axis_name, str | None) else tuple(axis_name)
             updated = _moved(updated, moments, weights, correction, group, names)
     else:
         origin, var = (_at_least(x.dtype, batch_stats[key]) for key in ("mean", "var"))
-        moments = Moments(jnp.ones((), var.dtype), origin, jnp.zeros_like(origin), var)
+        moments, offset = (
+            Moments(jnp.ones((), var.dtype), origin, jnp.zeros_like(origin), var),
+            None,
+        )
     over = None if group is None else axes.index(group)
-    scale, shift = _scale_and_shift(dict(params), moments, origin, eps, over)
+    scale, shift = _scale_and_shift(dict(params), moments, offset, eps, over)
     scale, shift = _as_varying(scale, shift, x)
     y = _affine(x, wide, mask, origin, scale, shift, other_axes(x.ndim, axes), dtype)
     return (y if group is None else _join(y, group, shape)), updated
@@ -183,17 +187,21 @@ def batch_norm(
 # What is compiled by itself is traced, differentiated and lowered once for all layers of a shape.
 @functools.partial(jax.jit, static_argnums=4)
 def _scale_and_shift(
-    params: Params, moments: Moments, origin: jax.Array, eps: Any, over: int | None
+    params: Params, moments: Moments, offset: jax.Array | None, eps: Any, over: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    """What x minus the origin is multiplied by, and what is added; `over` is the axis of groups."""
+    """What x minus the origin is multiplied by, and what is added.
+
+    The offset is that of the mean from x's origin, None if that is the mean itself; `over` is the
+    axis of groups.
+    """
     if over is not None:
         params = {key: jnp.expand_dims(value, over) for key, value in params.items()}
-    offset = (moments.origin - origin) + moments.offset
     # A batch without values is normalized as if it had mean 0 and variance 1.
     var = jnp.where(moments.count > 0, moments.variance(), 1)
     # Not rsqrt: its derivative forms var^-1.5, which underflows from a deviation of 1e13 on.
     scale = params.get("scale", 1) / jnp.sqrt(var + eps)
-    return scale, params.get("bias", 0) - offset * scale
+    shift = params.get("bias", jnp.zeros_like(scale))
+    return scale, shift if offset is None else shift - offset * scale
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
