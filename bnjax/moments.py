@@ -221,8 +221,7 @@ def _statistics(
     on_cpu = functools.partial(_centred_at_zero_or_mean, reduced=reduced)
     if apart:
         on_cpu = anywhere
-    origin, offset, var = lax.platform_dependent(x, mask, n, cpu=on_cpu, default=anywhere)
-    return _kept(origin), _kept(offset), _kept(var)
+    return lax.platform_dependent(x, mask, n, cpu=on_cpu, default=anywhere)
 
 
 def _centred_at_zero_or_mean(
@@ -280,7 +279,8 @@ def _mean(x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes) -> 
 @_centred.defjvp
 def _centred_jvp(reduced, apart, primals, tangents):  # pyright: ignore[reportUnusedFunction]
     x, wide, mask, count = primals
-    origin, offset, var = _centred(x, wide, mask, count, reduced, apart)
+    # Named here, not inside a jit: there, a policy of jax 0.12 does not see it.
+    origin, offset, var = map(_kept, _centred(x, wide, mask, count, reduced, apart))
     n = jnp.maximum(count, 1)
 
     d_offset, d_var = _tangent(x, mask, n, origin, offset, tangents[1], reduced)
