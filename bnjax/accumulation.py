@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from bnjax import _checks, linen
 from bnjax.batches import counting
-from bnjax.functional import move
+from bnjax.functional import move, weights
 from bnjax.moments import Moments, measure, merge, pool, working_dtype
 from bnjax.overrides import overridden
 
@@ -133,10 +133,9 @@ def finish(accumulated: Any, conventions: Mapping[Path, Convention]) -> Any:
 
     def settle(path: Path, kept: Mapping[str, Any], seen: list[Moments]) -> Mapping[str, Any]:
         momentum, correction, _ = conventions[path]
-        weights = None if momentum is None else (1 - momentum, momentum)
         for call in seen:  # each moves the statistics, as it does in a plain forward pass
             enough = call.count > correction
-            kept = move(kept, call.mean, call.variance(correction), enough, weights)
+            kept = move(kept, call.mean, call.variance(correction), enough, weights(momentum))
         return kept
 
     return _settled(accumulated, conventions, settle)

@@ -9,18 +9,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax import _checks
+from bnjax._sharding import explicit_axes, split_as, varying_axes
 from bnjax.moments import (
     Axes,
     AxisName,
     Groups,
     Moments,
     deviations,
-    explicit_axes,
     measure,
     other_axes,
     pool,
-    split_as,
-    varying_axes,
     working_dtype,
 )
 
@@ -168,15 +166,12 @@ def batch_norm(
             moments = pool(moments, axis_name, axis_index_groups, _reference(batch_stats, origin))
             offset = (moments.origin - origin) + moments.offset
         if mutable and batch_stats:
-            weights = None if momentum is None else (1 - momentum, momentum)
             names = axis_name if isinstance(axis_name, str | None) else tuple(axis_name)
-            updated = _moved(updated, moments, weights, correction, group, names)
+            updated = _moved(updated, moments, weights(momentum), correction, group, names)
     else:
         origin, var = (_at_least(x.dtype, batch_stats[key]) for key in ("mean", "var"))
-        moments, offset = (
-            Moments(jnp.ones((), var.dtype), origin, jnp.zeros_like(origin), var),
-            None,
-        )
+        offset = None
+        moments = Moments(jnp.ones((), var.dtype), origin, jnp.zeros_like(origin), var)
     over = None if group is None else axes.index(group)
     scale, shift = _scale_and_shift(dict(params), moments, offset, eps, over)
     scale, shift = _as_varying(scale, shift, x)
@@ -208,13 +203,18 @@ def _scale_and_shift(
 def _moved(
     batch_stats: BatchStats,
     moments: Moments,
-    weights: tuple[Any, Any] | None,
+    shares: tuple[Any, Any] | None,
     correction: Any,
     group: int | None,
     axis_name: AxisName | None,
 ) -> BatchStats:
-    """The running statistics after the batch; the weights are those of the old and of the new."""
-    return move(batch_stats, *_summary(moments, correction, group, axis_name), weights)
+    """The running statistics after the batch, weighed by `shares`: see `weights`."""
+    return move(batch_stats, *_summary(moments, correction, group, axis_name), shares)
+
+
+def weights(momentum: Any) -> tuple[Any, Any] | None:
+    """Those of the old statistics and of the new; None for the cumulative average."""
+    return None if momentum is None else (1 - momentum, momentum)
 
 
 def _check_trees(
@@ -257,12 +257,9 @@ def move(
     mean: jax.Array,
     var: jax.Array,
     counts: jax.Array,
-    weights: tuple[Any, Any] | None,
+    shares: tuple[Any, Any] | None,
 ) -> BatchStats:
-    """The running statistics after one more batch, in each channel where that is a number.
-
-    The weights are those of the old statistics and of the new; None for the cumulative average.
-    """
+    """The running statistics after one more batch, in each channel where that is a number."""
     counts = counts & jnp.isfinite(mean) & jnp.isfinite(var)
     updated, channels = {}, ()
     if "count" in batch_stats:
@@ -271,12 +268,12 @@ def move(
         updated["count"] = batch_stats["count"] + jnp.any(counts, channels)
     for key, new in (("mean", mean), ("var", var)):
         old = _at_least(new.dtype if jnp.iscomplexobj(new) else jnp.float32, batch_stats[key])
-        if weights is None:
+        if shares is None:
             share = 1 / jnp.maximum(updated["count"], 1).astype(jnp.real(old).dtype)
             share = jnp.expand_dims(share, channels)
             of_old, of_new = 1 - share, share
         else:
-            of_old, of_new = weights
+            of_old, of_new = shares
         updated[key] = jnp.where(counts, of_old * old + of_new * new.astype(old.dtype), old)
     return {key: updated[key] for key in batch_stats}
 

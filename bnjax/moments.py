@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+
+from bnjax._sharding import explicit_axes, split_as, varying_axes
 
 Axes = tuple[int, ...]
 AxisName = str | Sequence[str]
@@ -218,9 +218,9 @@ def _statistics(
         origin = _sample(x, reduced) if seen else _mean(x, mask, n, reduced)
         return _centred_at(origin, x, mask, n, reduced)
 
-    on_cpu = functools.partial(_centred_at_zero_or_mean, reduced=reduced)
     if apart:
-        on_cpu = anywhere
+        return anywhere(x, mask, n)
+    on_cpu = functools.partial(_centred_at_zero_or_mean, reduced=reduced)
     return lax.platform_dependent(x, mask, n, cpu=on_cpu, default=anywhere)
 
 
@@ -282,7 +282,6 @@ def _centred_jvp(reduced, apart, primals, tangents):  # pyright: ignore[reportUn
     # Named here, not inside a jit: there, a policy of jax 0.12 does not see it.
     origin, offset, var = map(_kept, _centred(x, wide, mask, count, reduced, apart))
     n = jnp.maximum(count, 1)
-
     d_offset, d_var = _tangent(x, mask, n, origin, offset, tangents[1], reduced)
     return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)
 
@@ -356,23 +355,6 @@ def _gather(values: jax.Array, names: tuple[str, ...], groups: Any) -> jax.Array
     mine = jnp.asarray(group_of)[lax.axis_index(names)]
     together = jnp.asarray(group_of) == mine
     return jnp.where(together.reshape(-1, *(1,) * values.ndim), rows, 0)
-
-
-def explicit_axes(x: jax.Array) -> tuple[Any, ...]:
-    """For each axis of x the explicit mesh axes that its type says it is split over, or None."""
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return spec + (None,) * (x.ndim - len(spec))
-
-
-def split_as(x: jax.Array, spec: Sequence[Any]) -> NamedSharding | None:
-    """A sharding over the explicit mesh of x; None where x is split over none."""
-    split = any(axis is not None for axis in explicit_axes(x))
-    return NamedSharding(jax.typeof(x).sharding.mesh, P(*spec)) if split else None
-
-
-def varying_axes(x: jax.Array) -> frozenset[str]:
-    """The axes of a `shard_map` with `check_vma=True` along which `x` differs between devices."""
-    return jax.typeof(x).mat.varying
 
 
 def _sample(x: jax.Array, reduced: Axes) -> jax.Array:
