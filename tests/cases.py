@@ -1,7 +1,8 @@
 """The table of input shapes that all tests share, and the outcome that they compare."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,16 @@ import numpy as np
 import pytest
 
 import bnjax
+
+
+@contextlib.contextmanager
+def as_on_accelerators() -> Iterator[None]:
+    """What is traced in this context is the program for other platforms than this one, a CPU."""
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        yield
+    jax.clear_caches()
 
 
 class Case(NamedTuple):

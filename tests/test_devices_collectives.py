@@ -19,6 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import bnjax
+from tests.cases import Case, as_on_accelerators
 from tests.test_devices import (
     AXIS,
     CORE,
@@ -45,6 +46,7 @@ from tests.test_devices import (
 Sent = list[tuple[str, int]]
 CHANNELS = CORE.channels
 GATHER = ("all-gather", 2 * CHANNELS + 1)
+IMAGES = Case("images", (32, 4, 4, CHANNELS), -1, bnjax.BatchNorm2d)
 LAYERS = 3  # of the network
 
 COLLECTIVE = re.compile(
@@ -170,6 +172,20 @@ def test_plain_jit_sums_again_only_if_a_mean_is_far_from_zero(way, masked):
     again = [("all-reduce", CHANNELS), ("all-reduce", 2 * CHANNELS)]
     for step in (forward(apply), differentiated(apply)):
         assert sent(way, step, data, conditional=True) == again
+
+
+@each_of(JIT_WAYS)
+@pytest.mark.parametrize("case", [CORE, IMAGES], ids=lambda case: case.name)
+@pytest.mark.parametrize("masked", [True, False])
+def test_plain_jit_on_accelerators_agrees_on_an_origin_first(way, case, masked):
+    data, apply = make(case, SHARES if masked else None), core(None)
+    with as_on_accelerators():
+        steps = [("all-reduce", CHANNELS + masked), ("all-reduce", 2 * CHANNELS)]
+        assert sent(way, forward(apply), data) == steps
+        found = sent(way, to_x(apply), data)
+        assert len(found) == len(steps) + 1
+        assert sum(size for _, size in found) <= (3 + 3) * CHANNELS + masked
+        assert sent(way, forward(apply), data, conditional=True) == []
 
 
 @pytest.mark.parametrize("context", [contextlib.nullcontext, lambda: jax.set_mesh(EXPLICIT_MESH)])

@@ -1,5 +1,6 @@
-"""How exact float32 is, against float64: at any mean, in any layout, at any time."""
+"""How exact float32 is, against float64: at any mean, in any layout, at any time, anywhere."""
 
+import contextlib
 import itertools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import bnjax
 from tests import oracle
-from tests.cases import Case, Outcome, run
+from tests.cases import Case, Outcome, as_on_accelerators, run
 from tests.oracle import assert_close
 
 LAYOUTS = (
@@ -24,8 +25,15 @@ each_layout = pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.nam
 each_mean = pytest.mark.parametrize("mean", MEANS)
 
 
+@pytest.fixture(autouse=True, scope="module", params=["CPU", "accelerator"])
+def platform(request):
+    """All tests run the program for CPUs, and here, too, the one for all other platforms."""
+    with as_on_accelerators() if request.param == "accelerator" else contextlib.nullcontext():
+        yield
+
+
 def assert_exact(found: Outcome, expected: Outcome) -> None:
-    """The issue's bounds: 3e-6 on the output, 1e-5 of its largest entry on each gradient."""
+    """The bounds: 3e-6 on the output, 1e-5 of its largest entry on each gradient."""
     assert_close(found.y, expected.y, atol=3e-6)
     assert_close((found.dx, found.dparams), (expected.dx, expected.dparams), rtol=1e-5)
 
