@@ -103,6 +103,20 @@ class Bridge:
         return {_names(keys): node for keys, node in graph if isinstance(node, nnx.Module)}
 
 
+def restored(model: nnx.Module, checkpoint: Mapping[str, Any]) -> nnx.State:
+    """The state of an nnx model with the arrays of a checkpoint, nested by path.
+
+    Random keys stay those of the model. Of a variable, orbax may have saved {"value": array}.
+    """
+    arrays = {_names(keys): array for keys, array in flatten_dict(checkpoint).items()}
+    arrays = {keys[:-1] if keys[-1] == "value" else keys: array for keys, array in arrays.items()}
+    leaves = dict(nnx.to_flat_state(nnx.state(model)))
+    held = {k: leaf for k, leaf in leaves.items() if not isinstance(leaf, nnx.RngState)}
+    _checks.tree_fits(_shapes(arrays), _shapes(held))
+    held = {keys: leaf.replace(jnp.asarray(arrays[_names(keys)])) for keys, leaf in held.items()}
+    return nnx.from_flat_state((leaves | held).items())
+
+
 @contextlib.contextmanager
 def intercepting(interceptor: Callable[..., Any]) -> Iterator[None]:
     """A context in which the calls of linen modules and of a bridge's layers are intercepted.

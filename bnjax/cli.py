@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bnjax import files, inspection
+from bnjax.bridge import restored
 from bnjax.conversion import from_torch, to_torch
 from bnjax.diagnosis import diagnose as diagnosed
 
@@ -166,9 +167,7 @@ def diagnose(
         made, tree, x = made_by(model), files.load(variables), inputs(data)
         if isinstance(made, nnx.Module):
             made.eval()
-            state = nnx.state(made)
-            nnx.replace_by_pure_dict(state, nnx.statelib.restore_int_paths(tree))
-            tree = state
+            tree = restored(made, tree)
         batches = [x[start : start + batch_size] for start in range(0, len(x), batch_size)]
         report = diagnosed(made, tree, batches, steps=steps, apply_kwargs=json.loads(apply))
         if plot is not None:

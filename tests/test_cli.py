@@ -288,6 +288,49 @@ def test_diagnose_prints_a_report_and_says_by_its_code_whether_all_is_well(tmp_p
     assert json.loads(output)["healthy"] is healthy
 
 
+def trained_nnx() -> nnx.Module:
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), bnjax.nnx.BatchNorm1d(4, rngs=rngs))
+
+
+@pytest.mark.parametrize("name", ["model.msgpack", "model.safetensors", "model"])
+@pytest.mark.parametrize("healthy", [True, False])
+def test_diagnose_reads_the_checkpoint_of_an_nnx_model(tmp_path, name, healthy):
+    x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
+    model = trained_nnx()
+    state = bnjax.recalibrate(model, None, [x]) if healthy else nnx.state(model)
+    files.save(tmp_path / name, state)
+    np.savez(tmp_path / "x.npz", x=x)
+    paths = ("--variables", tmp_path / name, "--data", tmp_path / "x.npz")
+    code, output = run("diagnose", f"{__name__}:trained_nnx", *paths)
+    assert code == (0 if healthy else 1)
+    assert ("All is well: 1 batch norms" if healthy else "never updated, error") in output
+
+
+def test_diagnose_takes_no_checkpoint_of_another_nnx_model(tmp_path):
+    state = nnx.state(nnx.Sequential(nnx.Linear(3, 5, rngs=nnx.Rngs(0))))
+    files.save(tmp_path / "model.msgpack", state)
+    np.savez(tmp_path / "x.npz", x=np.ones((4, 3), F32))
+    paths = ("--variables", tmp_path / "model.msgpack", "--data", tmp_path / "x.npz")
+    code, output = run("diagnose", f"{__name__}:trained_nnx", *paths)
+    assert (code, output.strip()) == (
+        2,
+        "`variables` do not fit the model: missing ['layers/1/bias', 'layers/1/mean', "
+        "'layers/1/scale', 'layers/1/var'], of another shape ['layers/0/bias (5,) not (4,)', "
+        "'layers/0/kernel (3, 5) not (3, 4)']. Are they of another model?",
+    )
+
+
+def test_diagnose_reads_what_orbax_saves_of_nnx_variables(tmp_path):
+    x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
+    state = nnx.to_pure_dict(bnjax.recalibrate(trained_nnx(), None, [x]))
+    files.save(tmp_path / "model", jax.tree.map(lambda array: {"value": array}, state))
+    np.savez(tmp_path / "x.npz", x=x)
+    paths = ("--variables", tmp_path / "model", "--data", tmp_path / "x.npz")
+    code, output = run("diagnose", f"{__name__}:trained_nnx", *paths)
+    assert code == 0, output
+
+
 def test_diagnose_says_what_it_cannot_read(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.ones(2), b=np.ones(2))
     paths = ("--variables", tmp_path / "no.msgpack", "--data", tmp_path / "x.npz")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.diagnosis.measuring import Layer, Measured
+from bnjax.diagnosis.repairs import LINEN, NNX, Repairs
 
 # Distances are in standard deviations, of what a layer gives out in evaluation from what it gives
 # in training. Networks on digits that are right stay below 0.13, and lose nothing measurable; at
@@ -46,9 +47,6 @@ MANY = 0.1
 APART = 1e-3
 # Normal values pass this many standard deviations once in a billion.
 EXTREME = 6.0
-
-# The repair that a tool does, for whatever is wrong with the statistics alone.
-RECALIBRATE = "variables = bnjax.recalibrate(model, variables, batches)"
 
 Severity = Literal["error", "warning"]
 
@@ -93,6 +91,11 @@ class Evidence:
     record: Mapping[str, Any]
 
     @property
+    def repairs(self) -> Repairs:
+        """The lines that mend statistics of such a model."""
+        return NNX if self.measured.nnx else LINEN
+
+    @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers that were seen in training, and have statistics that are numbers."""
         return tuple(x for x in self.measured.layers if x.compared)
@@ -128,7 +131,8 @@ def poisoned(evidence: Evidence) -> Finding | None:
         f"({negative} negative).",
         {"channels": channels, "negative": negative},
         "A batch with NaN or inf, or a variance that cancelled, was committed to the statistics.",
-        RECALIBRATE + "  # and train with bnjax.training.train_step: it keeps such steps out",
+        evidence.repairs.recalibrate
+        + "  # and train with bnjax.training.train_step: it keeps such steps out",
     )
 
 
@@ -147,7 +151,7 @@ def not_finite(evidence: Evidence) -> Finding | None:
         f"{int(np.count_nonzero(first.lost))} channels where it starts.",
         {"batches": batches, "channels": int(np.count_nonzero(first.lost))},
         "There is NaN or inf in these batches, or in the parameters before this layer.",
-        "jax.tree.map(lambda a: bool(jnp.isfinite(a).all()), (variables, batch))  # find it",
+        evidence.repairs.finite + "  # find it",
     )
 
 
@@ -188,8 +192,7 @@ def devices_disagree(evidence: Evidence) -> Finding | None:
         f"The statistics of devices differ by up to {apart[worst]:.3g} standard deviations.",
         {"distance": apart[worst]},
         "Each device kept the statistics of its own part of the batch: no layer names the axis.",
-        "variables['batch_stats'] = bnjax.merge_batch_stats(batch_stats)"
-        "  # then bnjax.recalibrate; train with axis_name='data'",
+        evidence.repairs.merge + "  # then bnjax.recalibrate; train with axis_name='data'",
     )
 
 
@@ -198,7 +201,6 @@ def statistics_move(evidence: Evidence) -> Finding | None:
     moved = evidence.measured.moved
     if not moved:
         return None
-    nnx = evidence.measured.nnx
     return Finding(
         "statistics move in eval",
         "error",
@@ -207,11 +209,8 @@ def statistics_move(evidence: Evidence) -> Finding | None:
         f"An evaluation changed the statistics of {count_of(moved)}; among other batch mates an "
         f"example's output changes by {part(evidence.measured.mates)} its deviation.",
         {"layers": len(moved), "mates": evidence.measured.mates},
-        "The model is evaluated in training mode"
-        + (", with .train() on." if nnx else ", with mutable statistics."),
-        "model.eval()"
-        if nnx
-        else "model.apply(variables, x)  # without mutable, without train=True",
+        f"The model is evaluated in training mode, {evidence.repairs.left_on}.",
+        evidence.repairs.stay,
     )
 
 
@@ -227,7 +226,7 @@ def depends_on_batch(evidence: Evidence) -> Finding | None:
         repair = "BatchNorm2d(..., track_running_stats=True)  # then bnjax.recalibrate"
     else:
         cause = "Evaluation runs in training mode (use_running_average=False)."
-        repair = "model.eval()" if measured.nnx else "model.apply(variables, x, train=False)"
+        repair = evidence.repairs.evaluate
     return Finding(
         "eval depends on the batch",
         "error",
@@ -298,7 +297,7 @@ def batch_too_small(evidence: Evidence) -> Finding | None:
         {"values": values, "examples": examples, "spread": noise[worst.path], "gap": measured.gap},
         "In training each example is normalized by a handful of others, in evaluation by all.",
         f"batch_size = {math.ceil(examples * times)}"
-        "  # or pool devices by axis_name, or fine-tune under bnjax.freeze('**')",
+        f"  # or pool devices by axis_name, or fine-tune frozen: {evidence.repairs.freeze}",
     )
 
 

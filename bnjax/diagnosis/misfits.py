@@ -17,7 +17,6 @@ from bnjax.diagnosis.findings import (
     APART,
     FAR,
     INVERTED,
-    RECALIBRATE,
     Evidence,
     Finding,
     count_of,
@@ -62,7 +61,7 @@ def misfits(evidence: Evidence) -> list[Finding]:
     far = [x for x in far if x not in lagging]
     found = [
         never_updated(evidence, fresh),
-        half_precision(half, stalled),
+        half_precision(evidence, half, stalled),
         lagging_behind(evidence, lagging),
         data_differ(evidence, far, others) or other_weights(evidence, far, others),
     ]
@@ -82,13 +81,14 @@ def never_updated(evidence: Evidence, fresh: Sequence[Layer]) -> Finding | None:
         f"{count_of(fresh)} of {len(evidence.measured.layers)} have mean 0 and variance 1 exactly; "
         f"the batches are {worst.distance:.2g} standard deviations away at '{worst.path}'.",
         {"layers": len(fresh), "distance": worst.distance},
-        "The updates were thrown away: `mutable` was not given, or its result not kept.",
-        "logits, updates = model.apply(variables, x, mutable=['batch_stats'])"
-        "; variables = {**variables, **updates}",
+        f"The updates were thrown away: {evidence.repairs.thrown_away}.",
+        evidence.repairs.train,
     )
 
 
-def half_precision(half: Sequence[Layer], stalled: Sequence[Layer]) -> Finding | None:
+def half_precision(
+    evidence: Evidence, half: Sequence[Layer], stalled: Sequence[Layer]
+) -> Finding | None:
     """Statistics in a dtype that an average with a small momentum does not move in."""
     if not half:
         return None
@@ -105,8 +105,7 @@ def half_precision(half: Sequence[Layer], stalled: Sequence[Layer]) -> Finding |
         "standard deviations away.",
         {"stops_at": stop, "distance": worst.distance},
         f"Steps smaller than the resolution of {worst.dtype.name} ({unit:.1e}) are rounded away.",
-        "variables['batch_stats'] = jax.tree.map(jnp.float32, variables['batch_stats'])"
-        "  # then bnjax.recalibrate",
+        evidence.repairs.widen + "  # then bnjax.recalibrate",
     )
 
 
@@ -136,7 +135,7 @@ def lagging_behind(evidence: Evidence, lagging: Sequence[Layer]) -> Finding | No
         f"values; with a new batch's weight of {momentum:.3g} it takes {needed} steps.",
         {"steps": steps, "left": left, "needed": needed, "distance": layer.distance},
         "The momentum is too small for so few steps.",
-        RECALIBRATE
+        evidence.repairs.recalibrate
         + (f"  # or train with momentum={written:.2g}" if fast < INVERTED else "  # or train on"),
     )
 
@@ -160,7 +159,7 @@ def data_differ(
         {"mean_distance": mean, "var_ratio": ratio, "distance": start.distance},
         "These inputs have another mean, scale or content than those of the training.",
         "x = (x - train_mean) / train_std"
-        f"  # as in the training; if the data are new: {RECALIBRATE}",
+        f"  # as in the training; if the data are new: {evidence.repairs.recalibrate}",
     )
 
 
@@ -183,7 +182,7 @@ def other_weights(
         {"layers": len(far), "distance": worst.distance, "first": layers[0].distance},
         "The weights are an average (EMA, SWA), of another step, or moved faster than the "
         "statistics follow.",
-        RECALIBRATE,
+        evidence.repairs.recalibrate,
     )
 
 
