@@ -1,5 +1,6 @@
 """`python -m bnjax`, and the script `bnjax`."""
 
+import gc
 import sys
 
 
@@ -11,7 +12,13 @@ def main() -> None:
         sys.exit("The command line of bnjax needs typer: pip install 'bnjax[tools]'")
     from bnjax.cli import app
 
-    app(prog_name="bnjax")
+    # What is imported stays until the end. To look for garbage in it, again and again while torch is
+    # imported and once more at the exit, would take a fifth of the time of a short command.
+    gc.set_threshold(100_000)
+    try:
+        app(prog_name="bnjax")
+    finally:
+        gc.freeze()
 
 
 if __name__ == "__main__":
