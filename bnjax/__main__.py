@@ -12,8 +12,8 @@ def main() -> None:
         sys.exit("The command line of bnjax needs typer: pip install 'bnjax[tools]'")
     from bnjax.cli import app
 
-    # What is imported stays until the end. To look for garbage in it, again and again while torch is
-    # imported and once more at the exit, would take a fifth of the time of a short command.
+    # What is imported stays until the end. To look for garbage in it, again and again while torch
+    # is imported and once more at the exit, takes a fourth of the time of a short command.
     gc.set_threshold(100_000)
     try:
         app(prog_name="bnjax")
