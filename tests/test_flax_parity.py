@@ -1,7 +1,9 @@
 """`bnjax.linen.BatchNorm` beside `flax.linen.BatchNorm`: the same but for the accuracy."""
 
+import collections
 import dataclasses
 import inspect
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -172,3 +174,15 @@ def test_float32_reductions_that_are_not_forced_keep_the_parameters_dtype():
     stats = [*jax.tree.leaves(calls.variables), *jax.tree.leaves(calls.updates)]
     assert {leaf.dtype for leaf in stats} == {jnp.dtype("bfloat16")}
     assert calls.trained.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_evaluation_is_compiled_to_the_same_instructions(axis, dtype):
+    def instructions(layer: Any) -> collections.Counter[str]:
+        module = layer(use_running_average=True, axis=axis, dtype=dtype)
+        variables = module.init(KEY, X)
+        compiled = jax.jit(module.apply).lower(variables, X.astype(dtype)).compile()
+        return collections.Counter(re.findall(r"= (\S+ [\w-]+)\(", compiled.as_text()))
+
+    assert instructions(bnjax.linen.BatchNorm) == instructions(nn.BatchNorm)
