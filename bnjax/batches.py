@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bnjax import _checks
+from bnjax.moments import working_dtype
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
@@ -49,7 +50,7 @@ def totals_of(loss_fn: LossFn, outputs: Any, batch: Batch) -> Metrics:
     def total(name: str, value: jax.Array) -> jax.Array:
         value = jnp.asarray(value)
         _checks.per_example(name, value.shape, size_of(batch))
-        value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        value = value.astype(working_dtype(value.dtype))
         return value * counted(batch) if value.ndim == 0 else jnp.sum(jnp.where(mask, value, 0))
 
     return {name: total(name, value) for name, value in found.items()}

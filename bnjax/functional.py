@@ -189,6 +189,7 @@ def _scale_and_shift(
     The offset is that of the mean from x's origin, None if that is the mean itself; `over` is the
     axis of groups.
     """
+    params = {key: _at_least(moments.m2.dtype, value) for key, value in params.items()}
     if over is not None:
         params = {key: jnp.expand_dims(value, over) for key, value in params.items()}
     # A batch without values is normalized as if it had mean 0 and variance 1.
@@ -265,7 +266,7 @@ def move(
     if "count" in batch_stats:
         # The statistics of several layers may be stacked, as by nn.scan: one count for each.
         channels = tuple(range(jnp.ndim(batch_stats["count"]), counts.ndim))
-        updated["count"] = batch_stats["count"] + jnp.any(counts, channels)
+        updated["count"] = batch_stats["count"] + jnp.any(counts, channels).astype("int32")
     for key, new in (("mean", mean), ("var", var)):
         old = _at_least(new.dtype if jnp.iscomplexobj(new) else jnp.float32, batch_stats[key])
         if shares is None:
@@ -395,4 +396,5 @@ def _guard(x: jax.Array, mask: jax.Array | None, values: jax.Array) -> jax.Array
 def _at_least(dtype: jax.typing.DTypeLike, value: jax.Array) -> jax.Array:
     """`value` in its own dtype, but no narrower than float32 or `dtype`."""
     value = jnp.asarray(value)
-    return value.astype(jnp.promote_types(value.dtype, working_dtype(dtype)))
+    with jax.numpy_dtype_promotion("standard"):
+        return value.astype(jnp.promote_types(value.dtype, working_dtype(dtype)))

@@ -170,7 +170,8 @@ def deviations(x: jax.Array, origin: jax.Array, reduced: Axes) -> jax.Array:
 
 def working_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype in which statistics of `dtype` are taken: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.float32)
 
 
 def other_axes(ndim: int, axes: Sequence[int]) -> Axes:

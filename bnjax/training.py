@@ -289,7 +289,7 @@ def commit(accepted: jax.Array, proposed: TrainState, current: TrainState) -> Tr
         params=choose(proposed.params, current.params),
         opt_state=choose(proposed.opt_state, current.opt_state),
         batch_stats=choose(proposed.batch_stats, current.batch_stats),
-        rejected=current.rejected + ~jnp.asarray(accepted),
+        rejected=current.rejected + jnp.where(accepted, 0, 1),
     )
 
 

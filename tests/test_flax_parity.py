@@ -183,6 +183,6 @@ def test_an_evaluation_is_compiled_to_the_same_instructions(axis, dtype):
         module = layer(use_running_average=True, axis=axis, dtype=dtype)
         variables = module.init(KEY, X)
         compiled = jax.jit(module.apply).lower(variables, X.astype(dtype)).compile()
-        return collections.Counter(re.findall(r"= (\S+ [\w-]+)\(", compiled.as_text()))
+        return collections.Counter(re.findall(r"= (\S+ [\w-]+)\(", str(compiled.as_text())))
 
     assert instructions(bnjax.linen.BatchNorm) == instructions(nn.BatchNorm)

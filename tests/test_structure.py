@@ -12,8 +12,8 @@ import bnjax
 TOOLS = {"training", "recalibration", "folding", "conversion", "files", "inspection", "diagnosis"}
 FLOORS = (
     {"_checks", "_globs", "_sharding", "_subtypes"},
-    {"moments", "batches"},
-    {"functional"},
+    {"moments"},
+    {"functional", "batches"},
     {"linen", "nnx"},
     {"overrides", "masks"},
     {"accumulation", "bridge", "plotting", "tensors"},

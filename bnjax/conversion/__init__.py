@@ -20,6 +20,7 @@ from bnjax.conversion.plan import (
     without,
 )
 from bnjax.conversion.trees import Leaf, tree
+from bnjax.moments import working_dtype
 from bnjax.tensors import as_tensor
 
 
@@ -152,7 +153,7 @@ def _dtype(name: Name, leaf: Leaf) -> Any:
     """The dtype of the model, but float32 at least for a running mean or variance."""
     dtype = leaf.value.dtype
     if name.statistic and jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.promote_types(dtype, jnp.float32)
+        return working_dtype(dtype)
     return dtype
 
 

@@ -248,6 +248,7 @@ def compare(a: Any, b: Any, size: int, examples: Any = None) -> tuple[jax.Array,
     for one, other in zip(*map(jax.tree.leaves, (a, b)), strict=True):
         if not jnp.issubdtype(other.dtype, jnp.inexact):
             continue
+        one, other = (output.astype(working_dtype(other.dtype)) for output in (one, other))
         counts, center = jnp.ones(()), jnp.zeros(())
         if jnp.ndim(other) and other.shape[0] == size:
             counts = jnp.ones(size) if examples is None else examples
