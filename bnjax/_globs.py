@@ -1,14 +1,19 @@
 """Globs over module paths, as in "encoder/**" or "**/bn*"."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 Paths = str | Sequence[str]
 
 
 def as_tuple(paths: Paths) -> tuple[str, ...]:
     """One pattern or several, as a tuple of patterns."""
-    return (paths,) if isinstance(paths, str) else tuple(paths)
+    several = (paths,) if isinstance(paths, str) else paths
+    if not isinstance(several, Iterable) or not all(isinstance(one, str) for one in several):
+        raise TypeError(
+            f"A path is given by a glob, or several, such as 'encoder/**', got {paths!r}."
+        )
+    return tuple(several)
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:

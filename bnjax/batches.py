@@ -17,6 +17,12 @@ Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Any], Any]
 
 
+def named(batch: Any) -> dict[str, Any]:
+    """A batch as a dict; an array alone is its `x`."""
+    _checks.batch(batch)
+    return dict(batch) if isinstance(batch, Mapping) else {"x": batch}
+
+
 def size_of(batch: Batch) -> int:
     """The number of examples: the leading axis of `batch["x"]`."""
     return jax.tree.leaves(batch["x"])[0].shape[0]

@@ -1,6 +1,7 @@
 """The command line: parse, call one tool, print. Needs typer, from the extra `tools`."""
 
 import importlib
+import inspect as inspect_module
 import json
 import sys
 from collections.abc import Iterator
@@ -93,7 +94,8 @@ def show(layers: list[inspection.Layer], problems: list[str], title: str) -> Non
             soft_wrap=True,
         )
     verdict = "fine" if not problems else f"{len(problems)} problems found"
-    console.print(f"verdict: {verdict} ({len(layers)} batch norms)", highlight=False)
+    norms = "1 batch norm" if len(layers) == 1 else f"{len(layers)} batch norms"
+    console.print(f"verdict: {verdict} ({norms})", highlight=False)
 
 
 def written(limits: inspection.Range) -> str:
@@ -158,7 +160,7 @@ def diagnose(
     apply: Annotated[
         str, typer.Option(help='What you evaluate with, as JSON: {"train": false}.')
     ] = "{}",
-    steps: Annotated[int | None, typer.Option(help="How many it was trained for.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="How many it was trained for.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the report to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -169,7 +171,7 @@ def diagnose(
             made.eval()
             tree = restored(made, tree)
         batches = [x[start : start + batch_size] for start in range(0, len(x), batch_size)]
-        report = diagnosed(made, tree, batches, steps=steps, apply_kwargs=json.loads(apply))
+        report = diagnosed(made, tree, batches, steps=steps, apply_kwargs=arguments(apply))
         if plot is not None:
             report.plot(plot)
     if as_json:
@@ -183,13 +185,33 @@ def diagnose(
 def made_by(target: str) -> Any:
     """The model that the function at `package.module:function` makes."""
     module, colon, name = target.partition(":")
-    if not colon:
-        raise ValueError(f"Expected package.module:make_model, got {target!r}.")
+    if not colon or "/" in module or module.endswith(".py"):
+        raise ValueError(
+            f"Expected package.module:make_model, with dots as in an import, got {target!r}."
+        )
     sys.path.insert(0, "")  # as `python -m` does for modules in the current folder
     make = getattr(importlib.import_module(module), name, None)
     if make is None:
         raise ValueError(f"The module {module} has no {name!r}.")
+    try:
+        inspect_module.signature(make).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"{target} must make the model without arguments, but {error}. Write a function that "
+            "calls it with them."
+        ) from error
     return make()
+
+
+def arguments(text: str) -> dict[str, Any]:
+    """Named arguments, from JSON."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--apply must be JSON, got {text!r}: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f'--apply must name arguments, as in {{"train": false}}, got {text!r}.')
+    return found
 
 
 def inputs(path: Path) -> np.ndarray:

@@ -63,7 +63,9 @@ def load(path: str | Path, *, only: Only | None = None) -> dict[str, Any]:
     except _ContentError as error:
         raise ValueError(f"Cannot read {path} as {what}: {error}") from error
     except Exception as error:  # Each library has its own.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        if not reason or isinstance(error, LookupError):
+            reason = f"{type(error).__name__} {reason}".strip()
         raise ValueError(
             f"Cannot read {path} as {what}: it is truncated, damaged or something else ({reason}). "
             "Copy or download it again, and check that its suffix is right."
@@ -83,6 +85,8 @@ def save(path: str | Path, tree: Any) -> None:
     Raises:
         ValueError: an unknown suffix, a leaf that is no array, or a name that would not come back.
         FileExistsError: the folder is there.
+        FileNotFoundError: there is no folder to save it in.
+        TypeError: the path is no path.
         ModuleNotFoundError: the format needs a package that is not installed.
 
     >>> import tempfile
@@ -91,8 +95,12 @@ def save(path: str | Path, tree: Any) -> None:
     ...     load(f"{folder}/model.msgpack")
     {'params': {'bias': array([0, 1, 2])}}
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"`path` comes first, as in save(path, tree), got {type(path).__name__}.")
     path = Path(path)
     write, _ = _format(path, _WRITERS)
+    if path.suffix and not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to save {path.name} in.")
     wrong: list[str] = []
 
     def array(value: Any, name: str) -> Any:

@@ -42,8 +42,9 @@ def override(paths: _globs.Paths, **fields: Any) -> Iterator[None]:
     Args:
         paths: a glob over module paths or several, such as `"encoder/**"` or `"**/bn1"`; `*` is a
             part of one name, `**` any number of names.
-        **fields: the settings, by the names of the layers' fields. `use_running_average` wins over
-            what the model passes to the call.
+        **fields: the settings, by the names of the layers' fields and in their convention: a
+            momentum of 0.01 means 0.99 in a layer of Flax's. `use_running_average` wins over what
+            the model passes to the call.
 
     Raises:
         TypeError: no layer has a field of that name.
@@ -108,6 +109,8 @@ def overridden(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterato
     if "use_running_average" in fields:
         args, kwargs = args[:1], {k: v for k, v in kwargs.items() if k != "use_running_average"}
     _checks.layer_has_fields(layer, fields, path)
+    if "momentum" in fields:
+        _checks.overriding_momentum(fields["momentum"], hasattr(layer, "track_running_stats"))
     with setting(layer, **fields):
         yield args, kwargs
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import bnjax.nnx
 from bnjax import _checks, _globs
 from bnjax.accumulation import Path, accumulating, added, begin, replace, unmeasured
-from bnjax.batches import Batch, counting, on_all, pad_batch, shardings, split_over
+from bnjax.batches import Batch, counting, named, on_all, pad_batch, shardings, split_over
 from bnjax.bridge import Bridge, describe, intercepting, path_of, variables_of, without_devices
 from bnjax.linen import Call
 from bnjax.overrides import override
@@ -68,6 +68,7 @@ def recalibrate(
             finite mean and variance.
     """
     _checks.flax_model(model)
+    _checks.several_batches(batches)
     settings = (dict(apply_kwargs or {}), mesh, paths, sequential, progress)
     if isinstance(model, nnx.Module):
         bridge = Bridge(model, variables)
@@ -137,8 +138,9 @@ class _Measurement:
             accumulated = on_all(accumulated, self.alike)
         for batch in _tracked(batches, progress, label):
             some = True
-            with _checks.variables_fit({**self.others, "batch_stats": stats}), self.context():
-                accumulated = step(accumulated, self.others, self._placed(batch))
+            held, batch = {**self.others, "batch_stats": stats}, self._placed(batch)
+            with _checks.variables_fit(held, batch["x"]), self.context():
+                accumulated = step(accumulated, self.others, batch)
         _checks.some_batch(some)
         _checks.finite_statistics(unmeasured(accumulated, conventions))
         return replace(accumulated, conventions)
@@ -152,7 +154,7 @@ class _Measurement:
         return list(conventions)
 
     def _placed(self, batch: Any) -> Batch:
-        batch = batch if isinstance(batch, Mapping) else {"x": batch}
+        batch = named(batch)
         batch = {name: batch[name] for name in ("x", "mask") if name in batch}
         if self.mesh is None:
             return batch

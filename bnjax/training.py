@@ -18,6 +18,7 @@ from bnjax.batches import (
     LossFn,
     Metrics,
     counted,
+    named,
     on_all,
     pad_batch,
     shardings,
@@ -330,8 +331,9 @@ def _jit(step: Callable, mesh: Mesh | None, microbatches: int, donate: bool) -> 
         compiled = jax.jit(step, donate_argnums=donated)
 
         def run(state: TrainState, batch: Batch) -> Any:
+            batch = named(batch)
             _checks.divides(size_of(batch), 1, microbatches)
-            return compiled(state, dict(batch))
+            return compiled(state, batch)
 
         return run
     auto, alike, split = shardings(mesh)
@@ -340,9 +342,10 @@ def _jit(step: Callable, mesh: Mesh | None, microbatches: int, donate: bool) -> 
     )
 
     def run_distributed(state: TrainState, batch: Batch) -> Any:
+        batch = named(batch)
         _checks.divides(size_of(batch), len(mesh.local_devices), microbatches)
         with jax.set_mesh(auto):  # not the user's, whose axes may be explicit
-            return distributed(on_all(state, alike), split_over(split, dict(batch)))
+            return distributed(on_all(state, alike), split_over(split, batch))
 
     return run_distributed
 

@@ -75,7 +75,7 @@ def test_inspect_shows_each_batch_norm_in_every_format(tmp_path, suffix):
     code, output = run("inspect", tmp_path / f"model{suffix}")
     assert code == 0, output
     assert re.search(r"bn1 +3 +0\.5\.\.1\.5 +-1\.\.2 +0\.25\.\.4 +120 +0 +0 +0 ", output), output
-    assert output.endswith("verdict: fine (1 batch norms)\n")
+    assert output.endswith("verdict: fine (1 batch norm)\n")
 
 
 def test_inspect_finds_what_is_wrong(tmp_path):
@@ -255,7 +255,7 @@ def test_the_module_and_its_exit_codes(tmp_path):
     command = [sys.executable, "-m", "bnjax", "inspect", str(tmp_path / "model.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "verdict: fine (1 batch norms)" in done.stdout
+    assert "verdict: fine (1 batch norm)" in done.stdout
 
 
 def test_without_typer_it_says_what_to_install():
@@ -282,7 +282,7 @@ def test_diagnose_prints_a_report_and_says_by_its_code_whether_all_is_well(tmp_p
     arguments = (*arguments, "--data", tmp_path / "x.npz")
     code, output = run(*arguments, "--plot", tmp_path / "report.png")
     assert code == (0 if healthy else 1)
-    assert ("All is well: 1 batch norms" if healthy else "never updated, error") in output
+    assert ("All is well: 1 batch norm fits" if healthy else "never updated, error") in output
     assert (tmp_path / "report.png").stat().st_size > 10_000
     code, output = run(*arguments, "--json")
     assert json.loads(output)["healthy"] is healthy
@@ -304,7 +304,7 @@ def test_diagnose_reads_the_checkpoint_of_an_nnx_model(tmp_path, name, healthy):
     paths = ("--variables", tmp_path / name, "--data", tmp_path / "x.npz")
     code, output = run("diagnose", f"{__name__}:trained_nnx", *paths)
     assert code == (0 if healthy else 1)
-    assert ("All is well: 1 batch norms" if healthy else "never updated, error") in output
+    assert ("All is well: 1 batch norm fits" if healthy else "never updated, error") in output
 
 
 def test_diagnose_takes_no_checkpoint_of_another_nnx_model(tmp_path):
@@ -335,10 +335,30 @@ def test_diagnose_says_what_it_cannot_read(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.ones(2), b=np.ones(2))
     paths = ("--variables", tmp_path / "no.msgpack", "--data", tmp_path / "x.npz")
     for target, message in (
-        ("tests.test_cli", "Expected package.module:make_model, got 'tests.test_cli'."),
+        ("tests.test_cli", "with dots as in an import, got 'tests.test_cli'."),
+        ("tests/test_cli.py:trained_dense", "with dots as in an import, got 'tests/test_cli.py:"),
         (f"{__name__}:absent", "has no 'absent'"),
         (f"{__name__}:trained_dense", "There is no checkpoint at"),
     ):
         code, output = run("diagnose", target, *paths)
         assert code == 2
         assert message in output
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("layer", (), "must make the model without arguments, but missing a required argument"),
+        ("trained_dense", ("--apply", "{train"), "--apply must be JSON, got '{train':"),
+        ("trained_dense", ("--apply", "[1]"), "--apply must name arguments, as in"),
+        ("trained_dense", ("--apply", '{"train": true}'), "apply_kwargs"),
+    ],
+)
+def test_diagnose_says_how_a_model_is_made_and_called(tmp_path, target, options, message):
+    x = np.ones((8, 3), F32)
+    np.savez(tmp_path / "x.npz", x=x)
+    files.save(tmp_path / "m.msgpack", trained_dense().init(jax.random.key(0), x))
+    paths = ("--variables", tmp_path / "m.msgpack", "--data", tmp_path / "x.npz")
+    code, output = run("diagnose", f"{__name__}:{target}", *paths, *options)
+    assert code == 2
+    assert message in output

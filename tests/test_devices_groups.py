@@ -281,7 +281,7 @@ def test_a_last_virtual_batch_of_a_single_value_is_an_error():
     message = (
         "Expected more than 1 value per channel when training, got input shape (1, 5). Use a "
         "larger batch, drop the last partial batch, or normalize with the running statistics "
-        "(mutable=False)."
+        "(mutable=False, or .eval() in nnx)."
     )
     with refused(re.escape(message)):
         core(None, virtual_batch_size=4)(*bnjax.init(5), jnp.ones((9, 5)), None)

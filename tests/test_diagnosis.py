@@ -93,10 +93,33 @@ def test_a_value_of_pytorchs_convention_in_flaxs_layer():
 
 
 def test_a_value_of_flaxs_convention_in_pytorchs_layer():
-    with bnjax.override("**", momentum=0.99):
+    warned = pytest.warns(
+        UserWarning, match=r"^momentum=0.99 gives the new batch a weight of 0.99 "
+    )
+    with bnjax.override("**", momentum=0.99), warned:
         report = diagnose(train(NET, step=train_step(loss_fn, donate=False)).variables)
     assert found(report) == [("warning", "momentum looks inverted")]
     assert report.findings[0].repair.startswith("BatchNorm2d(..., momentum=0.01)")
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_images_that_are_not_scaled_as_in_the_training(trained, scale):
+    shifted = [{**batch, "x": scale * (0.3 * batch["x"] + 1)} for batch in DATA]
+    report = diagnose(trained, shifted)
+    assert found(report) == [("error", "data differ from training data")]
+    assert report.findings[0].layer == "BatchNorm2d_0"
+
+
+@pytest.mark.parametrize("examples", [1, 2, 4])
+def test_so_few_data_that_nothing_can_be_told(trained, examples):
+    batch = {"x": 0.3 * DATA[0]["x"][:examples] + 1, "y": DATA[0]["y"][:examples]}
+    report = bnjax.diagnose(NET, trained, [batch])
+    assert not report.healthy
+    assert {kind for _, kind in found(report)} <= {
+        "too few data",
+        "batch too small",
+        "data differ from training data",
+    }
 
 
 def test_batches_of_four():

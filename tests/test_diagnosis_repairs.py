@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import bnjax
-from tests.diagnosed import Net, NnxNet, batches
+from tests.diagnosed import FlaxNet, Net, NnxNet, batches
 
 DATA = [batch["x"] for batch in batches(4, seed=7)]
 
@@ -112,3 +112,15 @@ def test_where_values_are_not_finite_is_looked_up(user):
     (finding,) = report.findings
     assert finding.kind == "values not finite"
     assert all(jax.tree.leaves(eval(finding.repair, user.names)))  # the first batch is fine
+
+
+def test_a_model_that_takes_an_argument_is_trained_with_it_turned():
+    model = FlaxNet()
+    variables = model.init(jax.random.key(0), DATA[0], train=False)
+    report = bnjax.diagnose(model, variables, DATA, apply_kwargs={"train": False})
+    (finding,) = report.findings
+    assert "model.apply(variables, x, train=True, mutable=['batch_stats'])" in finding.repair
+    names = {"model": model, "variables": variables, "x": DATA[0]}
+    exec(finding.repair, names)
+    moved = jax.tree.map(jnp.any, names["variables"]["batch_stats"])
+    assert all(jax.tree.leaves(moved))

@@ -70,7 +70,8 @@ AXIS = (
 )
 SINGLE = (
     "Expected more than 1 value per channel when training, got input shape {}. Use a larger batch, "
-    "drop the last partial batch, or normalize with the running statistics (mutable=False)."
+    "drop the last partial batch, or normalize with the running statistics (mutable=False, "
+    "or .eval() in nnx)."
 )
 MASK = "`mask` must broadcast to the input of shape {}, got shape {}. "
 ONES = "Give it the rank of the input, with size 1 where it does not vary."

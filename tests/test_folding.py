@@ -284,7 +284,7 @@ def test_the_report_is_a_table():
     model, variables, x = prepare(nn.Sequential([CONV(), EVAL(), nn.relu, EVAL()]))
     folded = bnjax.fold(model, variables, x)
     lines = [re.sub(r"[ │┃]+", " ", line).strip() for line in str(folded.report).splitlines()]
-    assert lines[0] == "1 layers folded"
+    assert lines[0] == "1 layer folded"
     assert lines[2] == "layer batch norm result"
     assert lines[4] == "layers_0 layers_1 folded"
     reason = "its input comes from max, not from a conv or dense layer"

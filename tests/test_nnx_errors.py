@@ -44,7 +44,7 @@ MISTAKES = {
         lambda: make(bnjax.nnx.BatchNorm1d)(ROW[:1]),
         "Expected more than 1 value per channel when training, got input shape (1, 3). Use a "
         "larger batch, drop the last partial batch, or normalize with the running statistics "
-        "(mutable=False)." + NOTE.format("BatchNorm1d"),
+        "(mutable=False, or .eval() in nnx)." + NOTE.format("BatchNorm1d"),
     ),
     "no mode": (
         lambda: make(bnjax.nnx.BatchNorm, use_running_average=None)(X),

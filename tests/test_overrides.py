@@ -214,7 +214,7 @@ def test_a_pattern_that_fits_nothing_lists_the_paths_there_are(x):
     message = f"The pattern 'encoder/**' fits the path of no batch norm: {there}. {hint}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"), bnjax.freeze("encoder/**"):
         moved(model, variables, x)
-    nothing = "none was called or given"
+    nothing = "none was called or given (of nnx models, bnjax.nnx.freeze freezes them)"
     message = f"The pattern '**' fits the path of no batch norm: {nothing}. {hint}"
     with (
         pytest.raises(ValueError, match=f"^{re.escape(message)}$"),

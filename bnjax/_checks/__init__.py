@@ -17,8 +17,10 @@ from bnjax._checks.settings import given as given
 from bnjax._checks.settings import given_once as given_once
 from bnjax._checks.settings import momentum as momentum
 from bnjax._checks.settings import num_features as num_features
+from bnjax._checks.settings import overriding_momentum as overriding_momentum
 from bnjax._checks.settings import torch_momentum_is_plausible as torch_momentum_is_plausible
 from bnjax._checks.settings import virtual_batch_size as virtual_batch_size
+from bnjax._checks.tools import batch as batch
 from bnjax._checks.tools import divides as divides
 from bnjax._checks.tools import evaluating as evaluating
 from bnjax._checks.tools import flax_model as flax_model
@@ -29,6 +31,7 @@ from bnjax._checks.tools import layer_has_fields as layer_has_fields
 from bnjax._checks.tools import pattern_fits as pattern_fits
 from bnjax._checks.tools import per_example as per_example
 from bnjax._checks.tools import same_outputs as same_outputs
+from bnjax._checks.tools import several_batches as several_batches
 from bnjax._checks.tools import some_batch as some_batch
 from bnjax._checks.tools import some_batch_norm as some_batch_norm
 from bnjax._checks.tools import something_folded as something_folded

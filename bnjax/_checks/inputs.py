@@ -94,7 +94,7 @@ def several_values(x: Any, axes: Sequence[int], devices: int, correction: Any) -
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input shape {x.shape}. "
             "Use a larger batch, drop the last partial batch, or normalize with the running "
-            "statistics (mutable=False)."
+            "statistics (mutable=False, or .eval() in nnx)."
         )
 
 

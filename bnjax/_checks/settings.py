@@ -132,6 +132,14 @@ def flax_momentum_is_plausible(value: Any, frames: int) -> None:
         )
 
 
+def overriding_momentum(value: Any, torch: bool) -> None:
+    """A momentum for a layer, of PyTorch's convention or Flax's, that comes from an override."""
+    momentum(value)
+    if isinstance(value, _NUMBER) and 0 < value < 1:  # nobody mistakes the ends
+        plausible = torch_momentum_is_plausible if torch else flax_momentum_is_plausible
+        plausible(value, 1)
+
+
 @functools.cache
 def _warn_once(message: str, frames: int) -> None:
     warnings.warn(message, stacklevel=frames + 2)

@@ -44,10 +44,37 @@ def pattern_fits(pattern: str, fits: bool, paths: Iterable[str], what: str = "ba
         return
     there = sorted(paths)
     are = f"there are {there}" if there else "none was called or given"
+    if what == "batch norm" and not there:
+        are += " (of nnx models, bnjax.nnx.freeze freezes them)"
     raise ValueError(
         f"The pattern {pattern!r} fits the path of no {what}: {are}. `*` is a part of one name, "
         "`**` any number of names, as in 'encoder/**'."
     )
+
+
+def several_batches(batches: Any) -> None:
+    """Batches are in a list or come from an iterator."""
+    if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        shape = getattr(batches, "shape", None)
+        got = "a dict" if shape is None else f"an array of shape {tuple(shape)}"
+        raise TypeError(
+            f"`batches` must be a list or an iterator of batches, got {got}: write [x]."
+        )
+
+
+def batch(value: Any) -> None:
+    """A batch is an array or names one."""
+    if isinstance(value, Mapping):
+        if "x" not in value:
+            raise ValueError(
+                f"A batch must hold the model's input as `x`, got {sorted(value)}. Rename it, as "
+                'in {"x": images, "y": labels}.'
+            )
+    elif not hasattr(value, "shape"):
+        raise TypeError(
+            "A batch must be an array or a dict with the model's input as `x`, got "
+            f'{type(value).__name__}. Write {{"x": images, "y": labels}}.'
+        )
 
 
 def some_batch(some: bool) -> None:

@@ -1,9 +1,11 @@
 """Parameters and statistics: keys, shapes, collections."""
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import errors, nnx
 
@@ -118,12 +120,22 @@ def finite_statistics(bad: Mapping[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def variables_fit(variables: Any) -> Iterator[None]:
-    """Variables are those of the model."""
+def variables_fit(variables: Any, x: Any) -> Iterator[None]:
+    """Variables and input are those of the model, which is called with all that it takes."""
     if not isinstance(variables, Mapping):
         has_statistics(variables)
     try:
         yield
     except _MISFITS as error:
         has_statistics(variables)
-        raise ValueError(f"`variables` do not fit the model: {error}") from error
+        given = jax.tree.map(jnp.shape, x)
+        raise ValueError(
+            f"`variables` do not fit the model, or the model an input of shape {given}: {error}"
+        ) from error
+    except TypeError as error:
+        if re.match(r".*__call__\(\) (missing|got an unexpected keyword)", str(error)) is None:
+            raise
+        raise TypeError(
+            f"The model is called with an input and with `apply_kwargs`, but {error}. Give what it "
+            "evaluates with, as in `apply_kwargs={'train': False}`."
+        ) from error

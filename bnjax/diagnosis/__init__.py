@@ -82,6 +82,8 @@ def diagnose(
         steps = record["step"][-1]
     evidence = Evidence(seen, steps, record)
     found = [finding for rule in _RULES if (finding := rule(evidence))] + misfits(evidence)
+    if not found and (unclear := findings.too_few_data(evidence)):
+        found = [unclear]
     return Report(
         findings=tuple(sorted(found, key=lambda finding: finding.severity)),
         layers=tuple(row_of(layer) for layer in seen.layers),

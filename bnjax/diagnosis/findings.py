@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.diagnosis.measuring import Layer, Measured
-from bnjax.diagnosis.repairs import LINEN, NNX, Repairs
+from bnjax.diagnosis.repairs import Repairs, repairs
 
 # Distances are in standard deviations, of what a layer gives out in evaluation from what it gives
 # in training. Networks on digits that are right stay below 0.13, and lose nothing measurable; at
@@ -45,6 +45,8 @@ NO_SCALE = 1e-3
 MANY = 0.1
 # Rows of statistics that were pooled over devices are the same to rounding.
 APART = 1e-3
+# So far off, statistics would cost accuracy for sure, were it not chance.
+UNCLEAR = 0.5
 # Normal values pass this many standard deviations once in a billion.
 EXTREME = 6.0
 
@@ -93,7 +95,7 @@ class Evidence:
     @property
     def repairs(self) -> Repairs:
         """The lines that mend statistics of such a model."""
-        return NNX if self.measured.nnx else LINEN
+        return repairs(self.measured.nnx, self.measured.kwargs)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -259,7 +261,7 @@ def momentum_inverted(evidence: Evidence) -> Finding | None:
         "warning",
         bad[0].path,
         paths_of(bad),
-        f"{count_of(bad)} have momentum={written:.3g}, which gives the newest batch a weight of "
+        f"momentum={written:.3g} in {count_of(bad)} gives the newest batch a weight of "
         f"{kind.momentum:.3g}; batches scatter by {evidence.spread(spread):.2f} standard "
         f"deviations at '{spread.path}'.",
         {"momentum": written, "weight": kind.momentum, "spread": evidence.spread(spread)},
@@ -332,6 +334,26 @@ def dead_channels(evidence: Evidence) -> Finding | None:
         "  # or scale the input up"
         if weak
         else "optax.adamw(lr, mask=bnjax.decay_mask)  # and train anew, with a lower learning rate",
+    )
+
+
+def too_few_data(evidence: Evidence) -> Finding | None:
+    """Layers that look wrong over so few data that it may be chance."""
+    measured = evidence.measured
+    bad = [x for x in evidence.layers if x.distance > UNCLEAR]
+    if not bad:
+        return None
+    worst = max(bad, key=lambda x: x.distance)
+    return Finding(
+        "too few data",
+        "warning",
+        worst.path,
+        paths_of(bad),
+        f"'{worst.path}' is {worst.distance:.2g} standard deviations from these data, but "
+        f"{measured.batches} batches of {measured.examples} examples scatter by as much.",
+        {"distance": worst.distance, "batches": measured.batches, "examples": measured.examples},
+        "So few examples can't tell wrong statistics from chance.",
+        "bnjax.diagnose(model, variables, batches)  # eight batches of the training's size",
     )
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.core import meta
 
 from bnjax import _checks
-from bnjax.batches import LossFn, size_of
+from bnjax.batches import LossFn, named, size_of
 from bnjax.bridge import Bridge, Path
 from bnjax.diagnosis.devices import readings
 from bnjax.diagnosis.passes import Kind, Passes, Seen, compare, passes_of
@@ -129,6 +129,7 @@ class Measured:
         unequal: how many standard deviations the statistics of devices differ, by path.
         params_norm: the norm of all parameters together.
         nnx: whether it is an nnx model.
+        kwargs: what the model was called with besides the input.
     """
 
     layers: tuple[Layer, ...]
@@ -143,6 +144,7 @@ class Measured:
     unequal: dict[str, float]
     params_norm: float
     nnx: bool
+    kwargs: Mapping[str, Any]
 
 
 def measured(
@@ -153,9 +155,10 @@ def measured(
     kwargs: Mapping[str, Any],
 ) -> Measured:
     """Run the batches through the model, and one of them once more with other batch mates."""
+    _checks.several_batches(batches)
     run = _Run()
     for batch in batches:
-        batch = dict(batch) if isinstance(batch, Mapping) else {"x": batch}
+        batch = named(batch)
         if run.passes is None:
             run.begin(model, variables, batch, loss_fn, kwargs)
         run.add(batch)
@@ -187,7 +190,7 @@ class _Run:
             try:
                 one, modes, self.variables, self.unequal = reading()
                 self.passes = passes_of(one, modes, loss_fn, kwargs)
-                with _checks.variables_fit(self.variables):
+                with _checks.variables_fit(self.variables, batch["x"]):
                     jax.eval_shape(self.passes.step, self.variables, batch)
             except Exception as error:  # of the model, or of a tree that does not fit it
                 failure = failure or error
@@ -249,6 +252,7 @@ class _Run:
             unequal=self.unequal,
             params_norm=float(optax.tree.norm(self.variables.get("params", {}))),
             nnx=isinstance(self.passes.model, Bridge),
+            kwargs=self.passes.kwargs,
         )
 
     def _layer(self, path: Path, kind: Kind) -> Layer:

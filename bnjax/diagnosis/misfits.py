@@ -78,7 +78,7 @@ def never_updated(evidence: Evidence, fresh: Sequence[Layer]) -> Finding | None:
         "error",
         worst.path,
         paths_of(fresh),
-        f"{count_of(fresh)} of {len(evidence.measured.layers)} have mean 0 and variance 1 exactly; "
+        f"Mean 0 and variance 1, exactly, in {count_of(fresh)} of {len(evidence.measured.layers)}; "
         f"the batches are {worst.distance:.2g} standard deviations away at '{worst.path}'.",
         {"layers": len(fresh), "distance": worst.distance},
         f"The updates were thrown away: {evidence.repairs.thrown_away}.",
@@ -100,7 +100,7 @@ def half_precision(
         "error" if stalled else "warning",
         worst.path,
         paths_of(stalled or half),
-        f"{count_of(half)} keep {worst.dtype.name}: with a momentum of {worst.kind.momentum} a "
+        f"{worst.dtype.name} in {count_of(half)}: with a momentum of {worst.kind.momentum} a "
         f"value stands still within {stop:.1%} of its target; they are {worst.distance:.2g} "
         "standard deviations away.",
         {"stops_at": stop, "distance": worst.distance},
@@ -240,9 +240,13 @@ def _shares(layer: Layer) -> list[float]:
 
 
 def _explained(layer: Layer, share: float) -> float:
-    """Which part of the squared distance goes away if they had come this part of the way."""
+    """Which part of the squared distance goes away if they had come this part of the way.
+
+    And of what they have moved: where the data are far away, any statistics look like none.
+    """
     way, done = (np.concatenate(parts) for parts in zip(*_ways(layer), strict=True))
-    return float(1 - np.sum((done - share * way) ** 2) / np.sum((done - way) ** 2))
+    left = np.sum((done - share * way) ** 2)
+    return float(1 - left / min(np.sum((done - way) ** 2), 2 * np.sum(done**2)))
 
 
 def _ways(layer: Layer) -> tuple[tuple[np.ndarray, np.ndarray], ...]:

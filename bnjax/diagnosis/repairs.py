@@ -1,6 +1,7 @@
 """The lines of code that mend statistics, in linen and in nnx."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Repairs(NamedTuple):
@@ -32,8 +33,8 @@ class Repairs(NamedTuple):
 
 
 LINEN = Repairs(
-    train="logits, updates = model.apply(variables, x, mutable=['batch_stats'])"
-    "; variables = {**variables, **updates}",
+    train="logits, updates = model.apply(variables, x{}, mutable=['batch_stats'])"
+    "; variables = {{**variables, **updates}}",
     evaluate="model.apply(variables, x, train=False)",
     stay="model.apply(variables, x)  # without mutable, without train=True",
     recalibrate="variables = bnjax.recalibrate(model, variables, batches)",
@@ -56,3 +57,12 @@ NNX = Repairs(
     left_on="with .train() on",
     thrown_away="the model trained in .eval(), or what a jitted step changed was not kept",
 )
+
+
+def repairs(nnx: bool, kwargs: Mapping[str, Any]) -> Repairs:
+    """Those for a model that is evaluated with these arguments, such as `train=False`."""
+    if nnx:
+        return NNX
+    flags = {name: value for name, value in kwargs.items() if isinstance(value, bool)}
+    turned = "".join(f", {name}={not value}" for name, value in flags.items() if name != "mutable")
+    return LINEN._replace(train=LINEN.train.format(turned))

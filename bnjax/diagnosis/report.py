@@ -64,7 +64,13 @@ class Report:
 
         Args:
             path: where the picture goes; its suffix chooses the format.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
         """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"There is no folder {path.parent} to save {path.name} in.")
         quantiles = (0.1, 0.5, 0.9)
         rows = [
             {
@@ -86,9 +92,13 @@ class Report:
     def verdict(self) -> str:
         """The findings in a line."""
         if self.healthy:
-            return f"all is well: {len(self.layers)} batch norms fit these data"
+            return f"all is well: {self._fit()}"
         found = (f"{f.kind} ({named(f.layer)})" for f in self.findings)
         return ", ".join(found)
+
+    def _fit(self) -> str:
+        one = len(self.layers) == 1
+        return f"{_count(len(self.layers), 'batch norm')} {'fits' if one else 'fit'} these data"
 
     def _modes(self) -> list[tuple[str, float, float]]:
         train, evaluation = self.losses["train"], self.losses["eval"]
@@ -112,7 +122,7 @@ class Report:
         yield self._table()
         yield Text(self._summary())
         if self.healthy:
-            yield Text(f"All is well: {len(self.layers)} batch norms fit these data.", "bold green")
+            yield Text(f"All is well: {self._fit()}.", "bold green")
         for number, finding in enumerate(self.findings, 1):
             more = len(finding.layers) - 1
             where = named(finding.layer) + (f" and {more} more" if more > 0 else "")
@@ -137,7 +147,7 @@ class Report:
         order = sorted(range(len(self.layers)), key=lambda i: (not found[i], -far[i]))
         left = len(self.layers) - len(order[:_ROWS])
         table = Table(
-            title=f"{len(self.layers)} batch norms over {self.batches} batches",
+            title=f"{_count(len(self.layers), 'batch norm')} over {_count(self.batches, 'batch')}",
             caption=f"{left} more layers, no farther from the data" if left else None,
             box=box.SIMPLE_HEAD,
         )
@@ -181,6 +191,11 @@ def row_of(layer: Layer) -> dict[str, Any]:
         "poisoned": int(layer.poisoned.sum()),
         "dtype": layer.dtype.name,
     }
+
+
+def _count(number: int, noun: str) -> str:
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def named(path: str) -> str:

@@ -48,7 +48,7 @@ class Report:
     def __str__(self) -> str:  # noqa: D105 - the class says it
         folded = sum(row.reason is None for row in self.rows)
         table = Table(
-            title=f"{folded} layers folded",
+            title="1 layer folded" if folded == 1 else f"{folded} layers folded",
             caption=f"largest output difference {self.max_difference:.2g}, "
             f"of outputs up to {self.scale:.3g}",
         )

@@ -88,7 +88,7 @@ class Program:
         self.calls: list[Call] = []
         self.steps: list[_Step] = []
         self.lost: dict[int, str] = {}  # calls that can't be followed, and why
-        with _checks.variables_fit(variables), as_context(object()):
+        with _checks.variables_fit(variables, x), as_context(object()):
             with bridge.intercepting(self._intercept):
                 traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, **kwargs))(variables, x)
         leaves = jax.tree_util.tree_flatten_with_path(variables)[0]

@@ -1,0 +1,96 @@
+"""What the tools say of batches and models that they cannot take."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import bnjax
+from bnjax.training import init_state, train_step
+
+X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(4)(x)
+        return nn.BatchNorm(use_running_average=not train)(x)
+
+
+NET = Net()
+VARIABLES = NET.init(jax.random.key(0), X, train=False)
+TOOLS = {"recalibrate": bnjax.recalibrate, "diagnose": bnjax.diagnose}
+each_tool = pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+
+
+def refused(kind: type[Exception], sentence: str) -> Any:
+    return pytest.raises(kind, match=f"^{re.escape(sentence)}$")
+
+
+@each_tool
+@pytest.mark.parametrize(
+    ("batches", "got"), [(X, "an array of shape (4, 3)"), ({"x": X}, "a dict")], ids=["x", "dict"]
+)
+def test_one_batch_is_not_several(tool, batches, got):
+    sentence = f"`batches` must be a list or an iterator of batches, got {got}: write [x]."
+    with refused(TypeError, sentence):
+        tool(NET, VARIABLES, batches, apply_kwargs={"train": False})
+
+
+@each_tool
+def test_a_batch_is_an_array_or_names_it_x(tool):
+    sentence = (
+        "A batch must be an array or a dict with the model's input as `x`, got tuple. Write "
+        '{"x": images, "y": labels}.'
+    )
+    with refused(TypeError, sentence):
+        tool(NET, VARIABLES, [(X, X)], apply_kwargs={"train": False})
+    sentence = (
+        "A batch must hold the model's input as `x`, got ['image']. Rename it, as in "
+        '{"x": images, "y": labels}.'
+    )
+    with refused(ValueError, sentence):
+        tool(NET, VARIABLES, [{"image": X}], apply_kwargs={"train": False})
+
+
+def test_a_training_step_takes_no_tuple():
+    state = init_state(NET, optax.sgd(0.1), jax.random.key(0), X, train=True)
+    step = train_step(lambda y, batch: jnp.mean(y**2), apply_kwargs={"train": True})
+    untyped: Any = (X, X)
+    with pytest.raises(TypeError, match=r"^A batch must be an array or a dict "):
+        step(state, untyped)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "problem"),
+    [
+        ({}, "missing 1 required positional argument: 'train'"),
+        ({"train": False, "deep": 1}, "got an unexpected keyword argument 'deep'"),
+    ],
+    ids=["missing", "unexpected"],
+)
+def test_what_a_model_takes_besides_x_goes_through_apply_kwargs(kwargs, problem):
+    sentence = (
+        f"The model is called with an input and with `apply_kwargs`, but Net.__call__() {problem}. "
+        "Give what it evaluates with, as in `apply_kwargs={'train': False}`."
+    )
+    for tool in TOOLS.values():
+        with refused(TypeError, sentence):
+            tool(NET, VARIABLES, [X], apply_kwargs=kwargs)
+    with refused(TypeError, sentence):
+        bnjax.fold(NET, VARIABLES, X, apply_kwargs=kwargs)
+
+
+def test_an_input_of_other_channels_is_named_by_its_shape():
+    message = r"^`variables` do not fit the model, or the model an input of shape \(4, 2\): "
+    for tool in TOOLS.values():
+        with pytest.raises(ValueError, match=message):
+            tool(NET, VARIABLES, [X[:, :2]], apply_kwargs={"train": False})
+    with pytest.raises(ValueError, match=message):
+        bnjax.fold(NET, VARIABLES, X[:, :2], apply_kwargs={"train": False})
