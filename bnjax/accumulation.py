@@ -222,7 +222,7 @@ def map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) ->
     def visit(path: Path, node: Any) -> Any:
         if not isinstance(node, Mapping):
             return node
-        if "mean" in node and "var" in node:
+        if {"mean", "var"} <= {*node} and not isinstance(node["mean"], Mapping):
             return function(path, node)
         return {name: visit((*path, name), child) for name, child in node.items()}
 

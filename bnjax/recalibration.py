@@ -192,7 +192,9 @@ def _measuring_linen(
 
     together = override(paths, use_running_average=False)
     mode = together if path is None else contextlib.nullcontext()
-    with override("**", use_running_average=True), mode, accumulating(measured, examples) as seen:
+    alone = {"axis_name": None, "axis_index_groups": None}  # the devices of the training
+    evaluated = override("**", use_running_average=True, **alone)
+    with evaluated, mode, accumulating(measured, examples) as seen:
         yield seen
 
 

@@ -219,3 +219,32 @@ def test_variables_of_another_model_are_an_error():
     other = {"params": {}, "batch_stats": variables["batch_stats"]}
     with pytest.raises(ValueError, match=r"^`variables` do not fit the model, or .*: Tried to "):
         bnjax.recalibrate(model, other, [BATCH])
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("kind", [bnjax.BatchNorm1d, bnjax.linen.BatchNorm, nn.BatchNorm])
+def test_the_devices_of_the_training_are_not_needed(kind, sequential):
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    settings = {} if kind is bnjax.BatchNorm1d else {"use_running_average": False}
+    variables = kind(**settings).init(jax.random.key(0), x)
+    layer = kind(axis_name="data", **settings)
+    found = bnjax.recalibrate(layer, variables, [x], sequential=sequential)
+    np.testing.assert_allclose(found["batch_stats"]["mean"], x.mean(0), rtol=1e-6)
+
+
+def test_modules_that_are_called_mean_and_var_are_no_batch_norm():
+    class Head(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return bnjax.BatchNorm1d()(x)
+
+    class Encoder(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Head(name="mean")(x) + Head(name="var")(x)
+
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    variables = Encoder().init(jax.random.key(0), x)
+    found = bnjax.recalibrate(Encoder(), variables, [x])["batch_stats"]
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(found[name]["BatchNorm1d_0"]["mean"], x.mean(0), rtol=1e-6)
