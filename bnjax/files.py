@@ -107,7 +107,8 @@ def save(path: str | Path, tree: Any) -> None:
         found = as_numpy(np.asarray(value) if isinstance(value, (bool, int, float)) else value)
         if found is None:
             wrong.append(f"{name} ({type(value).__name__})")
-        return found
+            return None
+        return found.astype(found.dtype.newbyteorder("="), copy=False)  # msgpack has no other
 
     try:
         tree = _tree(tree, array)

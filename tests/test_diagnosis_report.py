@@ -241,3 +241,13 @@ def test_what_cannot_be_diagnosed_is_an_error(model, variables, data, message):
         variables = model.init(jax.random.key(0), data[0])
     with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
         bnjax.diagnose(model, variables, data)
+
+
+def test_losses_weigh_each_example_alike_and_batches_may_hold_other_things():
+    layer, x = bnjax.BatchNorm1d(), np.arange(24, dtype=np.float32).reshape(8, 3)
+    variables = bnjax.recalibrate(layer, layer.init(jax.random.key(0), x), [x])
+    few = np.arange(8) < 2
+    batches = [{"x": x, "loss": np.ones(8), "mask": few | True, "scale": 0.5}]
+    batches += [{"x": x, "loss": np.full(8, 6.0), "mask": few, "scale": 0.5}]
+    report = bnjax.diagnose(layer, variables, batches, loss_fn=lambda y, batch: batch["loss"])
+    assert report.losses["eval"]["loss"] == pytest.approx((8 * 1 + 2 * 6) / 10)

@@ -317,3 +317,9 @@ def test_another_suffix_or_contents_are_an_error(tmp_path):
     (tmp_path / "model.msgpack").write_bytes(msgpack_serialize(np.ones(2)))
     with pytest.raises(ValueError, match="it holds a ndarray where a dict of names and arrays is"):
         bnjax.load(tmp_path / "model.msgpack")
+
+
+@pytest.mark.parametrize("name", ["model.msgpack", "model.safetensors", "model"])
+def test_numbers_in_the_other_byte_order_keep_their_values(tmp_path, name):
+    bnjax.save(tmp_path / name, {"w": np.arange(3, dtype=">f4")})
+    np.testing.assert_array_equal(bnjax.load(tmp_path / name)["w"], np.arange(3.0))

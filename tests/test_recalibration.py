@@ -225,7 +225,9 @@ def test_variables_of_another_model_are_an_error():
 @pytest.mark.parametrize("kind", [bnjax.BatchNorm1d, bnjax.linen.BatchNorm, nn.BatchNorm])
 def test_the_devices_of_the_training_are_not_needed(kind, sequential):
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
-    settings = {} if kind is bnjax.BatchNorm1d else {"use_running_average": False}
+    settings: dict[str, Any] = {}
+    if kind is not bnjax.BatchNorm1d:
+        settings = {"use_running_average": False}
     variables = kind(**settings).init(jax.random.key(0), x)
     layer = kind(axis_name="data", **settings)
     found = bnjax.recalibrate(layer, variables, [x], sequential=sequential)

@@ -80,7 +80,7 @@ def diagnose(
     record = history or {}
     if steps is None and record.get("step"):
         steps = record["step"][-1]
-    evidence = Evidence(seen, steps, record)
+    evidence = Evidence(seen, None if steps is None else int(steps), record)
     found = [finding for rule in _RULES if (finding := rule(evidence))] + misfits(evidence)
     if not found and (unclear := findings.too_few_data(evidence)):
         found = [unclear]

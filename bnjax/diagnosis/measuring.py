@@ -13,7 +13,7 @@ from flax import nnx
 from flax.core import meta
 
 from bnjax import _checks
-from bnjax.batches import LossFn, named, size_of
+from bnjax.batches import LossFn, counted, named, size_of
 from bnjax.bridge import Bridge, Path
 from bnjax.diagnosis.devices import readings
 from bnjax.diagnosis.passes import Kind, Passes, Seen, compare, passes_of
@@ -220,10 +220,11 @@ class _Run:
         for path, seen in layers.items():
             sums[path].add(seen)
         self.gaps += found["gap"]
-        self.used += size
+        counts = float(counted(batch))
+        self.used += counts
         for mode, means in found["losses"].items():
             for name, value in means.items():
-                total = self.losses[mode].get(name, 0.0) + float(value) * size
+                total = self.losses[mode].get(name, 0.0) + float(value) * counts
                 self.losses[mode][name] = total
 
     def end(self) -> Measured:
@@ -232,7 +233,7 @@ class _Run:
         assert self.passes is not None
         kinds = self.passes.kinds
         losses = {
-            mode: {name: total / self.used for name, total in totals.items()}
+            mode: {name: total / max(self.used, 1) for name, total in totals.items()}
             for mode, totals in self.losses.items()
         }
         return Measured(
@@ -285,7 +286,12 @@ class _Run:
         size = size_of(batch)
         half = size // 2
         index = np.concatenate([np.arange(half), np.arange(size - half) % half])
-        among = jax.tree.map(lambda leaf: leaf[index], batch)
+
+        def mixed(leaf: Any) -> Any:
+            of_examples = jnp.ndim(leaf) and jnp.shape(leaf)[0] == size
+            return jnp.asarray(leaf)[index] if of_examples else leaf
+
+        among = jax.tree.map(mixed, batch)
         others = self.passes.step(self.variables, among)["outputs"]
 
         def mine(outputs: Any) -> list[Any]:

@@ -57,7 +57,7 @@ def misfits(evidence: Evidence) -> list[Finding]:
     half = [x for x in others if jnp.finfo(x.dtype).bits < 32]
     stalled = [x for x in half if x in far and _stalls(x)]
     far = [x for x in far if x not in stalled]
-    lagging = _lagging(evidence, far)
+    lagging = _lagging(evidence, far, others)
     far = [x for x in far if x not in lagging]
     found = [
         never_updated(evidence, fresh),
@@ -216,12 +216,14 @@ def _same_weights(evidence: Evidence) -> bool | None:
     return abs(evidence.measured.params_norm - norm) <= SAME_NORM * norm
 
 
-def _lagging(evidence: Evidence, far: Sequence[Layer]) -> list[Layer]:
+def _lagging(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer]) -> list[Layer]:
     """The layers that still hold a part of their initial values, the same one in each."""
     some = [x for x in far if x.kind.momentum and x.kind.momentum < 1]
     if evidence.steps is not None:
         return [x for x in some if (1 - (x.kind.momentum or 0)) ** evidence.steps > LAGGING]
-    shares = [share for x in some for share in _shares(x)]
+    paces = {x.kind.momentum for x in some}
+    # Those that have arrived count as well: what lags, lags in all layers of a momentum.
+    shares = [share for x in layers if x.kind.momentum in paces for share in _shares(x)]
     if len(shares) < 2:
         return []
     share = float(np.median(shares))
