@@ -1,11 +1,11 @@
 """The command line: parse, call one tool, print. Needs typer, from the extra `tools`."""
 
 import importlib
-import inspect as inspect_module
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -194,7 +194,7 @@ def made_by(target: str) -> Any:
     if make is None:
         raise ValueError(f"The module {module} has no {name!r}.")
     try:
-        inspect_module.signature(make).bind()
+        signature(make).bind()
     except TypeError as error:
         raise ValueError(
             f"{target} must make the model without arguments, but {error}. Write a function that "

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from flax.core import meta
 
+from bnjax import _checks
 from bnjax.tensors import as_numpy, as_tensor
 
 _FORMATS = (
@@ -99,8 +100,8 @@ def save(path: str | Path, tree: Any) -> None:
         raise TypeError(f"`path` comes first, as in save(path, tree), got {type(path).__name__}.")
     path = Path(path)
     write, _ = _format(path, _WRITERS)
-    if path.suffix and not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {path.parent} to save {path.name} in.")
+    if path.suffix:  # orbax makes its folders
+        _checks.folder_of(path)
     wrong: list[str] = []
 
     def array(value: Any, name: str) -> Any:

@@ -27,7 +27,6 @@ Groups = Sequence[Sequence[int]]
 # Squared mean over variance up to which plain sums will do: they lose a factor 1 + _NEAR of the
 # precision.
 _NEAR = 4
-_SAMPLE = 9  # positions of an example whose median is taken
 _STATISTICS = "bnjax.statistics"  # what `remat_policy` keeps
 _HUGE = 2.0**64  # squares of larger numbers overflow in float32
 
@@ -371,9 +370,9 @@ def _sample(x: jax.Array, n: jax.Array, reduced: Axes) -> jax.Array:
     """
     positions = reduced[1:]
     sizes = tuple(x.shape[a] for a in positions)
-    if math.prod(sizes) < _SAMPLE:
+    if math.prod(sizes) < 9:
         return _mean(x, None, n, reduced)
-    spread = (2 * np.arange(_SAMPLE) + 1) * math.prod(sizes) // (2 * _SAMPLE)
+    spread = (2 * np.arange(9) + 1) * math.prod(sizes) // 18
     spec = [split for axis, split in enumerate(explicit_axes(x)) if axis not in positions]
     by_position = jnp.moveaxis(x, positions, range(len(sizes))).at[np.unravel_index(spread, sizes)]
     values = by_position.get(out_sharding=split_as(x, [None, *spec])).astype(working_dtype(x.dtype))

@@ -334,9 +334,10 @@ def test_diagnose_reads_what_orbax_saves_of_nnx_variables(tmp_path):
 def test_diagnose_says_what_it_cannot_read(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.ones(2), b=np.ones(2))
     paths = ("--variables", tmp_path / "no.msgpack", "--data", tmp_path / "x.npz")
+    dotted = "Expected package.module:make_model, with dots as in an import, got"
     for target, message in (
-        ("tests.test_cli", "with dots as in an import, got 'tests.test_cli'."),
-        ("tests/test_cli.py:trained_dense", "with dots as in an import, got 'tests/test_cli.py:"),
+        ("tests.test_cli", f"{dotted} 'tests.test_cli'."),
+        ("tests/test_cli.py:trained_dense", f"{dotted} 'tests/test_cli.py:trained_dense'."),
         (f"{__name__}:absent", "has no 'absent'"),
         (f"{__name__}:trained_dense", "There is no checkpoint at"),
     ):

@@ -323,3 +323,13 @@ def test_another_suffix_or_contents_are_an_error(tmp_path):
 def test_numbers_in_the_other_byte_order_keep_their_values(tmp_path, name):
     bnjax.save(tmp_path / name, {"w": np.arange(3, dtype=">f4")})
     np.testing.assert_array_equal(bnjax.load(tmp_path / name)["w"], np.arange(3.0))
+
+
+def test_a_folder_that_is_not_there_and_arguments_in_the_wrong_order_are_told(tmp_path):
+    message = f"There is no folder {tmp_path}/no to save m.msgpack in."
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
+        bnjax.save(tmp_path / "no" / "m.msgpack", {"w": np.ones(2)})
+    tree: Any = {"w": np.ones(2)}
+    message = "`path` comes first, as in save(path, tree), got dict."
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        bnjax.save(tree, tmp_path / "m.msgpack")

@@ -240,7 +240,8 @@ def test_a_mistake_gets_an_error_that_says_how_to_mend_it(name):
 
 @pytest.mark.parametrize("variables", [OTHER, NARROW], ids=["other names", "other shapes"])
 def test_variables_of_another_model_are_refused_with_what_flax_says(variables):
-    message = r"^`variables` do not fit the model, or .*\"kernel\" in (scope )?.*\)$"
+    message = r"^`variables` do not fit the model, or the model an input of shape .*: "
+    message += r".*\"kernel\" in (scope )?.*\)$"
     with pytest.raises(ValueError, match=message):
         bnjax.fold(MODEL, variables, X)
 

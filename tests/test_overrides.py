@@ -245,3 +245,22 @@ def test_an_unknown_field_is_an_error(x):
     wanted = rf"^{re.escape(message)}(\n|$)"  # JAX adds a note
     with pytest.raises(TypeError, match=wanted), bnjax.override("**", eps=0.1):
         SetupNet().init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize(("kind", "momentum"), [(nn.BatchNorm, 0.02), (bnjax.BatchNorm1d, 0.98)])
+def test_a_momentum_of_the_other_convention_warns_in_an_override_too(kind, momentum):
+    model = nn.Sequential([kind(use_running_average=True)])
+    x = jnp.ones((4, 3))
+    variables = model.init(jax.random.key(0), x)
+    with (
+        pytest.warns(UserWarning, match=f"^momentum={momentum} gives the "),
+        bnjax.override("**", momentum=momentum),
+    ):
+        model.apply(variables, x)
+
+
+def test_a_path_is_a_glob():
+    pattern: Any = 3
+    message = r"^A path is given by a glob, or several, such as 'encoder/\*\*', got 3\.$"
+    with pytest.raises(TypeError, match=message), bnjax.freeze(pattern):
+        pass

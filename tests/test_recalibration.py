@@ -217,7 +217,8 @@ def test_variables_of_another_model_are_an_error():
     model = Residual()
     variables = model.init(jax.random.key(0), BATCH)
     other = {"params": {}, "batch_stats": variables["batch_stats"]}
-    with pytest.raises(ValueError, match=r"^`variables` do not fit the model, or .*: Tried to "):
+    message = r"^`variables` do not fit the model, or the model an input of shape .*: "
+    with pytest.raises(ValueError, match=message + "Tried to access "):
         bnjax.recalibrate(model, other, [BATCH])
 
 

@@ -25,6 +25,7 @@ from bnjax._checks.tools import divides as divides
 from bnjax._checks.tools import evaluating as evaluating
 from bnjax._checks.tools import flax_model as flax_model
 from bnjax._checks.tools import folded_variables as folded_variables
+from bnjax._checks.tools import folder_of as folder_of
 from bnjax._checks.tools import iterable_again as iterable_again
 from bnjax._checks.tools import known_fields as known_fields
 from bnjax._checks.tools import layer_has_fields as layer_has_fields

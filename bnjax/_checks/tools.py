@@ -1,6 +1,7 @@
 """What a tool around a model is given: patterns, batches, the model itself."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flax import linen as nn
@@ -75,6 +76,12 @@ def batch(value: Any) -> None:
             "A batch must be an array or a dict with the model's input as `x`, got "
             f'{type(value).__name__}. Write {{"x": images, "y": labels}}.'
         )
+
+
+def folder_of(path: Path) -> None:
+    """What is written goes into a folder that is there."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to save {path.name} in.")
 
 
 def some_batch(some: bool) -> None:

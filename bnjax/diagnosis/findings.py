@@ -375,7 +375,13 @@ def paths_of(layers: Sequence[Layer]) -> tuple[str, ...]:
 
 def count_of(layers: Sequence[Any]) -> str:
     """How many layers, in words."""
-    return f"{len(layers)} layer{'s' * (len(layers) != 1)}"
+    return number_of(len(layers), "layer")
+
+
+def number_of(number: int, noun: str) -> str:
+    """So many, in words."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def _power(value: float) -> str:

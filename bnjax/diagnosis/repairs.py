@@ -33,8 +33,8 @@ class Repairs(NamedTuple):
 
 
 LINEN = Repairs(
-    train="logits, updates = model.apply(variables, x{}, mutable=['batch_stats'])"
-    "; variables = {{**variables, **updates}}",
+    train="logits, updates = model.apply(variables, x, mutable=['batch_stats'])"
+    "; variables = {**variables, **updates}",
     evaluate="model.apply(variables, x, train=False)",
     stay="model.apply(variables, x)  # without mutable, without train=True",
     recalibrate="variables = bnjax.recalibrate(model, variables, batches)",
@@ -64,5 +64,5 @@ def repairs(nnx: bool, kwargs: Mapping[str, Any]) -> Repairs:
     if nnx:
         return NNX
     flags = {name: value for name, value in kwargs.items() if isinstance(value, bool)}
-    turned = "".join(f", {name}={not value}" for name, value in flags.items() if name != "mutable")
-    return LINEN._replace(train=LINEN.train.format(turned))
+    turned = "".join(f", {name}={not value}" for name, value in flags.items())
+    return LINEN._replace(train=LINEN.train.replace("variables, x", f"variables, x{turned}"))

@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from bnjax.diagnosis.findings import Finding, part
+from bnjax import _checks
+from bnjax.diagnosis.findings import Finding, number_of, part
 from bnjax.diagnosis.measuring import Layer, Measured
 from bnjax.plotting import plot_layers
 
@@ -68,9 +69,7 @@ class Report:
         Raises:
             FileNotFoundError: there is no such folder.
         """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"There is no folder {path.parent} to save {path.name} in.")
+        _checks.folder_of(Path(path))
         quantiles = (0.1, 0.5, 0.9)
         rows = [
             {
@@ -98,7 +97,7 @@ class Report:
 
     def _fit(self) -> str:
         one = len(self.layers) == 1
-        return f"{_count(len(self.layers), 'batch norm')} {'fits' if one else 'fit'} these data"
+        return f"{number_of(len(self.layers), 'batch norm')} {'fits' if one else 'fit'} these data"
 
     def _modes(self) -> list[tuple[str, float, float]]:
         train, evaluation = self.losses["train"], self.losses["eval"]
@@ -146,8 +145,9 @@ class Report:
         far = [row["distance"] if row["distance"] == row["distance"] else 0 for row in self.layers]
         order = sorted(range(len(self.layers)), key=lambda i: (not found[i], -far[i]))
         left = len(self.layers) - len(order[:_ROWS])
+        norms, batches = number_of(len(self.layers), "batch norm"), number_of(self.batches, "batch")
         table = Table(
-            title=f"{_count(len(self.layers), 'batch norm')} over {_count(self.batches, 'batch')}",
+            title=f"{norms} over {batches}",
             caption=f"{left} more layers, no farther from the data" if left else None,
             box=box.SIMPLE_HEAD,
         )
@@ -191,11 +191,6 @@ def row_of(layer: Layer) -> dict[str, Any]:
         "poisoned": int(layer.poisoned.sum()),
         "dtype": layer.dtype.name,
     }
-
-
-def _count(number: int, noun: str) -> str:
-    plural = "es" if noun.endswith("ch") else "s"
-    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def named(path: str) -> str:

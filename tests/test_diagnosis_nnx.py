@@ -1,0 +1,79 @@
+"""Faults of nnx models are found as those of linen models are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bnjax
+from tests.diagnosed import NnxNet
+from tests.test_diagnosis import DATA, diagnose, found
+
+
+@pytest.fixture(scope="module")
+def fitted() -> NnxNet:
+    """An nnx network, in evaluation, that is fitted by its statistics alone."""
+    model = NnxNet(nnx.Rngs(0))
+    model.eval()
+    nnx.update(model, bnjax.recalibrate(model, None, DATA))
+    return model
+
+
+def test_a_healthy_nnx_model(fitted):
+    assert diagnose(None, model=fitted).healthy
+    assert diagnose(nnx.state(fitted), model=fitted).healthy
+
+
+def test_an_nnx_model_left_in_training(fitted):
+    model = nnx.clone(fitted)
+    model.train()
+    report = diagnose(None, model=model)
+    assert found(report) == [("error", "statistics move in eval")]
+    assert report.findings[0].repair == "model.eval()"
+    assert report.findings[0].layers == ("norms/0", "norms/1", "norms/2")
+
+
+def test_frozen_nnx_layers_stay_out_of_it(fitted):
+    model = nnx.clone(fitted)
+    bnjax.nnx.freeze(model)
+    model.train()
+    assert diagnose(None, model=model).healthy
+
+
+def test_nnx_updates_thrown_away_and_data_that_differ(fitted):
+    fresh = NnxNet(nnx.Rngs(0))
+    fresh.eval()
+    assert found(diagnose(None, model=fresh)) == [("error", "never updated")]
+    shifted = [{**batch, "x": 3 * batch["x"] + 1} for batch in DATA]
+    report = diagnose(None, shifted, fitted)
+    assert found(report) == [("error", "data differ from training data")]
+    assert report.findings[0].layer == "norms/0"
+
+
+def test_nnx_layers_that_are_not_tracked():
+    def untracked(features, momentum, rngs):
+        return bnjax.nnx.BatchNorm1d(features, track_running_stats=False, rngs=rngs)
+
+    class Small(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = untracked(3, 0.1, rngs)
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    model = Small(nnx.Rngs(0))
+    model.eval()
+    x = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+    report = bnjax.diagnose(model, None, [x])
+    assert found(report) == [("error", "eval depends on the batch")]
+
+
+def test_nnx_devices_that_never_talked(fitted):
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), nnx.state(fitted))
+    assert diagnose(stacked, model=fitted).healthy
+    stats = nnx.filter_state(stacked, nnx.BatchStat)
+    apart = jax.tree.map(lambda leaf: leaf * jnp.array([[0.5], [1.5]]), stats)
+    others = nnx.filter_state(nnx.state(fitted), nnx.Not(nnx.BatchStat))
+    report = diagnose(nnx.merge_state(others, apart), model=fitted)
+    assert found(report) == [("error", "devices disagree")]
