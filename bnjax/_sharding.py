@@ -1,6 +1,6 @@
 """Where an array lies: what its type says of meshes and mapped axes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,16 +8,27 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def explicit_axes(x: jax.Array) -> tuple[Any, ...]:
-    """For each axis of x the explicit mesh axes that its type says it is split over, or None."""
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return spec + (None,) * (x.ndim - len(spec))
+def on_auto_axes(function: Callable[..., Any], args: tuple, x: jax.Array, like: Any) -> Any:
+    """`function(*args)`, with its results split over a mesh as the arrays of `like` are.
 
+    Types with explicit axes, in which x is split, allow neither to cut nor to fill up an axis that
+    is. Inside the function the axes are the compiler's, as those of an Auto mesh are.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if not any(jax.typeof(x).sharding.spec):
+        return function(*args)
+    leaves, tree = jax.tree.flatten(args)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
-def split_as(x: jax.Array, spec: Sequence[Any]) -> NamedSharding | None:
-    """A sharding over the explicit mesh of x; None where x is split over none."""
-    split = any(axis is not None for axis in explicit_axes(x))
-    return NamedSharding(jax.typeof(x).sharding.mesh, P(*spec)) if split else None
+    def on_arrays(*arrays: jax.Array) -> Any:
+        new = dict(zip(places, arrays, strict=True))
+        return function(*tree.unflatten(new.get(i, leaf) for i, leaf in enumerate(leaves)))
+
+    def split(array: jax.Array) -> NamedSharding:
+        return NamedSharding(mesh, P(*jax.typeof(array).sharding.spec))
+
+    out = jax.tree.map(split, like)
+    return jax.sharding.auto_axes(on_arrays, out_sharding=out)(*(leaves[i] for i in places))
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

@@ -11,10 +11,12 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from bnjax import _checks, linen
+from bnjax._sharding import on_auto_axes
 from bnjax.batches import counting
 from bnjax.functional import move, weights
 from bnjax.moments import Moments, measure, merge, pool, working_dtype
@@ -105,6 +107,13 @@ def added(stats: Mapping[str, Any], x: Any, does: linen.Call) -> dict[str, Any]:
     """A layer's statistics after one more call, the moments of its input added."""
     x = jnp.asarray(x)
     mask = None if does.mask is None else _checks.mask(does.mask, x.shape)
+    stats = dict(stats)
+    return on_auto_axes(functools.partial(_added, does=does), (stats, x, mask), x, like=stats)
+
+
+def _added(
+    stats: dict[str, Any], x: jax.Array, mask: jax.Array | None, does: linen.Call
+) -> dict[str, Any]:
     batch = measure(x, _checks.feature_axes(does.axis, x.ndim), mask)
     if does.axis_name is not None:
         batch = pool(batch, does.axis_name, does.axis_index_groups, stats["mean"])

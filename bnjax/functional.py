@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax import _checks
-from bnjax._sharding import explicit_axes, split_as, varying_axes
+from bnjax._sharding import on_auto_axes, varying_axes
 from bnjax.moments import (
     Axes,
     AxisName,
@@ -140,8 +140,7 @@ def batch_norm(
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(working_dtype(x.dtype))
     axes = _checks.feature_axes(axis, x.ndim)
-    features = tuple(x.shape[a] for a in axes)
-    _check_trees(params, batch_stats, features, momentum)
+    _check_trees(params, batch_stats, tuple(x.shape[a] for a in axes), momentum)
     if mask is not None:
         mask = _checks.mask(mask, x.shape)
     by_batch = mutable or not batch_stats
@@ -149,15 +148,45 @@ def batch_norm(
     _checks.eps(eps, training=by_batch)
     _checks.correction(correction)
     _checks.virtual_batch_size(virtual_batch_size, axis_index_groups)
-    group, shape = None, x.shape
-    dtype = dtype or x.dtype
     if by_batch:
         devices = _checks.devices(axis_name, axis_index_groups)
-        if virtual_batch_size is None:
-            _checks.several_values(x, axes, devices, correction)
-        else:
-            x, mask, group, axes = _split(x, mask, axes, virtual_batch_size, correction)
-    updated = dict(batch_stats)
+        _checks.several_values(x, axes, devices, correction, virtual_batch_size)
+    run = functools.partial(
+        _normalized,
+        axes=axes,
+        by_batch=by_batch,
+        moves=mutable and bool(batch_stats),
+        correction=correction,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+        dtype=dtype or x.dtype,
+    )
+    stats = dict(batch_stats)
+    return on_auto_axes(run, (dict(params), stats, x, mask, eps, momentum), x, like=(x, stats))
+
+
+def _normalized(
+    params: Params,
+    batch_stats: BatchStats,
+    x: jax.Array,
+    mask: jax.Array | None,
+    eps: Any,
+    momentum: Any,
+    *,
+    axes: Axes,
+    by_batch: bool,
+    moves: bool,
+    correction: Any,
+    axis_name: AxisName | None,
+    axis_index_groups: Groups | None,
+    virtual_batch_size: int | None,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[jax.Array, BatchStats]:
+    """`batch_norm` of checked arguments: by its own statistics if `by_batch`."""
+    group, shape = None, x.shape
+    if by_batch and virtual_batch_size is not None:
+        x, mask, group, axes = _split(x, mask, axes, virtual_batch_size)
     wide = x.astype(working_dtype(x.dtype))
     if by_batch:
         moments = measure(x, axes, mask, wide, apart=group is not None)
@@ -165,18 +194,19 @@ def batch_norm(
         if axis_name is not None and group is None:
             moments = pool(moments, axis_name, axis_index_groups, _reference(batch_stats, origin))
             offset = (moments.origin - origin) + moments.offset
-        if mutable and batch_stats:
+        if moves:
             names = axis_name if isinstance(axis_name, str | None) else tuple(axis_name)
-            updated = _moved(updated, moments, weights(momentum), correction, group, names)
+            shares = weights(momentum)
+            batch_stats = _moved(batch_stats, moments, shares, correction, group, names)
     else:
         origin, var = (_at_least(x.dtype, batch_stats[key]) for key in ("mean", "var"))
         offset = None
         moments = Moments(jnp.ones((), var.dtype), origin, jnp.zeros_like(origin), var)
     over = None if group is None else axes.index(group)
-    scale, shift = _scale_and_shift(dict(params), moments, offset, eps, over)
+    scale, shift = _scale_and_shift(params, moments, offset, eps, over)
     scale, shift = _as_varying(scale, shift, x)
     y = _affine(x, wide, mask, origin, scale, shift, other_axes(x.ndim, axes), dtype)
-    return (y if group is None else _join(y, group, shape)), updated
+    return (y if group is None else _join(y, group, shape)), batch_stats
 
 
 # What is compiled by itself is traced, differentiated and lowered once for all layers of a shape.
@@ -280,7 +310,7 @@ def move(
 
 
 def _split(
-    x: jax.Array, mask: jax.Array | None, axes: Axes, size: int, correction: int
+    x: jax.Array, mask: jax.Array | None, axes: Axes, size: int
 ) -> tuple[jax.Array, jax.Array | None, int, Axes]:
     """The batch axis as (groups, size): x and mask, the axis of the groups, the feature axes.
 
@@ -288,40 +318,27 @@ def _split(
     """
     batch = other_axes(x.ndim, axes)[0]
     n = x.shape[batch]
-    size = min(size, max(n, 1))
-    rest = [n - (n - 1) // size * size if a == batch else m for a, m in enumerate(x.shape)]
-    _checks.several_values(jax.ShapeDtypeStruct(rest, x.dtype), axes, 1, correction)
+    if isinstance(n, int):  # not if the shape is symbolic
+        size = min(size, max(n, 1))
+    if mask is not None or n % size:
+        mask = jnp.ones([1] * x.ndim, bool) if mask is None else mask
+        mask = jnp.broadcast_to(mask, (*mask.shape[:batch], n, *mask.shape[batch + 1 :]))
+        if n % size:
+            fill = [(0, -n % size if a == batch else 0) for a in range(x.ndim)]
+            x, mask = jnp.pad(x, fill), jnp.pad(mask, fill)
 
-    def divide(array: jax.Array, rows: int) -> jax.Array:
-        parts = (rows // size, size) if rows > 1 or n == 1 else (1, 1)
-        shape = (*array.shape[:batch], *parts, *array.shape[batch + 1 :])
-        # The groups lie on the devices that their examples are on.
-        spec = list(explicit_axes(array))
-        return lax.reshape(
-            array,
-            shape,
-            out_sharding=split_as(array, [*spec[: batch + 1], None, *spec[batch + 1 :]]),
-        )
+    def divide(array: jax.Array) -> jax.Array:
+        parts = (array.shape[batch] // size, size)
+        return array.reshape(*array.shape[:batch], *parts, *array.shape[batch + 1 :])
 
-    if n % size:
-        fill = [(0, -n % size if a == batch else 0) for a in range(x.ndim)]
-        if mask is None:
-            mask = jnp.ones([1] * x.ndim, bool)
-        rows = [n if a == batch else m for a, m in enumerate(mask.shape)]
-        x, mask = jnp.pad(x, fill), jnp.pad(jnp.broadcast_to(mask, rows), fill)
-    if mask is not None:
-        mask = divide(mask, mask.shape[batch])
     axes = tuple(sorted([batch, *(a + (a > batch) for a in axes)]))
-    return divide(x, x.shape[batch]), mask, batch, axes
+    return divide(x), None if mask is None else divide(mask), batch, axes
 
 
 def _join(y: jax.Array, group: int, shape: Axes) -> jax.Array:
     """The inverse of `_split`, for an array of this shape."""
     rows = y.shape[group] * y.shape[group + 1]
-    spec = list(explicit_axes(y))
-    del spec[group + 1]
-    wanted = (*y.shape[:group], rows, *y.shape[group + 2 :])
-    merged = lax.reshape(y, wanted, out_sharding=split_as(y, spec))
+    merged = y.reshape(*y.shape[:group], rows, *y.shape[group + 2 :])
     return merged if rows == shape[group] else lax.slice_in_dim(merged, 0, shape[group], axis=group)
 
 
@@ -376,13 +393,7 @@ def _tangent(x, mask, origin, scale, dx, d_origin, d_scale, d_shift, reduced, dt
     x, origin = lax.optimization_barrier((x, origin))
     by_x = _guard(x, mask, dx * jnp.expand_dims(scale, reduced))
     by_scale = _guard(x, mask, deviations(x, origin, reduced)) * jnp.expand_dims(d_scale, reduced)
-    # With x's sharding, or the transpose would gather an explicitly sharded cotangent.
-    by_shift = lax.broadcast_in_dim(
-        d_shift - d_origin * scale,
-        x.shape,
-        other_axes(x.ndim, reduced),
-        out_sharding=jax.typeof(x).sharding,
-    )
+    by_shift = jnp.broadcast_to(jnp.expand_dims(d_shift - d_origin * scale, reduced), x.shape)
     # One barrier more for one of them, or XLA would find the two readings alike.
     by_shift = lax.optimization_barrier(lax.optimization_barrier(by_shift.astype(dtype)))
     return by_x.astype(dtype) + (lax.optimization_barrier(by_scale.astype(dtype)) + by_shift)

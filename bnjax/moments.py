@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from bnjax._sharding import explicit_axes, split_as, varying_axes
+from bnjax._sharding import varying_axes
 
 Axes = tuple[int, ...]
 AxisName = str | Sequence[str]
@@ -373,9 +373,8 @@ def _sample(x: jax.Array, n: jax.Array, reduced: Axes) -> jax.Array:
     if math.prod(sizes) < 9:
         return _mean(x, None, n, reduced)
     spread = (2 * np.arange(9) + 1) * math.prod(sizes) // 18
-    spec = [split for axis, split in enumerate(explicit_axes(x)) if axis not in positions]
-    by_position = jnp.moveaxis(x, positions, range(len(sizes))).at[np.unravel_index(spread, sizes)]
-    values = by_position.get(out_sharding=split_as(x, [None, *spec])).astype(working_dtype(x.dtype))
+    by_position = jnp.moveaxis(x, positions, range(len(sizes)))
+    values = by_position[np.unravel_index(spread, sizes)].astype(working_dtype(x.dtype))
     middle = _median_of_3(_median_of_3(values.reshape(3, 3, *values.shape[1:])))
     return _mean(middle, None, n / math.prod(sizes), reduced[:1])
 

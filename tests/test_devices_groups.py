@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
 from jax.sharding import PartitionSpec as P
 
 import bnjax
@@ -279,9 +280,34 @@ def test_two_divisions_of_the_batch_are_an_error():
 
 def test_a_last_virtual_batch_of_a_single_value_is_an_error():
     message = (
-        "Expected more than 1 value per channel when training, got input shape (1, 5). Use a "
-        "larger batch, drop the last partial batch, or normalize with the running statistics "
-        "(mutable=False, or .eval() in nnx)."
+        "Expected more than 1 value per channel when training, got input shape (9, 5), the last "
+        "virtual batch of which has 1. Use a larger batch, drop the last partial batch, or "
+        "normalize with the running statistics (mutable=False, or .eval() in nnx)."
     )
     with refused(re.escape(message)):
         core(None, virtual_batch_size=4)(*bnjax.init(5), jnp.ones((9, 5)), None)
+
+
+def test_virtual_batches_without_a_batch_axis_are_an_error():
+    message = (
+        "`virtual_batch_size` divides a batch axis, but all axes of the input of shape (5,) are "
+        "feature axes. Name the channel axis alone in `axis`."
+    )
+    with refused(re.escape(message)):
+        core(None, virtual_batch_size=4)(*bnjax.init(5), jnp.ones(5), None)
+
+
+def test_virtual_batches_of_an_empty_batch_move_nothing():
+    params, batch_stats = bnjax.init(5)
+    y, moved = core(None, virtual_batch_size=4)(params, batch_stats, jnp.ones((0, 2, 5)), None)
+    assert y.shape == (0, 2, 5)
+    assert_close(moved, batch_stats, rtol=0)
+
+
+def test_virtual_batches_of_any_number_can_be_exported():
+    params, batch_stats, x, *_ = make(rates=None)
+    step = jax.jit(lambda x: core(None, virtual_batch_size=4)(params, batch_stats, x, None))
+    shape = (*export.symbolic_shape("4*b"), *x.shape[1:])
+    exported = export.export(step)(jax.ShapeDtypeStruct(shape, x.dtype))
+    for rows in (4, 12):
+        assert_close(exported.call(x[:rows]), step(x[:rows]), rtol=1e-6)

@@ -88,12 +88,26 @@ def features(x: jax.Array, axes: tuple[int, ...], num_features: int) -> None:
     )
 
 
-def several_values(x: Any, axes: Sequence[int], devices: int, correction: Any) -> None:
+def several_values(
+    x: Any, axes: Sequence[int], devices: int, correction: Any, virtual_batch_size: int | None
+) -> None:
     """One value has no variance, so it can't be normalized by it (PyTorch's rule)."""
-    if correction and devices == 1 and all(x.shape[a] == 1 for a in range(x.ndim) if a not in axes):
+    sizes = [x.shape[a] for a in range(x.ndim) if a not in axes]
+    last = ""
+    if virtual_batch_size is not None:
+        if not sizes:
+            raise ValueError(
+                f"`virtual_batch_size` divides a batch axis, but all axes of the input of shape "
+                f"{x.shape} are feature axes. Name the channel axis alone in `axis`."
+            )
+        devices = 1  # groups are never pooled
+        if isinstance(sizes[0], int) and sizes[0] > virtual_batch_size:
+            sizes[0] = sizes[0] % virtual_batch_size or virtual_batch_size
+            last = f", the last virtual batch of which has {sizes[0]}"
+    if correction and devices == 1 and all(size == 1 for size in sizes):
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input shape {x.shape}. "
-            "Use a larger batch, drop the last partial batch, or normalize with the running "
+            f"Expected more than 1 value per channel when training, got input shape {x.shape}{last}"
+            ". Use a larger batch, drop the last partial batch, or normalize with the running "
             "statistics (mutable=False, or .eval() in nnx)."
         )
 

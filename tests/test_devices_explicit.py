@@ -1,0 +1,101 @@
+"""On a mesh of explicit axes, however the batch is split over it: one device's results, and types
+as they were."""
+
+import contextlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bnjax
+from bnjax.accumulation import accumulating, begin, finish
+from tests.oracle import assert_close
+from tests.test_devices import Case, Data, core, differentiated, expected, make
+
+MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+CASE = Case("core", (16, 4, 6), -1, bnjax.BatchNorm1d)
+SPLITS = (P("data"), P(("data", "model")), P("data", None, "model"), P(None, "data"))
+
+each_split = pytest.mark.parametrize("split", SPLITS, ids=str)
+each_mask = pytest.mark.parametrize("mask", ["none", "whole", "split", "with_channels"])
+
+
+def placed(data: Data, split: P, mask: str) -> tuple[Data, Data]:
+    """Data, with a mask of this kind, and the same laid out."""
+    like_x = NamedSharding(MESH, split)
+    alike = NamedSharding(MESH, P())
+    rng = np.random.default_rng(1)
+    masks = {
+        "none": (None, None),
+        "whole": (rng.random((16, 1, 1)) < 0.7, alike),
+        "split": (rng.random((16, 1, 1)) < 0.7, NamedSharding(MESH, P(*split[:1]))),
+        "with_channels": (rng.random((16, 4, 6)) < 0.7, like_x),
+    }
+    data = data._replace(mask=masks[mask][0])
+    where = Data(alike, alike, like_x, masks[mask][1], like_x)
+    return data, Data(*map(jax.device_put, data, where))
+
+
+def assert_types_stay(found: Any, given: Data) -> None:
+    for new, old in (
+        (found.y, given.x),
+        (found.dx, given.x),
+        (found.batch_stats["mean"], given.batch_stats["mean"]),
+        (found.batch_stats["var"], given.batch_stats["var"]),
+        (found.dparams["scale"], given.params["scale"]),
+    ):
+        assert jax.typeof(new) == jax.typeof(old)
+
+
+@each_split
+@each_mask
+@pytest.mark.parametrize("compile", [jax.jit, lambda step: step], ids=["jit", "eager"])
+def test_any_split_gives_what_one_device_gives(split, mask, compile):
+    with jax.set_mesh(MESH):
+        data, given = placed(make(CASE, None), split, mask)
+        found = compile(differentiated(core(None)))(*given)
+    assert_types_stay(found, given)
+    assert_close(found, expected(data, CASE), rtol=1e-5)
+
+
+@each_split
+@each_mask
+@pytest.mark.parametrize("size", [2, 3, 8])  # smaller than a shard, ragged, larger
+def test_virtual_batches_need_not_follow_the_shards(split, mask, size):
+    with jax.set_mesh(MESH):
+        data, given = placed(make(CASE, None), split, mask)
+        step = jax.jit(differentiated(core(None, virtual_batch_size=size)))
+        found = step(*given)
+    assert_types_stay(found, given)
+    assert_close(found, step(*data), rtol=1e-5)
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, lambda: jax.set_mesh(MESH)])
+def test_under_jit_the_types_say_enough(context):
+    data, given = placed(make(CASE, None), SPLITS[0], "split")
+    with context():
+        step = jax.jit(differentiated(core(None, virtual_batch_size=3)))
+        found = step(*given)
+    assert_close(found, step(*data), rtol=1e-5)
+
+
+@each_split
+def test_moments_are_accumulated_on_it(split):
+    layer = bnjax.BatchNorm1d(6)
+    data, given = placed(make(CASE, None), split, "none")
+
+    @jax.jit
+    def step(params, batch_stats, x):
+        with accumulating() as conventions:
+            variables = {"params": params, "batch_stats": begin({"bn": batch_stats})["bn"]}
+            _, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        return finish(updates["batch_stats"], conventions)
+
+    with jax.set_mesh(MESH):
+        found = step(given.params, given.batch_stats, given.x)
+        assert jax.typeof(found["mean"]) == jax.typeof(given.batch_stats["mean"])
+    wanted = expected(data, CASE).batch_stats
+    assert_close(found, wanted, rtol=1e-5)
