@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters import partial_eval
 
 from bnjax import _checks, linen
 from bnjax._sharding import on_auto_axes
@@ -30,11 +33,10 @@ Path = tuple[str, ...]
 
 
 class Convention(NamedTuple):
-    """How a layer keeps its running statistics, in PyTorch's terms, and in how many calls."""
+    """How a layer keeps its running statistics, in PyTorch's terms."""
 
     momentum: float | None
     correction: int
-    calls: int
 
 
 @contextlib.contextmanager
@@ -72,8 +74,7 @@ def accumulating(
         room = module.has_variable(_COLLECTION, _SEEN[0])
         if not room or not measured(module.path, does):
             return call(*args, **kwargs)
-        calls = conventions[module.path].calls if module.path in conventions else 0
-        conventions[module.path] = Convention(does.momentum, does.correction, calls + 1)
+        conventions[module.path] = Convention(does.momentum, does.correction)
         before = dict(module.variables[_COLLECTION])
         y = call(*args, **kwargs)
         for name, value in added(before, x, does).items():
@@ -84,23 +85,55 @@ def accumulating(
         yield conventions
 
 
-def begin(batch_stats: Any, conventions: Mapping[Path, Convention] | None = None) -> Any:
+def begin(batch_stats: Any, calls: Mapping[Path, int] | None = None) -> Any:
     """The statistics of a model, with room for moments, none seen yet, beside each mean.
 
-    With the conventions that a forward pass has yielded there is room for each call of a layer;
-    otherwise all calls are pooled.
+    With what `rehearse` has counted there is room for each call of a layer; otherwise all calls are
+    pooled.
     """
 
     def add_room(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
-        calls = conventions[path].calls if conventions and path in conventions else 1
         mean = stats["mean"]
         number = working_dtype(mean.dtype)
-        room = jnp.zeros((*mean.shape, calls), number)
+        room = jnp.zeros((*mean.shape, calls[path] if calls else 1), number)
         real = room.astype(jnp.finfo(number).dtype)
         seen = dict(zip(_SEEN, (real, room, room, real), strict=True))
         return {**stats, **seen, _CALLS: jnp.zeros(mean.shape, jnp.int32)}
 
     return map_layers(add_room, batch_stats)
+
+
+def rehearse(
+    forward: Callable[[Any], tuple[Any, Any]], accumulated: Any
+) -> tuple[dict[Path, int], Any]:
+    """How often each layer is called in one forward pass, and the shapes of its results.
+
+    A loop calls many times what was traced once, so the calls are counted by running what is left
+    of the pass, traced on shapes alone, when all that the counters do not need is taken out.
+
+    Args:
+        forward: `forward(accumulated)` gives the new statistics and other results.
+        accumulated: the statistics from `begin`.
+
+    Raises:
+        ValueError: the number of calls depends on the data.
+    """
+    traced, shapes = jax.make_jaxpr(forward, return_shape=True)(accumulated)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    counters = [path[-1:] == (jax.tree_util.DictKey(_CALLS),) for path, _ in leaves]
+    part, needed = partial_eval.dce_jaxpr(traced.jaxpr, counters)
+    inputs = zip(traced.in_avals, needed, strict=True)
+    with jax.ensure_compile_time_eval():
+        zeros = [np.zeros(each.shape, each.dtype) for each, needs in inputs if needs]
+        counts = iter(jaxpr_as_fun(ClosedJaxpr(part, traced.consts))(*zeros))
+    counted = tree.unflatten(next(counts) if counter else None for counter in counters)
+    calls: dict[Path, int] = {}
+
+    def count(path: Path, stats: Mapping[str, Any]) -> None:
+        calls[path] = _checks.number_of_calls(stats[_CALLS], "/".join(path))
+
+    map_layers(count, counted[0])
+    return calls, shapes[1]
 
 
 def added(stats: Mapping[str, Any], x: Any, does: linen.Call) -> dict[str, Any]:
@@ -141,7 +174,7 @@ def finish(accumulated: Any, conventions: Mapping[Path, Convention]) -> Any:
     """The running statistics after one more batch: all that was seen since `begin`, as one."""
 
     def settle(path: Path, kept: Mapping[str, Any], seen: list[Moments]) -> Mapping[str, Any]:
-        momentum, correction, _ = conventions[path]
+        momentum, correction = conventions[path]
         for call in seen:  # each moves the statistics, as it does in a plain forward pass
             enough = call.count > correction
             kept = move(kept, call.mean, call.variance(correction), enough, weights(momentum))

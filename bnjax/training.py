@@ -12,7 +12,7 @@ from flax.training import train_state
 from jax.sharding import Mesh
 
 from bnjax import _checks, _globs
-from bnjax.accumulation import Path, accumulating, begin, finish, map_layers, next_pass
+from bnjax.accumulation import Path, accumulating, begin, finish, map_layers, next_pass, rehearse
 from bnjax.batches import (
     Batch,
     LossFn,
@@ -316,8 +316,13 @@ def _accumulate(
     parts = jax.tree.map(cut, dict(batch))
     with accumulating() as conventions:
         first = jax.tree.map(lambda x: x[0], parts)
-        grads, _, means = jax.eval_shape(gradients, begin(state.batch_stats), first, key)
-        begun = begin(state.batch_stats, conventions)
+
+        def rehearsed(batch_stats: Any) -> tuple[Any, Any]:
+            grads, batch_stats, means = gradients(batch_stats, first, key)
+            return batch_stats, (grads, means)
+
+        calls, (grads, means) = rehearse(rehearsed, begin(state.batch_stats))
+        begun = begin(state.batch_stats, calls)
         zeros = jax.tree.map(jnp.zeros_like, (grads, means))
         numbered = (jnp.arange(microbatches), parts)
         ((grads, means), batch_stats), _ = jax.lax.scan(one, (zeros, begun), numbered)

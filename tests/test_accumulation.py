@@ -84,6 +84,23 @@ class Scanned(nn.Module):
         return stack(self.norms)(x, None)[1].sum(0)
 
 
+class InALoop(nn.Module):
+    """Batch norms that a loop calls three times, each time on other values."""
+
+    norms: Norms
+
+    @nn.compact
+    def __call__(self, x):
+        def body(layers, x, _):
+            return 2 * jnp.tanh(x) - 1, layers(x)
+
+        layers = Parallel(self.norms)
+        if self.is_initializing():
+            return layers(x)
+        kinds: Any = {"variable_carry": "batch_stats", "variable_broadcast": "params"}
+        return nn.scan(body, length=3, **kinds)(layers, x, None)[1].sum(0)
+
+
 class Twice(nn.Module):
     """Batch norms that are called on two inputs."""
 
@@ -198,6 +215,8 @@ def test_microbatches_pool_by_what_each_mask_shows(channels):
         (Rematerialized, "flax"),
         (Scanned, "torch"),
         (Scanned, "cumulative"),
+        (InALoop, "torch"),
+        (InALoop, "cumulative"),
         (Twice, "torch"),
         (Twice, "flax"),
         (Twice, "cumulative"),
@@ -206,6 +225,24 @@ def test_microbatches_pool_by_what_each_mask_shows(channels):
 )
 def test_microbatches_pool_however_the_layer_is_called(body, layer):
     assert_microbatches_pool(body({layer: LAYERS[layer]}), [images(0)])
+
+
+def test_a_call_that_depends_on_the_data_is_an_error():
+    class Conditional(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = bnjax.BatchNorm2d(name="norm")
+            if self.is_initializing():
+                return layer(x)
+            return nn.cond(x.mean() > 0, lambda layer, x: layer(x), lambda layer, x: x, layer, x)
+
+    state = start(Net(Conditional(), stem=False), images(0)["x"])
+    message = (
+        "How often `body/norm` is called depends on the data, so there are no exact statistics "
+        "over micro-batches. Train with microbatches=1."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trained(state, [images(0)], microbatches=4)
 
 
 def test_microbatches_are_as_exact_as_the_whole_batch_at_any_mean():

@@ -29,6 +29,7 @@ from bnjax._checks.tools import folder_of as folder_of
 from bnjax._checks.tools import iterable_again as iterable_again
 from bnjax._checks.tools import known_fields as known_fields
 from bnjax._checks.tools import layer_has_fields as layer_has_fields
+from bnjax._checks.tools import number_of_calls as number_of_calls
 from bnjax._checks.tools import pattern_fits as pattern_fits
 from bnjax._checks.tools import per_example as per_example
 from bnjax._checks.tools import same_outputs as same_outputs

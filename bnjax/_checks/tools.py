@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
@@ -17,6 +19,17 @@ def divides(size: int, devices: int, microbatches: int) -> None:
             f"A training batch must divide by the {devices} devices of the mesh (of this process) "
             f"times {microbatches} micro-batches, got {size} examples. Drop the last partial batch."
         )
+
+
+def number_of_calls(counted: Any, path: str) -> int:
+    """Moments are kept for each call of a layer, so their number must be known."""
+    try:
+        return int(np.max(np.asarray(counted), initial=1))
+    except jax.errors.TracerArrayConversionError as error:
+        raise ValueError(
+            f"How often `{path}` is called depends on the data, so there are no exact statistics "
+            "over micro-batches. Train with microbatches=1."
+        ) from error
 
 
 def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
