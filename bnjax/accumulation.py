@@ -22,8 +22,9 @@ from bnjax import _checks, linen
 from bnjax._sharding import on_auto_axes
 from bnjax.batches import counting
 from bnjax.functional import move, weights
-from bnjax.moments import Moments, measure, merge, pool, working_dtype
+from bnjax.moments import Moments, measure, merge, working_dtype
 from bnjax.overrides import overridden
+from bnjax.pooling import pool
 
 _COLLECTION = "batch_stats"
 _SEEN = ("seen_count", "seen_origin", "seen_offset", "seen_m2")

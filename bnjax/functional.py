@@ -18,9 +18,9 @@ from bnjax.moments import (
     deviations,
     measure,
     other_axes,
-    pool,
     working_dtype,
 )
+from bnjax.pooling import pool
 
 Params = dict[str, jax.Array]
 BatchStats = dict[str, jax.Array]
@@ -192,7 +192,7 @@ def _normalized(
         moments = measure(x, axes, mask, wide, apart=group is not None)
         origin, offset = moments.origin, moments.offset
         if axis_name is not None and group is None:
-            moments = pool(moments, axis_name, axis_index_groups, _reference(batch_stats, origin))
+            moments = pool(moments, axis_name, axis_index_groups, batch_stats.get("mean"))
             offset = (moments.origin - origin) + moments.offset
         if moves:
             names = axis_name if isinstance(axis_name, str | None) else tuple(axis_name)
@@ -340,14 +340,6 @@ def _join(y: jax.Array, group: int, shape: Axes) -> jax.Array:
     rows = y.shape[group] * y.shape[group + 1]
     merged = y.reshape(*y.shape[:group], rows, *y.shape[group + 2 :])
     return merged if rows == shape[group] else lax.slice_in_dim(merged, 0, shape[group], axis=group)
-
-
-def _reference(batch_stats: Mapping[str, jax.Array], origin: jax.Array) -> jax.Array:
-    """What all devices know of the mean before they have talked: the running mean, or nothing."""
-    if not batch_stats:
-        return jnp.zeros(origin.shape, origin.dtype)
-    mean = lax.stop_gradient(batch_stats["mean"]).astype(origin.dtype)
-    return jnp.where(jnp.isfinite(mean), mean, 0)
 
 
 def _as_varying(scale: jax.Array, shift: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -18,8 +18,6 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from bnjax._sharding import varying_axes
-
 Axes = tuple[int, ...]
 AxisName = str | Sequence[str]
 Groups = Sequence[Sequence[int]]
@@ -120,30 +118,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     weight = b.count / jnp.maximum(count, 1)
     delta = jnp.where((a.count > 0) & (b.count > 0), from_origin_b - from_origin_a, 0)
     offset = jnp.where(a.count > 0, from_origin_a + delta * weight, from_origin_b)
-    return Moments(count, origin, offset, a.m2 + b.m2 + _abs2(delta) * a.count * weight)
-
-
-def pool(
-    local: Moments, axis_name: AxisName, groups: Groups | None, reference: jax.Array
-) -> Moments:
-    """Moments of what all devices of a mapped axis see together, with one all-gather.
-
-    Each device sends its count, mean and m2, 2C + 1 numbers, and merges those of all. Unequal
-    counts and empty shards are exact. A derivative costs one sum of 2C numbers over the devices.
-
-    Args:
-        local: what this device saw.
-        axis_name: the name of the axis of `pmap`, `shard_map` or `vmap`, or several.
-        groups: lists of indices of that axis; the devices of each pool among themselves.
-        reference: a value per channel that all devices know and that is near the mean, such as the
-            running mean. It is the origin of the result; the nearer, the more digits.
-    """
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    mean = (local.origin - reference) + local.offset
-    table = None if groups is None else tuple(map(tuple, groups))
-    count, offset, m2 = _pool(local.count, mean, local.m2, names, table)
-    some = count > 0  # nothing seen: zeros, as on one device
-    return Moments(count, jnp.where(some, reference, 0), jnp.where(some, offset, 0), m2)
+    return Moments(count, origin, offset, a.m2 + b.m2 + abs2(delta) * a.count * weight)
 
 
 def remat_policy() -> Callable[..., bool]:
@@ -165,6 +140,18 @@ def remat_policy() -> Callable[..., bool]:
 def deviations(x: jax.Array, origin: jax.Array, reduced: Axes) -> jax.Array:
     """`x - origin` in the working precision, with the origin given per channel."""
     return x.astype(working_dtype(x.dtype)) - jnp.expand_dims(origin, reduced)
+
+
+def kept(statistic: jax.Array) -> jax.Array:
+    """A value under the name that `remat_policy` knows."""
+    return checkpoint_name(statistic, _STATISTICS)
+
+
+def abs2(x: jax.Array) -> jax.Array:
+    """`|x|^2`, real."""
+    return (
+        lax.square(jnp.real(x)) + lax.square(jnp.imag(x)) if jnp.iscomplexobj(x) else lax.square(x)
+    )
 
 
 def working_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -236,8 +223,8 @@ def _centred_at_zero_or_mean(
     x1, x2 = lax.optimization_barrier((x, x))
     wide = working_dtype(x.dtype)
     mean = jnp.sum(_where(mask, x1.astype(wide)), reduced) / n
-    square = _abs2(mean)
-    var = jnp.sum(_where(mask, _abs2(x2.astype(wide))), reduced) / n - square
+    square = abs2(mean)
+    var = jnp.sum(_where(mask, abs2(x2.astype(wide))), reduced) / n - square
     near = ((square < _NEAR * var) | (mean == 0)) & jnp.isfinite(var)
     at_zero = jnp.zeros_like(mean), mean, var
 
@@ -260,9 +247,9 @@ def _centred_at(
     x1, origin1, x2, origin2, unit = lax.optimization_barrier((x, origin, x, origin, unit))
     offset = jnp.sum(_where(mask, deviations(x1, origin1, reduced)), reduced) / n
     scaled = deviations(x2, origin2, reduced) * jnp.expand_dims(unit, reduced)
-    square = _abs2(offset * unit)
+    square = abs2(offset * unit)
     # The offset is at most about one standard deviation, so this difference loses no digits.
-    var = jnp.maximum(jnp.sum(_where(mask, _abs2(scaled)), reduced) / n - square, 0)
+    var = jnp.maximum(jnp.sum(_where(mask, abs2(scaled)), reduced) / n - square, 0)
     # Of a constant channel, the offset is the rounding error of the origin, and so are its squares:
     # its value is the origin put right.
     constant = var <= square * 2.0**-18
@@ -285,7 +272,7 @@ def _mean(x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes) -> 
 def _centred_jvp(reduced, apart, primals, tangents):  # pyright: ignore[reportUnusedFunction]
     x, wide, mask, count = primals
     # Named here, not inside a jit: there, a policy of jax 0.12 does not see it.
-    origin, offset, var = map(_kept, _centred(x, wide, mask, count, reduced, apart))
+    origin, offset, var = map(kept, _centred(x, wide, mask, count, reduced, apart))
     n = jnp.maximum(count, 1)
     d_offset, d_var = _tangent(x, mask, n, origin, offset, tangents[1], reduced)
     return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)
@@ -302,64 +289,6 @@ def _tangent(x, mask, n, origin, offset, dx, reduced):
         jnp.sum(dx, reduced) / n,
         2 * jnp.sum(jnp.real(jnp.conj(from_mean) * dx), reduced) / n,
     )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _pool(
-    count: jax.Array, mean: jax.Array, m2: jax.Array, names: tuple[str, ...], groups: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Count, mean and m2 of all devices; the rule for derivatives sums where this one gathers."""
-    parts = (count, jnp.real(mean), m2) + ((jnp.imag(mean),) if jnp.iscomplexobj(mean) else ())
-    rows = _gather(jnp.concatenate([jnp.ravel(part) for part in parts]), names, groups)
-    ends = np.cumsum([part.size for part in parts])[:-1]
-    counts, means, m2s, *imaginary = (
-        columns.reshape(len(rows), *part.shape)
-        for columns, part in zip(jnp.split(rows, ends, 1), parts, strict=True)
-    )
-    if imaginary:
-        means = lax.complex(means, imaginary[0])
-    if counts.ndim == 1:
-        counts = counts.reshape(-1, *(1,) * mean.ndim)
-    total = jnp.sum(counts, 0)
-    offset = jnp.sum(counts * means, 0) / jnp.maximum(total, 1)
-    pooled = jnp.sum(m2s, 0) + jnp.sum(counts * _abs2(means - offset), 0)
-    return total.reshape(count.shape), offset, pooled
-
-
-@_pool.defjvp
-def _pool_jvp(names, groups, primals, tangents):  # pyright: ignore[reportUnusedFunction]
-    count, mean, m2 = primals
-    _, d_mean, d_m2 = tangents
-    total, offset, pooled = map(_kept, _pool(count, mean, m2, names, groups))
-    # sum(count * (mean - offset)) is 0, so what the offset's own tangent adds to m2 is 0 too.
-    ours = 2 * count * jnp.real(jnp.conj(mean - offset) * d_mean)
-    mine = jnp.stack([count / jnp.maximum(total, 1) * d_mean, (d_m2 + ours).astype(mean.dtype)])
-    d_offset, d_pooled = (
-        lax.psum(mine, names) if groups is None else _gather(mine, names, groups).sum(0)
-    )
-    return (total, offset, pooled), (jnp.zeros_like(total), d_offset, jnp.real(d_pooled))
-
-
-def _gather(values: jax.Array, names: tuple[str, ...], groups: Any) -> jax.Array:
-    """The values of all devices, stacked; with groups, zeros for those of the other groups."""
-    # Where JAX tracks which values differ between devices, it must learn that these do not.
-    alike = groups is None and not set(names).isdisjoint(varying_axes(values))
-    to = "invarying" if alike else "varying"
-    try:
-        rows = lax.all_gather(values, names, to=to)
-    except AssertionError:  # JAX has no rule for several names of nested vmaps: one by one
-        rows = values
-        for name in reversed(names):
-            rows = lax.all_gather(rows, name, to=to)
-        rows = rows.reshape(-1, *values.shape)
-    if groups is None:
-        return rows
-    group_of = np.empty(sum(map(len, groups)), int)
-    for number, group in enumerate(groups):
-        group_of[list(group)] = number
-    mine = jnp.asarray(group_of)[lax.axis_index(names)]
-    together = jnp.asarray(group_of) == mine
-    return jnp.where(together.reshape(-1, *(1,) * values.ndim), rows, 0)
 
 
 def _sample(x: jax.Array, n: jax.Array, reduced: Axes) -> jax.Array:
@@ -384,16 +313,5 @@ def _median_of_3(rows: jax.Array) -> jax.Array:
     return jnp.max(jnp.minimum(rows, jnp.roll(rows, 1, 0)), 0)
 
 
-def _kept(statistic: jax.Array) -> jax.Array:
-    """A value under the name that `remat_policy` knows."""
-    return checkpoint_name(statistic, _STATISTICS)
-
-
 def _where(mask: jax.Array | None, values: jax.Array) -> jax.Array:
     return values if mask is None else jnp.where(mask, values, 0)
-
-
-def _abs2(x: jax.Array) -> jax.Array:
-    return (
-        lax.square(jnp.real(x)) + lax.square(jnp.imag(x)) if jnp.iscomplexobj(x) else lax.square(x)
-    )

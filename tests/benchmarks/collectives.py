@@ -1,12 +1,12 @@
 """What the batch norms of a ResNet-50 communicate in one training step, counted in compiled code.
 
-Run it as `python tests/benchmarks/collectives.py`. Time would mean nothing on virtual devices, so
-none is measured: the collectives are counted in the program that XLA made, less those of the same
-network with affine layers in place of batch norm, and their bytes computed from the shapes.
+Run it as `python -m tests.benchmarks.collectives`. Time would mean nothing on virtual devices, so
+none is measured: the collectives that each step runs are counted in the program that XLA made, less
+those of the same network with affine layers in place of batch norm, and their bytes computed from
+the shapes.
 """
 
 import os
-import re
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bnjax
+from tests import hlo
 
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
 CHANNELS = [64] + [
@@ -80,8 +81,7 @@ def collectives(devices: int, norm: bool, backward: bool) -> int:
         out_specs=P("data"),
         check_vma=False,
     )
-    program = jax.jit(split).lower(variables, x).compile().as_text() or ""
-    return len(re.findall(r" (?:all-gather|all-reduce|reduce-scatter)(?:-start)?\(", program))
+    return len(hlo.collectives(jax.jit(split), (variables, x)))
 
 
 def main() -> None:
