@@ -301,9 +301,10 @@ def _sample(x: jax.Array, n: jax.Array, reduced: Axes) -> jax.Array:
     sizes = tuple(x.shape[a] for a in positions)
     if math.prod(sizes) < 9:
         return _mean(x, None, n, reduced)
-    spread = (2 * np.arange(9) + 1) * math.prod(sizes) // 18
-    by_position = jnp.moveaxis(x, positions, range(len(sizes)))
-    values = by_position[np.unravel_index(spread, sizes)].astype(working_dtype(x.dtype))
+    # Spread over each axis, in another order each: never along one edge, which may be padding.
+    steps = ((2**axis * np.arange(9) % 9, size) for axis, size in enumerate(sizes))
+    places = tuple((2 * step + 1) * size // 18 for step, size in steps)
+    values = jnp.moveaxis(x, positions, range(len(sizes)))[places].astype(working_dtype(x.dtype))
     middle = _median_of_3(_median_of_3(values.reshape(3, 3, *values.shape[1:])))
     return _mean(middle, None, n / math.prod(sizes), reduced[:1])
 
