@@ -69,7 +69,12 @@ def inspect(
 
 def show(layers: list[inspection.Layer], problems: list[str], title: str) -> None:
     """Print the table and the verdict."""
-    table = Table(title=f"batch norms in {escape(title)}", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(
+        title=f"batch norms in {escape(title)}",
+        caption="updates: batches counted. dead: channels of constant output, weak: nearly so.",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("layer", overflow="fold")
     for column in ("size", "scale", "mean", "variance", "updates", "dead", "weak", "NaN"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -155,7 +160,9 @@ def convert(
 def diagnose(
     model: Annotated[str, typer.Argument(help="package.module:make_model, called without args.")],
     variables: Annotated[Path, typer.Option(help="Its checkpoint.")],
-    data: Annotated[Path, typer.Option(help="An .npz with the inputs, in `x` or alone.")],
+    data: Annotated[
+        Path, typer.Option(help="The inputs: an .npy, or an .npz that has them in `x` or alone.")
+    ],
     batch_size: Annotated[int, typer.Option(min=1, help="That of the training.")] = 64,
     apply: Annotated[
         str, typer.Option(help='What you evaluate with, as JSON: {"train": false}.')
@@ -215,8 +222,11 @@ def arguments(text: str) -> dict[str, Any]:
 
 
 def inputs(path: Path) -> np.ndarray:
-    """The array `x` of an .npz file, or its only one."""
-    with np.load(path, allow_pickle=False) as file:
+    """The array of an .npy file, the array `x` of an .npz file, or its only one."""
+    file = np.load(path, allow_pickle=False)
+    if isinstance(file, np.ndarray):
+        return file
+    with file:
         names = list(file.files)
         if "x" not in names and len(names) != 1:
             raise ValueError(f"{path} must hold the inputs as `x`, or alone, got {names}.")

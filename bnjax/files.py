@@ -1,20 +1,23 @@
 """Checkpoints on disk, read and written safely: load, save."""
 
 import contextlib
+import glob
 import os
 import pickle
+import shutil
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from flax.core import meta
 
 from bnjax import _checks
-from bnjax.tensors import as_numpy, as_tensor
+from bnjax.tensors import SHARED, as_numpy, as_tensor
 
 _FORMATS = (
     "Formats are .safetensors, .pth and .pt (PyTorch), .msgpack (Flax), and a folder without a "
@@ -84,7 +87,8 @@ def save(path: str | Path, tree: Any) -> None:
         tree: a state dict, linen variables, an `nnx.State`, or any nested dict of arrays.
 
     Raises:
-        ValueError: an unknown suffix, a leaf that is no array, or a name that would not come back.
+        ValueError: an unknown suffix, a leaf that is no array of numbers, or a name or dtype that
+            would not come back.
         FileExistsError: the folder is there.
         FileNotFoundError: there is no folder to save it in.
         TypeError: the path is no path.
@@ -103,13 +107,17 @@ def save(path: str | Path, tree: Any) -> None:
     if path.suffix:  # orbax makes its folders
         _checks.folder_of(path)
     wrong: list[str] = []
+    foreign: list[str] = []
 
     def array(value: Any, name: str) -> Any:
         found = as_numpy(np.asarray(value) if isinstance(value, (bool, int, float)) else value)
-        if found is None:
-            wrong.append(f"{name} ({type(value).__name__})")
+        if found is None or not _of_numbers(found):
+            wrong.append(f"{name} ({type(value).__name__ if found is None else found.dtype})")
             return None
-        return found.astype(found.dtype.newbyteorder("="), copy=False)  # msgpack has no other
+        found = found.astype(found.dtype.newbyteorder("="), copy=False)  # msgpack has no other
+        if not _holds(path.suffix.lower(), found.dtype):
+            foreign.append(f"{name} ({found.dtype})")
+        return found
 
     try:
         tree = _tree(tree, array)
@@ -117,11 +125,30 @@ def save(path: str | Path, tree: Any) -> None:
         raise ValueError(f"Cannot save to {path}: {error}") from error
     if wrong:
         raise ValueError(
-            f"Cannot save to {path}: a checkpoint holds arrays alone, but these are none: "
-            f"{', '.join(wrong)}. Leave them out; random keys of nnx with "
+            f"Cannot save to {path}: a checkpoint holds arrays of numbers alone, but these are "
+            f"none: {', '.join(wrong)}. Leave them out; random keys of nnx with "
             "`nnx.state(model, nnx.Not(nnx.RngState))`."
         )
+    if foreign:
+        raise ValueError(
+            f"Cannot save to {path}: this format has no such numbers: {', '.join(foreign)}. "
+            "Convert them, or save as .msgpack, which has all."
+        )
     write(path, tree)
+
+
+def _of_numbers(array: np.ndarray) -> bool:
+    return any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_))
+
+
+def _holds(suffix: str, dtype: np.dtype) -> bool:
+    """Whether what is written in a format comes back in this dtype."""
+    if suffix == ".msgpack":
+        return True
+    own = dtype.type.__module__ == "numpy"
+    if suffix == ".safetensors":
+        return dtype.name == "bfloat16" or (own and dtype != np.complex128)
+    return dtype.name in SHARED or own
 
 
 _UNWANTED = object()
@@ -200,7 +227,13 @@ def _read_safetensors(path: Path, wanted: Only) -> dict[str, Any]:
                 node = node.setdefault(parent, {})
             if not isinstance(node, dict) or last in node:
                 raise _ContentError(f"{name!r} is below or above another array.")
-            if wanted(name, tuple(file.get_slice(name).get_shape())):
+            there = file.get_slice(name)
+            if wanted(name, tuple(there.get_shape())):
+                if there.get_dtype().startswith("F8_"):
+                    raise _ContentError(
+                        f"{name!r} is of dtype {there.get_dtype()}, which NumPy does not have. "
+                        "Load it with `safetensors.torch`, or leave it out with `only`."
+                    )
                 node[last] = file.get_tensor(name)
     return tree
 
@@ -297,10 +330,24 @@ def _write_orbax(path: Path, tree: dict[str, Any]) -> None:
             f"There is a folder at {path}, and a folder can't be replaced in one moment. Choose "
             "another name, or remove it first."
         )
+    written: dict[str, tuple[str, ...]] = {}
+    for names in traverse_util.flatten_dict(tree):
+        file = ".".join(names).replace("/", ".")
+        if file in written:
+            raise ValueError(
+                f"Cannot save to {path}: orbax writes {written[file]} and {names} to the same "
+                f"file, {file}. Rename one, or save as .msgpack."
+            )
+        written[file] = names
     import orbax.checkpoint as ocp
 
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), tree)
+    except Exception:
+        for unfinished in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager

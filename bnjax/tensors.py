@@ -4,21 +4,31 @@ from typing import Any
 
 import numpy as np
 
-_BFLOAT16 = "bfloat16"
+# The dtypes of PyTorch that NumPy has from JAX, under the same names.
+SHARED = (
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+)
 
 
 def as_numpy(value: Any) -> np.ndarray | None:
     """The numbers of a tensor or an array, shared where that is possible; None if it has none.
 
-    NumPy knows no bfloat16, so such a tensor comes as the bfloat16 that JAX registers with NumPy.
+    NumPy has no bfloat16 and no float8: those come as the dtypes that JAX registers with NumPy.
     """
     try:
         if hasattr(value, "detach"):
-            value = value.detach().cpu()
-            if str(value.dtype) == f"torch.{_BFLOAT16}":
+            value = value.detach().cpu().resolve_conj().resolve_neg()
+            name = str(value.dtype).removeprefix("torch.")
+            if name in SHARED:
                 import torch
 
-                return value.contiguous().view(torch.int16).numpy().view(_BFLOAT16)
+                bits = torch.int16 if value.element_size() == 2 else torch.uint8
+                return value.contiguous().view(bits).numpy().view(name)
             return value.numpy()
         array = np.asarray(value) if hasattr(value, "dtype") else None
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
@@ -31,6 +41,7 @@ def as_tensor(array: np.ndarray) -> Any:
     import torch
 
     array = np.array(array, order="C")
-    if array.dtype.name == _BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype.name in SHARED:
+        bits = np.int16 if array.itemsize == 2 else np.uint8
+        return torch.from_numpy(array.view(bits)).view(getattr(torch, array.dtype.name))
     return torch.from_numpy(array)

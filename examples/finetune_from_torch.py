@@ -127,7 +127,8 @@ def main(
     )
 
     back = torch_net(10)
-    exported = bnjax.to_torch(tuned, back.state_dict(), flatten=FLATTEN)
+    counters = {name: n for name, n in state_dict.items() if name.endswith("num_batches_tracked")}
+    exported = bnjax.to_torch(tuned, back.state_dict() | counters, flatten=FLATTEN)
     back.load_state_dict(exported, strict=True)
     bnjax.save(out / "finetuned.pth", exported)
     logits, ours = torch_logits(back, x), logits

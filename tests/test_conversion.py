@@ -241,9 +241,12 @@ def test_an_impossible_variance_is_refused_by_name(dtype):
         bnjax.from_torch(state_dict, None, batch_norm_variables(4))
 
 
-def test_a_count_too_large_for_its_dtype_is_refused():
-    state_dict = {**batch_norm(), "bn.num_batches_tracked": np.array(2**31)}
-    message = "too large a number for batch_stats/bn/count int32: bn.num_batches_tracked has 21474"
+@pytest.mark.parametrize("count", [2**31, -(2**31) - 1])
+def test_a_count_too_large_for_its_dtype_is_refused(count):
+    state_dict = {**batch_norm(), "bn.num_batches_tracked": np.array(count)}
+    message = (
+        f"too large a number for batch_stats/bn/count int32: bn.num_batches_tracked has {count}"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         bnjax.from_torch(state_dict, None, batch_norm_variables(count=np.array(0, np.int32)))
 
@@ -279,3 +282,16 @@ def test_shapes_alone_and_boxed_parameters_will_do():
     assert new["params"]["kernel"].names == ("in", "out")
     np.testing.assert_array_equal(new["params"]["kernel"].value, state_dict["weight"].T)
     assert_same(bnjax.to_torch(new, numpy=True), state_dict)
+
+
+def test_a_prefix_too_many_is_told_in_time_for_any_number_of_names():
+    stats = {"mean": np.zeros(2, F32), "var": np.ones(2, F32)}
+    variables = {"batch_stats": {f"layer_{number}": stats for number in range(1000)}}
+    state_dict = bnjax.to_torch(variables, numpy=True)
+    wrapped = {f"module.{name}": array for name, array in state_dict.items()}
+    with pytest.raises(ValueError, match="one prefix too many") as caught:
+        bnjax.from_torch(wrapped, None, variables)
+    _, first, *others = str(caught.value).splitlines()
+    assert first == '  one prefix too many: rename={"module": ""} takes \'module\' off'
+    assert len(others) == len(state_dict) + 2 * 1000  # Flax has no counters here
+    bnjax.from_torch(wrapped, None, variables, rename={"module": ""})

@@ -1,5 +1,6 @@
 """Layouts: round trips, bit for bit, nnx models, and transposed convolutions, known or not."""
 
+import dataclasses
 import re
 from functools import partial
 from typing import Any
@@ -128,6 +129,39 @@ class Up(nn.Module):
         return make(name="up")(x)
 
 
+class OurTranspose(nn.ConvTranspose):
+    """One of the user's own."""
+
+
+class UpByHelpers(nn.Module):
+    config: Any = None
+
+    @staticmethod
+    def make(**options):
+        return OurTranspose(3, (2, 2), (2, 2), **options)
+
+    @property
+    def up(self):
+        return self.make(name="up")
+
+    @nn.compact
+    def __call__(self, x):
+        return self.up(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    layer: Any = OurTranspose
+
+
+class UpByConfig(nn.Module):
+    config: Any = Config()
+
+    @nn.compact
+    def __call__(self, x):
+        return self.config.layer(3, (2, 2), (2, 2), name="up")(x)
+
+
 class Net(nn.Module):
     parts: Any = (Up,)
 
@@ -136,7 +170,16 @@ class Net(nn.Module):
         return self.parts[0](name="net")(x)
 
 
-@pytest.mark.parametrize("net", [Net(), Net((nn.remat(Up),)), Net((partial(Up),))])
+@pytest.mark.parametrize(
+    "net",
+    [
+        Net(),
+        Net((nn.remat(Up),)),
+        Net((partial(Up),)),
+        Net((UpByHelpers,)),
+        Net((partial(UpByConfig, config=Config()),)),
+    ],
+)
 def test_a_linen_model_with_transposed_convolutions_must_say_which(net):
     weight = {"net.up.weight": np.zeros((3, 3, 2, 2), F32), "net.up.bias": np.zeros(3, F32)}
     variables = net.init(jax.random.key(0), jnp.ones((1, 2, 2, 3)))

@@ -64,6 +64,52 @@ def test_each_format_comes_back_bit_for_bit(path, tree):
     assert_same(bnjax.load(str(path)), tree)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "bfloat16", "complex64"])
+def test_dtypes_of_jax_come_back(path, dtype):
+    tree = {"x": np.arange(3).astype(dtype)}
+    if path.suffix == ".safetensors" and dtype.startswith("float8"):
+        path = path.with_suffix(".msgpack")  # safetensors has them, but not for NumPy
+    bnjax.save(path, tree)
+    assert_same(bnjax.load(path), tree)
+
+
+def test_float8_of_others_in_safetensors_is_named(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    x = torch.ones(3)
+    save_file({"x": x, "w": x.to(torch.float8_e5m2)}, tmp_path / "model.safetensors")
+    message = "'w' is of dtype F8_E5M2, which NumPy does not have. Load it with"
+    with pytest.raises(ValueError, match=message):
+        bnjax.load(tmp_path / "model.safetensors")
+    loaded = bnjax.load(tmp_path / "model.safetensors", only=lambda name, shape: name == "x")
+    assert_same(loaded, {"x": np.ones(3, np.float32)})
+
+
+def test_lazily_conjugated_tensors_are_arrays(tmp_path):
+    torch = pytest.importorskip("torch")
+    z = torch.tensor([1 + 2j, 3 - 1j])
+    torch.save({"z": z.conj(), "imag": z.clone().conj().imag}, tmp_path / "model.pth")
+    expected = {
+        "z": np.array([1 - 2j, 3 + 1j], np.complex64),
+        "imag": np.array([-2, 1], np.float32),
+    }
+    assert_same(bnjax.load(tmp_path / "model.pth"), expected)
+
+
+def test_an_orbax_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def full(self, path, *_, **__):
+        path.with_name(f"{path.name}.orbax-checkpoint-tmp").mkdir()
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", full)
+    with pytest.raises(OSError, match=r"^the disk is full$"):
+        bnjax.save(tmp_path / "model", VARIABLES)
+    assert names(tmp_path) == []
+
+
 @each_file
 def test_a_file_is_replaced_and_has_the_usual_permissions(path):
     bnjax.save(path, STATE_DICT)
@@ -138,9 +184,43 @@ def test_what_a_checkpoint_holds_beside_arrays_stays(tmp_path):
         (
             "model.msgpack",
             {"a": {"b": "text"}, "key": None},
-            "Cannot save to {}: a checkpoint holds arrays alone, but these are none: a/b (str), "
-            "key (NoneType). Leave them out; random keys of nnx with `nnx.state(model, "
+            "Cannot save to {}: a checkpoint holds arrays of numbers alone, but these are none: "
+            "a/b (str), key (NoneType). Leave them out; random keys of nnx with `nnx.state(model, "
             "nnx.Not(nnx.RngState))`.",
+        ),
+        (
+            "model.msgpack",
+            {"names": np.array(["a", "b"]), "when": np.zeros(2, "M8[s]")},
+            "Cannot save to {}: a checkpoint holds arrays of numbers alone, but these are none: "
+            "names (<U1), when (datetime64[s]). Leave them out; random keys of nnx with "
+            "`nnx.state(model, nnx.Not(nnx.RngState))`.",
+        ),
+        (
+            "model.safetensors",
+            {"a": np.zeros(2, jnp.float8_e5m2), "b": np.zeros(2, np.complex128)},
+            "Cannot save to {}: this format has no such numbers: a (float8_e5m2), b (complex128). "
+            "Convert them, or save as .msgpack, which has all.",
+        ),
+        *(
+            (
+                name,
+                {"a": np.zeros(2, jnp.int4)},
+                "Cannot save to {}: this format has no such numbers: a (int4). Convert them, or "
+                "save as .msgpack, which has all.",
+            )
+            for name in ("model.pth", "model")
+        ),
+        *(
+            (
+                "model",
+                {first[0]: first[1], "a.b": np.ones(2)},
+                "Cannot save to {}: orbax writes " + path + " and ('a.b',) to the same file, a.b. "
+                "Rename one, or save as .msgpack.",
+            )
+            for first, path in (
+                (("a", {"b": np.ones(2)}), "('a', 'b')"),
+                (("a/b", np.ones(2)), "('a/b',)"),
+            )
         ),
         (
             "model.msgpack",

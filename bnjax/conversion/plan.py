@@ -16,6 +16,8 @@ from bnjax.conversion.names import COUNTER, Name, Rename, match, prefix_of, rena
 from bnjax.conversion.trees import Leaf, flipped_layers, mentions_conv_transpose
 from bnjax.tensors import as_numpy
 
+# Names for which the nearest ones are looked up: each is compared with all of the other side.
+_SEARCHED = 20
 _KINDS = (np.bool_, np.integer, np.floating, np.complexfloating)
 
 
@@ -153,15 +155,17 @@ def plan(
         f"ambiguous: {', '.join(keys)} for {', '.join(leaves[name].path for name in names)}"
         for keys, names in matching.ambiguous
     ]
+    problems += _prefix({wanted[name] for name in lost}, alone)
     by_name = {name.in_torch: leaves[name].path for name in alone or leaves}
+    near = _nearest([wanted[name] for name in lost], by_name)
     problems += [
-        f"only in PyTorch: {name} {torch[name].shape}{_nearest(wanted[name], by_name)}"
-        for name in lost
+        f"only in PyTorch: {name} {torch[name].shape}{near.get(wanted[name], '')}" for name in lost
     ]
     by_key = {wanted[key]: key for key in lost or [k for k in wanted if k not in counters]}
+    near = _nearest([name.in_torch for name in alone], by_key)
     problems += [
         f"only in Flax: {leaves[name].path} {tuple(leaves[name].value.shape)}"
-        f"{_nearest(name.in_torch, by_key)}"
+        f"{near.get(name.in_torch, '')}"
         for name in alone
     ]
     for key, (name, placed) in pairs.items():
@@ -191,9 +195,23 @@ def _counts_batches(name: str, pairs: Mapping[str, tuple[Name, Layout]]) -> bool
     return leaf == COUNTER and mean in pairs and pairs[mean][0].statistic
 
 
-def _nearest(name: str, there: Mapping[str, str]) -> str:
-    found = difflib.get_close_matches(name, there, n=2, cutoff=0.5)
-    return f"; nearest: {', '.join(there[other] for other in found)}" if found else ""
+def _nearest(names: Sequence[str], there: Mapping[str, str]) -> dict[str, str]:
+    """For each of the first names, those that it may be meant to be."""
+    found = {}
+    for name in names[:_SEARCHED]:
+        near = difflib.get_close_matches(name, there, n=2, cutoff=0.5)
+        if near:
+            found[name] = f"; nearest: {', '.join(there[other] for other in near)}"
+    return found
+
+
+def _prefix(lost: set[str], alone: Sequence[Name]) -> Iterator[str]:
+    """The repair where one module's name too many is in front of all of PyTorch's names."""
+    (first, *others) = {name.partition(".")[0] for name in lost} or [""]
+    if first and not others and alone:
+        inner = {name: name.partition(".")[2] for name in lost}
+        if len(match(inner, alone).pairs) == len(alone):
+            yield f'one prefix too many: rename={{"{first}": ""}} takes {first!r} off'
 
 
 def _misfits(key: str, array: np.ndarray, leaf: Leaf, placed: Layout) -> Iterator[str]:
@@ -210,8 +228,11 @@ def _misfits(key: str, array: np.ndarray, leaf: Leaf, placed: Layout) -> Iterato
     )
     if kind is not other or kind is None:
         yield f"wrong dtype: {key} {array.dtype} for {leaf.path} {dtype}"
-    elif kind is np.integer and array.size and array.max() > np.iinfo(dtype).max:
-        yield f"too large a number for {leaf.path} {dtype}: {key} has {array.max()}"
+    elif kind is np.integer and array.size:
+        limits = jnp.iinfo(dtype)
+        for value in (int(array.min()), int(array.max())):
+            if not limits.min <= value <= limits.max:
+                yield f"too large a number for {leaf.path} {dtype}: {key} has {value}"
 
 
 def _reason(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:

@@ -129,7 +129,7 @@ def mentions_conv_transpose(model: nn.Module) -> bool:
     waiting: list[Any] = [model]
     while waiting:
         item = waiting.pop()
-        if item is nn.ConvTranspose:
+        if isinstance(item, type) and issubclass(item, nn.ConvTranspose):
             return True
         if id(item) not in seen:
             seen[id(item)] = item
@@ -151,9 +151,17 @@ def _reached(item: Any) -> Iterator[Any]:
         yield from (getattr(item, "__wrapped__", None), item.__defaults__, item.__kwdefaults__)
     elif isinstance(item, type) and issubclass(item, nn.Module):
         yield from (vars(base) for base in item.__mro__ if not _of_library(base))
+    elif isinstance(item, (staticmethod, classmethod)):
+        yield item.__func__
+    elif isinstance(item, property):
+        yield item.fget
     elif isinstance(item, nn.Module):
         yield type(item)
-        yield from (getattr(item, name, None) for name in type(item).__dataclass_fields__)
+        for name in type(item).__dataclass_fields__:
+            value = getattr(item, name, None)
+            yield value
+            if hasattr(value, "__dict__") and not _of_library(type(value)):  # a configuration
+                yield dict(vars(value))
 
 
 def _named(code: types.CodeType, scope: Mapping[str, Any]) -> Iterator[Any]:
@@ -177,4 +185,10 @@ def _filled(cell: Any) -> bool:
 
 
 def _of_library(item: Any) -> bool:
-    return (item.__module__ or "").partition(".")[0] in ("flax", "jax", "numpy", "builtins")
+    return (item.__module__ or "").partition(".")[0] in (
+        "flax",
+        "jax",
+        "jaxlib",
+        "numpy",
+        "builtins",
+    )
