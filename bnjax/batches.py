@@ -20,7 +20,11 @@ LossFn = Callable[[Any, Any], Any]
 def named(batch: Any) -> dict[str, Any]:
     """A batch as a dict; an array alone is its `x`."""
     _checks.batch(batch)
-    return dict(batch) if isinstance(batch, Mapping) else {"x": batch}
+    if not isinstance(batch, Mapping):
+        return {"x": batch}
+    if "mask" in batch:
+        _checks.examples_mask(batch["mask"], size_of(batch))
+    return dict(batch)
 
 
 def size_of(batch: Batch) -> int:

@@ -107,7 +107,8 @@ def plot_layers(
         panels = side.subplots(len(modes), 1, squeeze=False)[:, 0]
         for panel, (name, *values) in zip(panels, modes, strict=True):
             colors = ["0.6", _color(wrong)]
-            bars = panel.bar(["training", "evaluation"], values, color=colors)
+            heights = [value if np.isfinite(value) else 0 for value in values]
+            bars = panel.bar(["training", "evaluation"], heights, color=colors)
             panel.bar_label(bars, [f"{value:.3g}" for value in values])
             panel.margins(y=0.15)
             panel.set(title=f"{name}, by mode", yticks=[])

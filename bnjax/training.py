@@ -188,11 +188,7 @@ def evaluate(
         for name, value in step(state, batch).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     count = sums.pop("count", 0.0)
-    if count == 0:
-        raise ValueError(
-            "`batches` must hold at least one example that counts, got none. An iterator that was "
-            "used before is empty: pass a list, or make it anew."
-        )
+    _checks.some_example(count)
     return {name: total / count for name, total in sums.items()}
 
 

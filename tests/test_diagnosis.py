@@ -135,6 +135,58 @@ def test_a_batch_of_one_that_a_layer_can_not_train_on(trained):
     assert "1 values per channel in a batch of 1" in report.findings[0].evidence
 
 
+@pytest.mark.parametrize("size", [16, 64])
+def test_batches_of_one_class_each(trained, size):
+    drawn = list(batches(16, seed=7))
+    order = np.argsort(np.concatenate([batch["y"] for batch in drawn]), kind="stable")
+    whole = {name: np.concatenate([batch[name] for batch in drawn])[order] for name in drawn[0]}
+    starts = range(0, len(order), 2 * size)
+    data = [{name: array[at : at + size] for name, array in whole.items()} for at in starts]
+    report = diagnose(trained, data)
+    assert found(report) == [("warning", "batches not alike")]
+    assert "np.random.permutation" in report.findings[0].repair
+
+
+class CalledTwice(nn.Module):
+    """One batch norm for two inputs that are not alike."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = bnjax.BatchNorm1d()
+        return norm(x) + norm(5 + 3 * x)
+
+
+@pytest.mark.parametrize("trained_for", [0, 400])
+def test_statistics_of_a_layer_called_twice_may_be_of_both_calls_or_of_all_values(trained_for):
+    model = CalledTwice()
+    data = [{"x": np.random.default_rng(i).normal(0, 1, (256, 4))} for i in range(8)]
+    variables = model.init(jax.random.key(0), data[0]["x"])
+    for step in range(trained_for):
+        _, updates = model.apply(variables, data[step % 8]["x"], mutable=["batch_stats"])
+        variables = {**variables, **updates}
+    if not trained_for:
+        variables = bnjax.recalibrate(model, variables, data)
+    report = bnjax.diagnose(model, variables, data)
+    assert report.healthy, report
+
+
+def test_examples_of_which_none_counts_are_an_error(trained):
+    none = [{**batch, "mask": np.zeros(64, bool)} for batch in DATA]
+    message = r"^`batches` must hold at least one example that counts, got none."
+    with pytest.raises(ValueError, match=message):
+        diagnose(trained, none)
+    assert diagnose(trained, [*DATA, *none[:1]]).healthy
+
+
+@pytest.mark.parametrize("mask", [np.ones((64, 1), bool), np.ones(64), [True] * 64])
+def test_a_mask_is_one_bool_for_each_example(trained, mask):
+    message = (
+        r"^The `mask` of a batch of 64 examples must be an array of bool, of shape \(64,\), got"
+    )
+    with pytest.raises(ValueError, match=message):
+        diagnose(trained, [{**DATA[0], "mask": mask}])
+
+
 def test_a_training_on_record_had_larger_batches(trained):
     record = {"step": [STEPS], "examples": [64]}
     assert diagnose(trained, list(batches(64, 4, seed=7)), history=record).healthy

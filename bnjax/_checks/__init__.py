@@ -23,6 +23,7 @@ from bnjax._checks.settings import virtual_batch_size as virtual_batch_size
 from bnjax._checks.tools import batch as batch
 from bnjax._checks.tools import divides as divides
 from bnjax._checks.tools import evaluating as evaluating
+from bnjax._checks.tools import examples_mask as examples_mask
 from bnjax._checks.tools import flax_model as flax_model
 from bnjax._checks.tools import folded_variables as folded_variables
 from bnjax._checks.tools import folder_of as folder_of
@@ -36,6 +37,7 @@ from bnjax._checks.tools import same_outputs as same_outputs
 from bnjax._checks.tools import several_batches as several_batches
 from bnjax._checks.tools import some_batch as some_batch
 from bnjax._checks.tools import some_batch_norm as some_batch_norm
+from bnjax._checks.tools import some_example as some_example
 from bnjax._checks.tools import something_folded as something_folded
 from bnjax._checks.variables import finite_statistics as finite_statistics
 from bnjax._checks.variables import has_statistics as has_statistics

@@ -106,6 +106,25 @@ def some_batch(some: bool) -> None:
         )
 
 
+def some_example(count: float) -> None:
+    """Of the examples in all batches some count."""
+    if not count:
+        raise ValueError(
+            "`batches` must hold at least one example that counts, got none. An iterator that was "
+            "used before is empty: pass a list, or make it anew."
+        )
+
+
+def examples_mask(mask: Any, size: int) -> None:
+    """The mask of a batch says of each example whether it counts."""
+    shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", None)
+    if shape != (size,) or dtype != np.bool_:
+        raise ValueError(
+            f"The `mask` of a batch of {size} examples must be an array of bool, of shape "
+            f"({size},), got {dtype or type(mask).__name__} of shape {shape}."
+        )
+
+
 def iterable_again(batches: Any) -> None:
     """What is read more than once is no iterator."""
     if isinstance(batches, Iterator):

@@ -23,6 +23,7 @@ _RULES = (
     findings.depends_on_batch,
     findings.momentum_inverted,
     findings.batch_too_small,
+    findings.batches_not_alike,
     findings.dead_channels,
     findings.near_overflow,
 )

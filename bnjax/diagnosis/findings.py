@@ -36,6 +36,12 @@ FEW_VALUES = 8
 # The same for values that depend on each other, as pixels of an image do: what 12 independent ones
 # scatter by, sqrt(1/12 + 1/24).
 NOISY = 0.35
+# Statistics of examples that are drawn alike scatter by sqrt(1.5 / examples) if these are normal,
+# by 1.5 times that if a tenth of the values make the variance. Twenty healthy networks stay below
+# 0.8, as the pixels of an image average out; batches of one class each come to 1.2 (16 examples)
+# and 2.2 (64). The lower limit holds where the batches are worse normalizers than the running
+# statistics, by the loss: WORSE.
+UNLIKE, UNLIKE_AND_WORSE = 1.6, 1.0
 # A channel whose variance is below eps comes out with less than 0.7 of the deviation asked for.
 # A dead one is constant beside its neighbours too, to a thousandth of eps and of their variance.
 DEAD = 1e-3
@@ -104,8 +110,24 @@ class Evidence:
 
     def spread(self, layer: Layer) -> float:
         """How much the layer's statistics scatter between batches; of one batch, as if normal."""
-        independent = math.sqrt(1.5 / max(self.measured.examples, 1))
-        return layer.spread if self.measured.batches > 1 else independent
+        return layer.spread if self.measured.batches > 1 else self.chance
+
+    @property
+    def unlike(self) -> list[Layer]:
+        """The layers whose statistics scatter more than those of batches drawn alike."""
+        losses = self.measured.losses
+        worse = losses["train"] and losses["train"]["loss"] > WORSE * losses["eval"]["loss"]
+        limit = UNLIKE_AND_WORSE if worse else UNLIKE
+        return [
+            x
+            for x in self.measured.layers
+            if x.values > FEW_VALUES and x.spread > limit * self.chance
+        ]
+
+    @property
+    def chance(self) -> float:
+        """What the statistics of independent normal examples scatter by, in deviations."""
+        return math.sqrt(1.5 / max(self.measured.examples, 1))
 
     def is_far(self, layer: Layer) -> bool:
         """Whether running and batch statistics are apart by more than chance."""
@@ -280,13 +302,15 @@ def batch_too_small(evidence: Evidence) -> Finding | None:
     bad = [
         x
         for x in measured.layers
-        if not x.kind.frozen and (x.values * larger <= FEW_VALUES or noise[x.path] > NOISY)
+        if not x.kind.frozen
+        and (x.values * larger <= FEW_VALUES or noise[x.path] > NOISY)
+        and x not in evidence.unlike
     ]
     if not bad:
         return None
     worst = min(bad, key=lambda x: (x.values, -noise[x.path]))
     values, examples = worst.values * larger, measured.examples * larger
-    times = max(2 * FEW_VALUES / values, (2 * noise[worst.path] / NOISY) ** 2)
+    times = max(2 * FEW_VALUES / max(values, 1), (2 * noise[worst.path] / NOISY) ** 2)
     lost = f"{noise[worst.path]:.2f} standard deviations" if worst.seen else "not defined"
     return Finding(
         "batch too small",
@@ -300,6 +324,27 @@ def batch_too_small(evidence: Evidence) -> Finding | None:
         "In training each example is normalized by a handful of others, in evaluation by all.",
         f"batch_size = {math.ceil(examples * times)}"
         f"  # or pool devices by axis_name, or fine-tune frozen: {evidence.repairs.freeze}",
+    )
+
+
+def batches_not_alike(evidence: Evidence) -> Finding | None:
+    """Batches that are of different kinds of data."""
+    measured = evidence.measured
+    bad = evidence.unlike
+    if not bad:
+        return None
+    worst, chance = max(bad, key=lambda x: x.spread), evidence.chance
+    return Finding(
+        "batches not alike",
+        "warning",
+        worst.path,
+        paths_of(bad),
+        f"From batch to batch the statistics scatter by {worst.spread:.2f} standard deviations; "
+        f"batches of {measured.examples} examples that are drawn alike scatter by {chance:.2f}.",
+        {"spread": worst.spread, "expected": chance, "examples": measured.examples},
+        "The data are in an order, such as by class, by user or by time, and each batch has a few.",
+        "order = np.random.permutation(len(x))"
+        "  # batch shuffled data; if the training's were sorted, train anew",
     )
 
 

@@ -68,8 +68,13 @@ class Layer:
 
     @property
     def var_ratio(self) -> np.ndarray:
-        """The running variance as a multiple of the batches', both with eps."""
-        return (self.var + self.kind.eps) / (self.batch_var + self.kind.eps)
+        """The running variance as a multiple of the batches', both with eps.
+
+        That is the average of a batch and of a call, as training leaves it, or all of them
+        together, as `recalibrate` does: what lies between is as right as these.
+        """
+        right = np.clip(self.var, self.batch_var, np.maximum(self.all_var, self.batch_var))
+        return (self.var + self.kind.eps) / (right + self.kind.eps)
 
     @property
     def poisoned(self) -> np.ndarray:
@@ -177,7 +182,7 @@ class _Run:
         self.moved: set[str] = set()
         self.gaps = np.zeros(2)
         self.losses: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
-        self.batches = self.examples = self.used = 0
+        self.batches = self.examples = self.used = self.counts = 0
         self.first: tuple[Any, Any] | None = None
 
     def begin(
@@ -208,7 +213,8 @@ class _Run:
         if self.first is None and size > 1:
             self.first = batch, outputs
         found = jax.device_get(found)
-        self.batches += 1
+        counts = float(counted(batch))
+        self.batches, self.counts = self.batches + 1, self.counts + counts
         self.examples = max(self.examples, size)
         for path, changed in jax.tree_util.tree_flatten_with_path(found["moved"])[0]:
             if changed:
@@ -220,7 +226,6 @@ class _Run:
         for path, seen in layers.items():
             sums[path].add(seen)
         self.gaps += found["gap"]
-        counts = float(counted(batch))
         self.used += counts
         for mode, means in found["losses"].items():
             for name, value in means.items():
@@ -230,6 +235,7 @@ class _Run:
     def end(self) -> Measured:
         """All that was measured."""
         _checks.some_batch(self.passes is not None)
+        _checks.some_example(self.counts)
         assert self.passes is not None
         kinds = self.passes.kinds
         losses = {

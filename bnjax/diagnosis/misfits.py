@@ -53,6 +53,8 @@ def misfits(evidence: Evidence) -> list[Finding]:
     others = [x for x in evidence.layers if x not in fresh]
     # Statistics merged from devices that disagree are an estimate, and fit nobody's data exactly.
     apart = max(evidence.measured.unequal.values(), default=0) > APART
+    # Batches that are not alike change what each layer after the first normalizes.
+    apart = apart or bool(evidence.unlike)
     far = [x for x in others if evidence.is_far(x) and not apart]
     half = [x for x in others if jnp.finfo(x.dtype).bits < 32]
     stalled = [x for x in half if x in far and _stalls(x)]
