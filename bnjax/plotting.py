@@ -109,9 +109,10 @@ def plot_layers(
             colors = ["0.6", _color(wrong)]
             heights = [value if np.isfinite(value) else 0 for value in values]
             bars = panel.bar(["training", "evaluation"], heights, color=colors)
-            panel.bar_label(bars, [f"{value:.3g}" for value in values])
-            panel.margins(y=0.15)
-            panel.set(title=f"{name}, by mode", yticks=[])
+            panel.bar_label(bars, [f"{value:.3g}".replace("nan", "NaN") for value in values])
+            panel.margins(y=0.12 * (1 + len(modes)))  # room for the numbers
+            panel.set(yticks=[])
+            panel.set_title("\n".join(textwrap.wrap(f"{name}, by mode", 28)), fontsize="medium")
     figure.savefig(path)
 
 
