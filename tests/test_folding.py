@@ -184,6 +184,24 @@ def test_kernels_and_outputs_keep_their_dtype(dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(folded.variables)} == {jnp.dtype(dtype)}
 
 
+class MixedClassifier(nn.Module):
+    """A folded layer in float32, a head in bfloat16, and the classes beside the logits."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(EVAL()(nn.Dense(64)(x)))
+        logits = nn.Dense(10, dtype=jnp.bfloat16)(x)
+        return logits, logits.argmax(-1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_mixed_precision_model_is_compared_as_its_coarsest_dtype_lets_it(seed):
+    x = jax.random.normal(jax.random.key(seed), (256, 32))
+    model = MixedClassifier()
+    folded = bnjax.fold(model, model.init(jax.random.key(seed), x), x)
+    assert folded.report.tolerance == pytest.approx(2**-3.5)
+
+
 @pytest.mark.usefixtures("x64")
 def test_float64_stays_as_exact_as_it_is():
     layers = [

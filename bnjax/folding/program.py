@@ -95,6 +95,8 @@ class Program:
         self.inputs = [tuple(k.key for k in keys if hasattr(k, "key")) for keys, _ in leaves]
         self._count = len(traced.jaxpr.invars)
         results = self._flatten(traced.jaxpr, list(range(self._count)))
+        self.dtypes = {each.dtype for each in traced.out_avals}  # of outputs, and of layers
+        self.dtypes |= {call.dtypes[1] for call in self.calls}
         self.steps.append(_Step(_OUTPUT, results, [], None, None))
         self.uses: dict[int, list[int]] = defaultdict(list)
         self.makers: dict[int, int] = {}
