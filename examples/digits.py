@@ -59,9 +59,12 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The arrays of a user's file, or an error that says what is wrong with it."""
     expected = "expected an .npz with `images` (N, H, W) or (N, H, W, C) and integer `labels` (N,)"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it is a single array")
+        with file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"Cannot read {path}: {expected} ({error}).") from error
     if missing := {"images", "labels"} - set(arrays):
         raise ValueError(f"{path} misses {sorted(missing)}: {expected}, got {sorted(arrays)}.")
@@ -75,11 +78,16 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if wrong:
         got = f"images {images.dtype}{images.shape} and labels {labels.dtype}{labels.shape}"
         raise ValueError(f"{path} does not fit: {expected}, got {got}.")
-    if len(labels) < 20 or labels.min() < 0 or not np.isfinite(images).all():
-        raise ValueError(
-            f"{path} can't be trained on: it needs at least 20 images, labels from 0 up, and "
-            f"finite pixels; got {len(labels)} images and labels from {labels.min()}."
-        )
+    classes = len(np.unique(labels))
+    for holds, needed, got in (
+        (len(labels) >= 20, "at least 20 images", len(labels)),
+        (classes > 1, "labels of two classes at least", classes),
+        (labels.min(initial=0) >= 0, "labels from 0 up", labels.min(initial=0)),
+        (labels.max(initial=0) < len(labels), "fewer classes than images", labels.max(initial=0)),
+        (np.isfinite(images).all(), "finite pixels", "NaN or inf"),
+    ):
+        if not holds:
+            raise ValueError(f"{path} can't be trained on: it needs {needed}, got {got}.")
     return images, labels
 
 

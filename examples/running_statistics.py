@@ -142,7 +142,9 @@ def main(
     run: Annotated[Path, typer.Option(help="The folder of a run of train_digits.py.")] = Path(
         "runs/digits"
     ),
-    epochs: Annotated[int, typer.Option(help="Of the run that is made if there is none.")] = 15,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Of the run that is made if there is none.")
+    ] = 15,
     seed: Annotated[int, typer.Option(help="The seed of that run.")] = 0,
 ) -> None:
     """Show when running statistics move, and what they are for."""

@@ -49,7 +49,7 @@ def start(splits: Splits, lr: float, epochs: int, batch_size: int, seed: int) ->
 def save(manager: ocp.CheckpointManager, run: Run) -> None:
     """Write a checkpoint; it appears under its final name only when it is whole."""
     tree = {name: getattr(run.state, name) for name in SAVED}
-    records = {"epochs": run.epochs, "statistics": run.statistics}
+    records = {"epochs": run.epochs, "statistics": run.statistics, "weights": weights(run)}
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(tree), records=ocp.args.JsonSave(records)
     )
@@ -58,12 +58,19 @@ def save(manager: ocp.CheckpointManager, run: Run) -> None:
 
 def restore(manager: ocp.CheckpointManager, run: Run) -> Run:
     """The run as the last whole checkpoint has it; `run` gives the shapes."""
-    tree = {name: getattr(run.state, name) for name in SAVED}
-    wanted = ocp.args.Composite(
-        state=ocp.args.StandardRestore(tree), records=ocp.args.JsonRestore()
-    )
-    items = manager.restore(manager.latest_step(), args=wanted)
-    return Run(run.state.replace(**items["state"]), **items["records"])
+    step, tree = manager.latest_step(), {name: getattr(run.state, name) for name in SAVED}
+    found = manager.restore(step, args=ocp.args.Composite(records=ocp.args.JsonRestore()))
+    records = dict(found["records"])
+    if records.pop("weights") != weights(run):
+        message = f"{manager.directory} is of another network: other data have other classes"
+        raise typer.BadParameter(message, param_hint="--out")
+    wanted = ocp.args.Composite(state=ocp.args.StandardRestore(tree))
+    return Run(run.state.replace(**manager.restore(step, args=wanted)["state"]), **records)
+
+
+def weights(run: Run) -> int:
+    """How many the network has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
 
 
 def train(
@@ -147,6 +154,8 @@ def main(
         message = f"the training split has {len(splits.train)} images, fewer than one batch"
         raise typer.BadParameter(message, param_hint="--batch-size")
     out = out.resolve()
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     with ocp.CheckpointManager(out / "checkpoints", options=options) as manager:
         run = start(splits, lr, epochs, batch_size, seed)
@@ -156,6 +165,8 @@ def main(
                 raise typer.BadParameter(message, param_hint="--out")
             run = restore(manager, run)
             console.print(f"Resumed after epoch {len(run.epochs)} of {epochs}.")
+        elif resume:
+            console.print(f"There is no checkpoint in {out} yet: a new run.", soft_wrap=True)
         run = train(run, manager, splits, epochs, batch_size, seed)
         restored = restore(manager, start(splits, lr, epochs, batch_size, seed))
     result = evaluate(eval_step(loss_fn), restored.state, batches(splits.test, 256))

@@ -99,9 +99,17 @@ def main(
     if processes is not None and coordinator is None:
         raise typer.Exit(launch(processes))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        coordinator, processes, process_id, heartbeat_timeout_seconds=timeout
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process_id, heartbeat_timeout_seconds=timeout
+        )
+    except (LookupError, TypeError, ValueError, jax.errors.JaxRuntimeError) as error:
+        message = (
+            f"the processes can't be found ({str(error).splitlines()[0]}): start all here with "
+            "--processes N, or each with --processes N --coordinator HOST:PORT --process-id I, or "
+            "all under Slurm with neither"
+        )
+        raise typer.BadParameter(message, param_hint="--coordinator") from error
     try:
         work(out, epochs, batch_size, lr, seed, resume)
     except jax.errors.JaxRuntimeError as error:

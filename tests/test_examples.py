@@ -117,7 +117,10 @@ def test_a_users_own_images_train(tmp_path):
         ({"images": np.ones((30, 8)), "labels": np.ones(30, int)}, r"got images float64\(30, 8\)"),
         ({"images": np.ones((30, 8, 8)), "labels": np.ones(30)}, "and labels float64"),
         ({"images": np.ones((9, 8, 8)), "labels": np.ones(9, int)}, "at least 20 images"),
-        ({"images": np.full((30, 8, 8), np.nan), "labels": np.ones(30, int)}, "finite pixels"),
+        ({"images": np.ones((30, 8, 8)), "labels": np.ones(30, int)}, "two classes at least"),
+        ({"images": np.ones((30, 8, 8)), "labels": 10**9 * np.arange(30)}, "fewer classes than"),
+        ({"images": np.ones((30, 8, 8)), "labels": np.arange(30) - 1}, "labels from 0 up, got -1"),
+        ({"images": np.full((30, 8, 8), np.nan), "labels": np.arange(30) % 2}, "finite pixels"),
         ({"images": np.ones((30, 8, 8)), "labels": np.full(30, None)}, "Cannot read "),
     ],
 )
