@@ -27,8 +27,10 @@ def on_auto_axes(function: Callable[..., Any], args: tuple, x: jax.Array, like: 
     def split(array: jax.Array) -> NamedSharding:
         return NamedSharding(mesh, P(*jax.typeof(array).sharding.spec))
 
-    out = jax.tree.map(split, like)
-    return jax.sharding.auto_axes(on_arrays, out_sharding=out)(*(leaves[i] for i in places))
+    inside = jax.sharding.auto_axes(
+        on_arrays, axes=mesh.explicit_axes, out_sharding=jax.tree.map(split, like)
+    )
+    return inside(*(leaves[i] for i in places))
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -80,6 +81,59 @@ def test_under_jit_the_types_say_enough(context):
         step = jax.jit(differentiated(core(None, virtual_batch_size=3)))
         found = step(*given)
     assert_close(found, step(*data), rtol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("split", [P("data"), P("data", None, "model")], ids=str)
+def test_one_axis_may_be_mapped_and_another_explicit(split, check_vma):
+    def mapped(params, batch_stats, x):
+        return core("data")(params, batch_stats, x, None)
+
+    axes = {"in_specs": (P(), P(), P("data")), "out_specs": (P("data"), P())}
+    step = jax.shard_map(mapped, axis_names={"data"}, check_vma=check_vma, **axes)
+    with jax.set_mesh(MESH):
+        data, given = placed(make(CASE, None), split, "none")
+        y, batch_stats = jax.jit(step)(given.params, given.batch_stats, given.x)
+        assert jax.typeof(y) == jax.typeof(given.x)
+    wanted = expected(data, CASE)
+    assert_close((y, batch_stats), (wanted.y, wanted.batch_stats), rtol=1e-5)
+
+
+class Net(nn.Module):
+    """A virtual batch size that the shards do not follow, and the drop-in."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = bnjax.BatchNorm1d(virtual_batch_size=3)(x)
+        return bnjax.linen.BatchNorm(use_running_average=not train)(nn.relu(x))
+
+
+def test_a_model_is_trained_in_a_loop_recalibrated_and_diagnosed_on_it():
+    model, data = Net(), make(CASE, None)
+
+    def train(variables, x):
+        def step(variables, _):
+            def loss(params):
+                given = {"params": params, "batch_stats": variables["batch_stats"]}
+                y, updates = model.apply(given, x, train=True, mutable=["batch_stats"])
+                return (y**4).mean(), updates
+
+            grads, updates = jax.grad(loss, has_aux=True)(variables["params"])
+            params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)
+            return {"params": params, **updates}, None
+
+        return jax.lax.scan(step, variables, None, length=200)[0]
+
+    variables = model.init(jax.random.key(0), data.x)
+    alone = jax.jit(train)(variables, data.x)
+    with jax.set_mesh(MESH):
+        x = jax.device_put(data.x, NamedSharding(MESH, P("data")))
+        found = jax.jit(train)(variables, x)
+        mended = bnjax.recalibrate(model, found, [x])
+        report = bnjax.diagnose(model, mended, [x])
+    assert_close(found, alone, rtol=1e-4)
+    assert_close(mended, bnjax.recalibrate(model, alone, [data.x]), rtol=1e-4)
+    assert report.layers[0]["mean_distance"] < 1e-4
 
 
 @each_split

@@ -211,7 +211,7 @@ class _Run:
         found = self.passes.step(self.variables, batch)
         outputs, size = found.pop("outputs"), size_of(batch)
         if self.first is None and size > 1:
-            self.first = batch, outputs
+            self.first = batch, jax.device_get(outputs)
         found = jax.device_get(found)
         counts = float(counted(batch))
         self.batches, self.counts = self.batches + 1, self.counts + counts
@@ -295,10 +295,10 @@ class _Run:
 
         def mixed(leaf: Any) -> Any:
             of_examples = jnp.ndim(leaf) and jnp.shape(leaf)[0] == size
-            return jnp.asarray(leaf)[index] if of_examples else leaf
+            return np.asarray(leaf)[index] if of_examples else leaf
 
         among = jax.tree.map(mixed, batch)
-        others = self.passes.step(self.variables, among)["outputs"]
+        others = jax.device_get(self.passes.step(self.variables, among)["outputs"])
 
         def mine(outputs: Any) -> list[Any]:
             leaves = jax.tree.leaves(outputs)
