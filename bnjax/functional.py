@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _checks
+from bnjax import _checks, virtual_batches
 from bnjax._sharding import on_auto_axes, varying_axes
 from bnjax.moments import (
     Axes,
@@ -186,7 +186,7 @@ def _normalized(
     """`batch_norm` of checked arguments: by its own statistics if `by_batch`."""
     group, shape = None, x.shape
     if by_batch and virtual_batch_size is not None:
-        x, mask, group, axes = _split(x, mask, axes, virtual_batch_size)
+        x, mask, group, axes = virtual_batches.split(x, mask, axes, virtual_batch_size)
     wide = x.astype(working_dtype(x.dtype))
     if by_batch:
         moments = measure(x, axes, mask, wide, apart=group is not None)
@@ -206,7 +206,7 @@ def _normalized(
     scale, shift = _scale_and_shift(params, moments, offset, eps, over)
     scale, shift = _as_varying(scale, shift, x)
     y = _affine(x, wide, mask, origin, scale, shift, other_axes(x.ndim, axes), dtype)
-    return (y if group is None else _join(y, group, shape)), batch_stats
+    return (y if group is None else virtual_batches.join(y, group, shape)), batch_stats
 
 
 # What is compiled by itself is traced, differentiated and lowered once for all layers of a shape.
@@ -307,39 +307,6 @@ def move(
             of_old, of_new = shares
         updated[key] = jnp.where(counts, of_old * old + of_new * new.astype(old.dtype), old)
     return {key: updated[key] for key in batch_stats}
-
-
-def _split(
-    x: jax.Array, mask: jax.Array | None, axes: Axes, size: int
-) -> tuple[jax.Array, jax.Array | None, int, Axes]:
-    """The batch axis as (groups, size): x and mask, the axis of the groups, the feature axes.
-
-    The axis of the groups is one more feature axis. A ragged last group is filled up and masked.
-    """
-    batch = other_axes(x.ndim, axes)[0]
-    n = x.shape[batch]
-    if isinstance(n, int):  # not if the shape is symbolic
-        size = min(size, max(n, 1))
-    if mask is not None or n % size:
-        mask = jnp.ones([1] * x.ndim, bool) if mask is None else mask
-        mask = jnp.broadcast_to(mask, (*mask.shape[:batch], n, *mask.shape[batch + 1 :]))
-        if n % size:
-            fill = [(0, -n % size if a == batch else 0) for a in range(x.ndim)]
-            x, mask = jnp.pad(x, fill), jnp.pad(mask, fill)
-
-    def divide(array: jax.Array) -> jax.Array:
-        parts = (array.shape[batch] // size, size)
-        return array.reshape(*array.shape[:batch], *parts, *array.shape[batch + 1 :])
-
-    axes = tuple(sorted([batch, *(a + (a > batch) for a in axes)]))
-    return divide(x), None if mask is None else divide(mask), batch, axes
-
-
-def _join(y: jax.Array, group: int, shape: Axes) -> jax.Array:
-    """The inverse of `_split`, for an array of this shape."""
-    rows = y.shape[group] * y.shape[group + 1]
-    merged = y.reshape(*y.shape[:group], rows, *y.shape[group + 2 :])
-    return merged if rows == shape[group] else lax.slice_in_dim(merged, 0, shape[group], axis=group)
 
 
 def _as_varying(scale: jax.Array, shift: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -117,11 +117,12 @@ def _pool_jvp(steps, groups, primals, tangents):  # pyright: ignore[reportUnused
 
 def _steps(names: tuple[str, ...]) -> Steps:
     """The names to gather over, all at once where JAX can."""
-    try:
-        lax.all_gather(0.0, names)
-        return (names,)
-    except AssertionError:  # there is no rule for several names of nested vmaps: one by one
-        return tuple((name,) for name in reversed(names))
+    if len(names) > 1:
+        try:
+            lax.all_gather(0.0, names)
+        except AssertionError:  # there is no rule for several names of nested vmaps: one by one
+            return tuple((name,) for name in reversed(names))
+    return (names,)
 
 
 def _names(steps: Steps) -> tuple[str, ...]:

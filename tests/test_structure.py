@@ -13,7 +13,7 @@ TOOLS = {"training", "recalibration", "folding", "conversion", "files", "inspect
 FLOORS = (
     {"_checks", "_globs", "_sharding", "_subtypes"},
     {"moments"},
-    {"pooling"},
+    {"pooling", "virtual_batches"},
     {"functional", "batches"},
     {"linen", "nnx"},
     {"overrides", "masks"},

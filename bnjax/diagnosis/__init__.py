@@ -8,8 +8,8 @@ from flax import nnx
 
 from bnjax.batches import LossFn
 from bnjax.diagnosis import findings
-from bnjax.diagnosis.findings import Evidence
-from bnjax.diagnosis.findings import Finding as Finding
+from bnjax.diagnosis.evidence import Evidence
+from bnjax.diagnosis.evidence import Finding as Finding
 from bnjax.diagnosis.measuring import measured
 from bnjax.diagnosis.misfits import misfits
 from bnjax.diagnosis.report import Report as Report

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.diagnosis.findings import (
+from bnjax.diagnosis.evidence import (
     APART,
     FAR,
     INVERTED,
