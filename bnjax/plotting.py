@@ -86,8 +86,8 @@ def plot_layers(
     means, variances = wide.subplots(2, 1, sharex=True)
     _draw_layers(means, rows, "mean")
     _draw_layers(variances, rows, "var")
-    means.set_ylabel("running minus batch mean\n(standard deviations)")
-    variances.set_ylabel("running variance / batch variance")
+    means.set_ylabel("running - batch mean\n(standard deviations)")
+    variances.set_ylabel("running / batch variance")
     _ratio_axis(variances)
     limit = max(0.3, *np.abs(means.get_ylim()))
     means.set_ylim(-limit, 1.3 * limit)  # with room for the legend
