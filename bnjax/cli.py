@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bnjax import files, inspection
+from bnjax._words import number_of
 from bnjax.bridge import restored
 from bnjax.conversion import from_torch, to_torch
 from bnjax.diagnosis import diagnose as diagnosed
@@ -99,8 +100,7 @@ def show(layers: list[inspection.Layer], problems: list[str], title: str) -> Non
             soft_wrap=True,
         )
     verdict = "fine" if not problems else f"{len(problems)} problems found"
-    norms = "1 batch norm" if len(layers) == 1 else f"{len(layers)} batch norms"
-    console.print(f"verdict: {verdict} ({norms})", highlight=False)
+    console.print(f"verdict: {verdict} ({number_of(len(layers), 'batch norm')})", highlight=False)
 
 
 def written(limits: inspection.Range) -> str:

@@ -12,15 +12,13 @@ from bnjax import _checks, virtual_batches
 from bnjax._sharding import on_auto_axes, varying_axes
 from bnjax.moments import (
     Axes,
-    AxisName,
-    Groups,
     Moments,
     deviations,
     measure,
     other_axes,
     working_dtype,
 )
-from bnjax.pooling import pool
+from bnjax.pooling import AxisName, Groups, pool
 
 Params = dict[str, jax.Array]
 BatchStats = dict[str, jax.Array]

@@ -13,7 +13,8 @@ from jax.nn.initializers import ones, zeros
 
 from bnjax import _checks
 from bnjax.functional import batch_norm
-from bnjax.moments import AxisName, Groups, working_dtype
+from bnjax.moments import working_dtype
+from bnjax.pooling import AxisName, Groups
 
 _COLLECTION = "batch_stats"
 # Between the check and the user: the layer's __post_init__, and two __init__ of dataclasses.

@@ -19,8 +19,6 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 Axes = tuple[int, ...]
-AxisName = str | Sequence[str]
-Groups = Sequence[Sequence[int]]
 
 # Squared mean over variance up to which plain sums will do: they lose a factor 1 + _NEAR of the
 # precision.

@@ -16,7 +16,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from bnjax import _checks, _globs
 from bnjax._subtypes import subtype
 from bnjax.functional import batch_norm, init
-from bnjax.moments import AxisName, Groups
+from bnjax.pooling import AxisName, Groups
 
 # Between the check and the user: the layer's __init__, and three of nnx's metaclass.
 _FRAMES = 5

@@ -1,6 +1,7 @@
 """The moments of all devices of a mapped axis, with one all-gather."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ import numpy as np
 from jax import lax
 
 from bnjax._sharding import varying_axes
-from bnjax.moments import AxisName, Groups, Moments, abs2, kept
+from bnjax.moments import Moments, abs2, kept
 
-Steps = tuple[tuple[str, ...], ...]
+AxisName = str | Sequence[str]
+Groups = Sequence[Sequence[int]]
+Steps = tuple[tuple[str, ...], ...]  # the names of each gather
 
 # Squared distance of the mean from the reference over variance up to which the digits that are lost
 # on the way do not matter: eight standard deviations cost half of one's float32 precision.

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from bnjax._words import number_of
 from bnjax.diagnosis.measuring import Layer, Measured
 from bnjax.diagnosis.repairs import Repairs, repairs
 
@@ -91,9 +92,7 @@ class Evidence:
     @property
     def unlike(self) -> list[Layer]:
         """The layers whose statistics scatter more than those of batches drawn alike."""
-        losses = self.measured.losses
-        worse = losses["train"] and losses["train"]["loss"] > WORSE * losses["eval"]["loss"]
-        limit = UNLIKE_AND_WORSE if worse else UNLIKE
+        limit = UNLIKE_AND_WORSE if self._worse("train", "eval") else UNLIKE
         return [
             x
             for x in self.measured.layers
@@ -109,10 +108,13 @@ class Evidence:
         """Whether running and batch statistics are apart by more than chance."""
         momentum = layer.kind.momentum or 0.0
         chance = math.sqrt(1 / max(self.measured.batches, 1) + momentum / (2 - momentum))
-        losses = self.measured.losses
-        worse = losses["eval"] and losses["eval"]["loss"] > WORSE * losses["train"]["loss"]
-        far = FAR / 2 if worse else FAR
+        far = FAR / 2 if self._worse("eval", "train") else FAR
         return layer.distance > max(far, SIGMAS * self.spread(layer) * chance)
+
+    def _worse(self, mode: str, other: str) -> bool:
+        """Whether the loss, if it is known, is higher in a mode by more than chance."""
+        losses = self.measured.losses
+        return bool(losses[mode]) and losses[mode]["loss"] > WORSE * losses[other]["loss"]
 
 
 def part(value: float) -> str:
@@ -127,12 +129,11 @@ def paths_of(layers: Sequence[Layer]) -> tuple[str, ...]:
     return tuple(layer.path for layer in layers)
 
 
+def farthest(layers: Sequence[Layer]) -> Layer:
+    """The layer whose running statistics are farthest from those of the batches."""
+    return max(layers, key=lambda layer: layer.distance)
+
+
 def count_of(layers: Sequence[Any]) -> str:
     """How many layers, in words."""
     return number_of(len(layers), "layer")
-
-
-def number_of(number: int, noun: str) -> str:
-    """So many, in words."""
-    plural = "es" if noun.endswith("ch") else "s"
-    return f"{number} {noun}{'' if number == 1 else plural}"

@@ -17,6 +17,7 @@ from bnjax.diagnosis.evidence import (
     Evidence,
     Finding,
     count_of,
+    farthest,
     part,
     paths_of,
 )
@@ -197,12 +198,13 @@ def batch_too_small(evidence: Evidence) -> Finding | None:
     trained_with = max([measured.examples, *evidence.record.get("examples", ())])
     larger = trained_with / max(measured.examples, 1)
     noise = {x.path: x.spread / math.sqrt(larger) for x in measured.layers}
+    unlike = evidence.unlike
     bad = [
         x
         for x in measured.layers
         if not x.kind.frozen
         and (x.values * larger <= FEW_VALUES or noise[x.path] > NOISY)
-        and x not in evidence.unlike
+        and x not in unlike
     ]
     if not bad:
         return None
@@ -286,7 +288,7 @@ def too_few_data(evidence: Evidence) -> Finding | None:
     bad = [x for x in evidence.layers if x.distance > UNCLEAR]
     if not bad:
         return None
-    worst = max(bad, key=lambda x: x.distance)
+    worst = farthest(bad)
     return Finding(
         "too few data",
         "warning",

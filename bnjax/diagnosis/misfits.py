@@ -20,6 +20,7 @@ from bnjax.diagnosis.evidence import (
     Evidence,
     Finding,
     count_of,
+    farthest,
     part,
     paths_of,
 )
@@ -51,11 +52,11 @@ def misfits(evidence: Evidence) -> list[Finding]:
     """What explains the layers whose running statistics are far from those of the batches."""
     fresh = [x for x in evidence.measured.layers if not x.mean.any() and (x.var == 1).all()]
     others = [x for x in evidence.layers if x not in fresh]
-    # Statistics merged from devices that disagree are an estimate, and fit nobody's data exactly.
+    # Statistics merged from devices that disagree are an estimate, and fit nobody's data exactly;
+    # batches that are not alike change what each layer after the first normalizes.
     apart = max(evidence.measured.unequal.values(), default=0) > APART
-    # Batches that are not alike change what each layer after the first normalizes.
-    apart = apart or bool(evidence.unlike)
-    far = [x for x in others if evidence.is_far(x) and not apart]
+    blurred = apart or bool(evidence.unlike)
+    far = [x for x in others if evidence.is_far(x) and not blurred]
     half = [x for x in others if jnp.finfo(x.dtype).bits < 32]
     stalled = [x for x in half if x in far and _stalls(x)]
     far = [x for x in far if x not in stalled]
@@ -74,7 +75,7 @@ def never_updated(evidence: Evidence, fresh: Sequence[Layer]) -> Finding | None:
     """Statistics that are what initialization made them."""
     if not fresh:
         return None
-    worst = max(fresh, key=lambda x: x.distance)
+    worst = farthest(fresh)
     return Finding(
         "never updated",
         "error",
@@ -94,7 +95,7 @@ def half_precision(
     """Statistics in a dtype that an average with a small momentum does not move in."""
     if not half:
         return None
-    worst = max(stalled or half, key=lambda x: x.distance)
+    worst = farthest(stalled or half)
     unit = float(jnp.finfo(worst.dtype).eps)
     stop = STALLED * unit / (worst.kind.momentum or 1.0)
     return Finding(
@@ -115,7 +116,7 @@ def lagging_behind(evidence: Evidence, lagging: Sequence[Layer]) -> Finding | No
     """Statistics that have not arrived since the training began."""
     if not lagging:
         return None
-    layer = max(lagging, key=lambda x: x.distance)
+    layer = farthest(lagging)
     momentum = layer.kind.momentum
     assert momentum is not None
     if evidence.steps is None:
@@ -171,7 +172,7 @@ def other_weights(
     """Statistics that were gathered with other parameters."""
     if not far:
         return None
-    worst = max(far, key=lambda x: x.distance)
+    worst = farthest(far)
     return Finding(
         "statistics belong to other weights",
         "error",

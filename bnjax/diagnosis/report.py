@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bnjax import _checks
-from bnjax.diagnosis.evidence import Finding, number_of, part
+from bnjax._words import number_of
+from bnjax.diagnosis.evidence import Finding, part
 from bnjax.diagnosis.measuring import Layer, Measured
 from bnjax.plotting import plot_layers
 

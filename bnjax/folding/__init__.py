@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bnjax import _checks, overrides
+from bnjax._words import number_of
 from bnjax.bridge import Bridge, Path, intercepting, path_of
 from bnjax.folding.program import LAYERS, LINEAR, Call, Program, as_context, pair
 
@@ -48,7 +49,7 @@ class Report:
     def __str__(self) -> str:  # noqa: D105 - the class says it
         folded = sum(row.reason is None for row in self.rows)
         table = Table(
-            title="1 layer folded" if folded == 1 else f"{folded} layers folded",
+            title=f"{number_of(folded, 'layer')} folded",
             caption=f"largest output difference {self.max_difference:.2g}, "
             f"of outputs up to {self.scale:.3g}",
         )
