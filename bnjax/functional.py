@@ -19,6 +19,7 @@ from bnjax.moments import (
     working_dtype,
 )
 from bnjax.pooling import AxisName, Groups, pool
+from bnjax.sums import spread
 
 Params = dict[str, jax.Array]
 BatchStats = dict[str, jax.Array]
@@ -349,11 +350,9 @@ def _affine_jvp(reduced, dtype, primals, tangents):  # pyright: ignore[reportUnu
 def _tangent(x, mask, origin, scale, dx, d_origin, d_scale, d_shift, reduced, dtype):
     x, origin = lax.optimization_barrier((x, origin))
     by_x = _guard(x, mask, dx * jnp.expand_dims(scale, reduced))
-    by_scale = _guard(x, mask, deviations(x, origin, reduced)) * jnp.expand_dims(d_scale, reduced)
-    by_shift = jnp.broadcast_to(jnp.expand_dims(d_shift - d_origin * scale, reduced), x.shape)
-    # One barrier more for one of them, or XLA would find the two readings alike.
-    by_shift = lax.optimization_barrier(lax.optimization_barrier(by_shift.astype(dtype)))
-    return by_x.astype(dtype) + (lax.optimization_barrier(by_scale.astype(dtype)) + by_shift)
+    by_scale, by_shift = spread((d_scale, d_shift - d_origin * scale), x.shape, reduced)
+    by_both = _guard(x, mask, deviations(x, origin, reduced)) * by_scale + by_shift
+    return by_x.astype(dtype) + lax.optimization_barrier(by_both.astype(dtype))
 
 
 def _guard(x: jax.Array, mask: jax.Array | None, values: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-Axes = tuple[int, ...]
+from bnjax.sums import Axes, sums
 
 # Squared mean over variance up to which plain sums will do: they lose a factor 1 + _NEAR of the
 # precision.
@@ -218,11 +218,10 @@ def _centred_at_zero_or_mean(
 
     On CPUs, XLA's kernels for plain sums are at least twice as fast as for any other sum.
     """
-    x1, x2 = lax.optimization_barrier((x, x))
-    wide = working_dtype(x.dtype)
-    mean = jnp.sum(_where(mask, x1.astype(wide)), reduced) / n
+    wide = _where(mask, lax.optimization_barrier(x).astype(working_dtype(x.dtype)))
+    mean, square_mean = (total / n for total in sums((wide, abs2(wide)), reduced))
     square = abs2(mean)
-    var = jnp.sum(_where(mask, abs2(x2.astype(wide))), reduced) / n - square
+    var = square_mean - square
     near = ((square < _NEAR * var) | (mean == 0)) & jnp.isfinite(var)
     at_zero = jnp.zeros_like(mean), mean, var
 
@@ -241,13 +240,12 @@ def _centred_at(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same with a given origin, which is within about a standard deviation of the mean."""
     unit = jnp.where(jnp.abs(origin) > _HUGE, 1 / _HUGE, 1)  # rounding errors have squares, too
-    # The barrier gives each sum a reading of x of its own: XLA would write x - origin for both.
-    x1, origin1, x2, origin2, unit = lax.optimization_barrier((x, origin, x, origin, unit))
-    offset = jnp.sum(_where(mask, deviations(x1, origin1, reduced)), reduced) / n
-    scaled = deviations(x2, origin2, reduced) * jnp.expand_dims(unit, reduced)
+    from_origin = _where(mask, deviations(x, origin, reduced))
+    squares = abs2(from_origin * jnp.expand_dims(unit, reduced))
+    offset, square_mean = (total / n for total in sums((from_origin, squares), reduced))
     square = abs2(offset * unit)
     # The offset is at most about one standard deviation, so this difference loses no digits.
-    var = jnp.maximum(jnp.sum(_where(mask, abs2(scaled)), reduced) / n - square, 0)
+    var = jnp.maximum(square_mean - square, 0)
     # Of a constant channel, the offset is the rounding error of the origin, and so are its squares:
     # its value is the origin put right.
     constant = var <= square * 2.0**-18
@@ -283,10 +281,8 @@ def _tangent(x, mask, n, origin, offset, dx, reduced):
     dx = _where(mask, dx)
     from_mean = deviations(x, origin, reduced) - jnp.expand_dims(offset, reduced)
     from_mean = _where(mask, from_mean)
-    return (
-        jnp.sum(dx, reduced) / n,
-        2 * jnp.sum(jnp.real(jnp.conj(from_mean) * dx), reduced) / n,
-    )
+    d_sum, d_squares = sums((dx, jnp.real(jnp.conj(from_mean) * dx)), reduced)
+    return d_sum / n, 2 * d_squares / n
 
 
 def _sample(x: jax.Array, n: jax.Array, reduced: Axes) -> jax.Array:
