@@ -348,11 +348,10 @@ def _affine_jvp(reduced, dtype, primals, tangents):  # pyright: ignore[reportUnu
 # reading of its own: without them XLA writes one shared float32 copy for all.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(8, 9))
 def _tangent(x, mask, origin, scale, dx, d_origin, d_scale, d_shift, reduced, dtype):
-    x, origin = lax.optimization_barrier((x, origin))
     by_x = _guard(x, mask, dx * jnp.expand_dims(scale, reduced))
     by_scale, by_shift = spread((d_scale, d_shift - d_origin * scale), x.shape, reduced)
     by_both = _guard(x, mask, deviations(x, origin, reduced)) * by_scale + by_shift
-    return by_x.astype(dtype) + lax.optimization_barrier(by_both.astype(dtype))
+    return by_x.astype(dtype) + by_both.astype(dtype)
 
 
 def _guard(x: jax.Array, mask: jax.Array | None, values: jax.Array) -> jax.Array:

@@ -218,7 +218,7 @@ def _centred_at_zero_or_mean(
 
     On CPUs, XLA's kernels for plain sums are at least twice as fast as for any other sum.
     """
-    wide = _where(mask, lax.optimization_barrier(x).astype(working_dtype(x.dtype)))
+    wide = _where(mask, x.astype(working_dtype(x.dtype)))
     mean, square_mean = (total / n for total in sums((wide, abs2(wide)), reduced))
     square = abs2(mean)
     var = square_mean - square
@@ -277,7 +277,6 @@ def _centred_jvp(reduced, apart, primals, tangents):  # pyright: ignore[reportUn
 # With checkpoint, a backward pass keeps x itself, not a float32 copy of its deviations.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=6)
 def _tangent(x, mask, n, origin, offset, dx, reduced):
-    x, origin, offset = lax.optimization_barrier((x, origin, offset))
     dx = _where(mask, dx)
     from_mean = deviations(x, origin, reduced) - jnp.expand_dims(offset, reduced)
     from_mean = _where(mask, from_mean)

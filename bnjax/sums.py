@@ -6,6 +6,7 @@ directions, at any order: `sums` and `spread` are linear, and each is the other'
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +38,8 @@ def _each_by_itself(*values: jax.Array, reduced: Axes) -> list[jax.Array]:
     return [jnp.sum(value, reduced) for value in values]
 
 
-def _in_one_reading(*values: jax.Array, reduced: Axes) -> list[jax.Array]:
-    """For CPUs: all first in a short inner loop along one axis, then each what is left of it.
+def _in_one_reading(*values: jax.Array, reduced: Axes) -> Sequence[jax.Array]:
+    """For CPUs: all in a short inner loop along one axis, then what is left of them alike.
 
     For sums over everything at once, XLA's CPU compiler has fast kernels for one array alone; its
     own loop over several is not vectorized, unless the reduced axis is so short that it is
@@ -48,10 +49,10 @@ def _in_one_reading(*values: jax.Array, reduced: Axes) -> list[jax.Array]:
     axis, terms = _division(shape, reduced)
     if terms == 1 or len(values) == 1:
         return _each_by_itself(*values, reduced=reduced)
-    split = (*shape[:axis], terms, shape[axis] // terms, *shape[axis + 1 :])
+    split = (*shape[:axis], shape[axis] // terms, terms, *shape[axis + 1 :])
     zeros = tuple(np.zeros((), value.dtype) for value in values)
-    partial = lax.reduce(tuple(v.reshape(split) for v in values), zeros, _add, (axis,))
-    return _each_by_itself(*partial, reduced=reduced)
+    partial = lax.reduce(tuple(v.reshape(split) for v in values), zeros, _add, (axis + 1,))
+    return _in_one_reading(*partial, reduced=reduced)
 
 
 def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -60,15 +61,19 @@ def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array,
 
 def _division(shape: Axes, reduced: Axes) -> tuple[int, int]:
     """Along which axis, and how many terms are summed first: 1 if it does not pay."""
-    if not all(isinstance(size, int) for size in shape) or np.prod(shape) < _SMALL:
+    if not all(isinstance(size, int) for size in shape) or math.prod(shape) < _SMALL:
         return 0, 1
 
     def terms(axis: int) -> int:
-        return max(k for k in range(1, _TERMS + 1) if shape[axis] % k == 0)
+        # The first one is the batch: where it is split over devices, so are its parts.
+        devices = jax.device_count() if axis == reduced[0] else 1
+        known = (k for k in range(1, _TERMS + 1) if shape[axis] % (k * devices) == 0)
+        return max(known, default=1)
 
-    # The first one is the batch, which may be split over devices.
-    axis = max(reduced[1:], key=terms, default=0)
-    return axis, terms(axis) if reduced[1:] else 1
+    # Channels last, they are what the loop around runs over; else, what is after the batch.
+    order = reduced if len(shape) - 1 in reduced else (*reduced[1:], reduced[0])
+    axis = max(order, key=terms)
+    return axis, terms(axis)
 
 
 def _primitive(name: str) -> Primitive:
