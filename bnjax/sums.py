@@ -70,9 +70,8 @@ def _division(shape: Axes, reduced: Axes) -> tuple[int, int]:
         known = (k for k in range(1, _TERMS + 1) if shape[axis] % (k * devices) == 0)
         return max(known, default=1)
 
-    # Channels last, they are what the loop around runs over; else, what is after the batch.
-    order = reduced if len(shape) - 1 in reduced else (*reduced[1:], reduced[0])
-    axis = max(order, key=terms)
+    order = (*reduced[1:], reduced[0])
+    axis = next((a for a in order if terms(a) > _TERMS // 2), max(order, key=terms))
     return axis, terms(axis)
 
 
