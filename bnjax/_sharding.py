@@ -1,9 +1,10 @@
 """Where an array lies: what its type says of meshes and mapped axes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,3 +37,14 @@ def on_auto_axes(function: Callable[..., Any], args: tuple, x: jax.Array, like: 
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The axes of a `shard_map` with `check_vma=True` along which `x` differs between devices."""
     return jax.typeof(x).mat.varying
+
+
+def varying_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Arrays of which each counts as varying along the axes along which any does."""
+    axes = frozenset[str]().union(*map(varying_axes, arrays))
+
+    def cast(x: jax.Array) -> jax.Array:
+        new = axes - varying_axes(x)
+        return lax.pcast(x, tuple(sorted(new)), to="varying") if new else x
+
+    return list(map(cast, arrays))

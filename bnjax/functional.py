@@ -204,7 +204,7 @@ def _normalized(
     over = None if group is None else axes.index(group)
     scale, shift = _scale_and_shift(params, moments, offset, eps, over)
     scale, shift = _as_varying(scale, shift, x)
-    y = _affine_once(x, wide, mask, origin, scale, shift, other_axes(x.ndim, axes), dtype)
+    y = _affine(x, wide, mask, origin, scale, shift, other_axes(x.ndim, axes), dtype)
     return (y if group is None else virtual_batches.join(y, group, shape)), batch_stats
 
 
@@ -352,10 +352,6 @@ def _tangent(x, mask, origin, scale, dx, d_origin, d_scale, d_shift, reduced, dt
     by_scale, by_shift = spread((d_scale, d_shift - d_origin * scale), x.shape, reduced)
     by_both = _guard(x, mask, deviations(x, origin, reduced)) * by_scale + by_shift
     return by_x.astype(dtype) + by_both.astype(dtype)
-
-
-# Traced, differentiated and lowered once for all layers of a shape.
-_affine_once = jax.jit(_affine, static_argnums=(6, 7))
 
 
 def _guard(x: jax.Array, mask: jax.Array | None, values: jax.Array) -> jax.Array:

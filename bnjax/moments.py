@@ -226,10 +226,7 @@ def _centred_at_zero_or_mean(
     at_zero = jnp.zeros_like(mean), mean, var
 
     def mixed() -> tuple[jax.Array, jax.Array, jax.Array]:
-        # By channel, so that no channel's result depends on the others.
-        finite = jnp.isfinite(mean)
-        careful = lax.cond(jnp.all(finite), lambda: mean, lambda: _mean(x, mask, n, reduced))
-        at_mean = _centred_at(jnp.where(finite, mean, careful), x, mask, n, reduced)
+        at_mean = _centred_at(_mean(x, mask, n, reduced), x, mask, n, reduced)
         return jax.tree.map(lambda zero, other: jnp.where(near, zero, other), at_zero, at_mean)
 
     return lax.cond(jnp.all(near), lambda: at_zero, mixed)

@@ -17,11 +17,13 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from bnjax._sharding import varying_alike
+
 Axes = tuple[int, ...]
 
 # XLA unrolls the inner loop over so many terms, and vectorizes the one around it.
 _TERMS = 16
-_SMALL = 2**15  # values, of which a pass costs less than one kernel more
+_SMALL = 2**12  # values, of which a pass costs less than one kernel more
 
 
 def sums(values: Sequence[jax.Array], reduced: Axes) -> tuple[jax.Array, ...]:
@@ -30,7 +32,12 @@ def sums(values: Sequence[jax.Array], reduced: Axes) -> tuple[jax.Array, ...]:
 
 
 def spread(vectors: Sequence[jax.Array], shape: Axes, reduced: Axes) -> tuple[jax.Array, ...]:
-    """Each of several arrays, repeated along the axes `reduced` of `shape`."""
+    """Each of several arrays, repeated along the axes `reduced` of `shape`.
+
+    Those that are the same on all devices are taken as not, if another one differs: so that devices
+    add up the gradients of a vector, not those of its copies.
+    """
+    vectors = varying_alike(vectors)
     return tuple(_spread.bind(*vectors, shape=tuple(shape), reduced=tuple(reduced)))
 
 
@@ -43,16 +50,22 @@ def _in_one_reading(*values: jax.Array, reduced: Axes) -> Sequence[jax.Array]:
 
     For sums over everything at once, XLA's CPU compiler has fast kernels for one array alone; its
     own loop over several is not vectorized, unless the reduced axis is so short that it is
-    unrolled.
+    unrolled. Sums of sums are more exact, too.
     """
     shape = values[0].shape
-    axis, terms = _division(shape, reduced)
-    if terms == 1 or len(values) == 1:
+    known = all(isinstance(size, int) for size in shape)
+    if len(values) == 1 or not known or math.prod(shape) < _SMALL:
         return _each_by_itself(*values, reduced=reduced)
-    split = (*shape[:axis], shape[axis] // terms, terms, *shape[axis + 1 :])
-    zeros = tuple(np.zeros((), value.dtype) for value in values)
-    partial = lax.reduce(tuple(v.reshape(split) for v in values), zeros, _add, (axis + 1,))
-    return _in_one_reading(*partial, reduced=reduced)
+    while math.prod(shape[axis] for axis in reduced) > _TERMS:
+        axis, terms = _division(shape, reduced)
+        if terms == 1:
+            break
+        split = (*shape[:axis], shape[axis] // terms, terms, *shape[axis + 1 :])
+        zeros = tuple(np.zeros((), value.dtype) for value in values)
+        rows = tuple(value.reshape(split) for value in values)
+        values = lax.reduce(rows, zeros, _add, (axis + 1,))
+        shape = values[0].shape
+    return _each_by_itself(*values, reduced=reduced)
 
 
 def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -60,15 +73,13 @@ def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array,
 
 
 def _division(shape: Axes, reduced: Axes) -> tuple[int, int]:
-    """Along which axis, and how many terms are summed first: 1 if it does not pay."""
-    if not all(isinstance(size, int) for size in shape) or math.prod(shape) < _SMALL:
-        return 0, 1
+    """Along which axis, and how many terms are summed."""
 
     def terms(axis: int) -> int:
         # The first one is the batch: where it is split over devices, so are its parts.
         devices = jax.device_count() if axis == reduced[0] else 1
-        known = (k for k in range(1, _TERMS + 1) if shape[axis] % (k * devices) == 0)
-        return max(known, default=1)
+        parts = (k for k in range(1, _TERMS + 1) if shape[axis] % (k * devices) == 0)
+        return max(parts, default=1)
 
     order = (*reduced[1:], reduced[0])
     axis = next((a for a in order if terms(a) > _TERMS // 2), max(order, key=terms))

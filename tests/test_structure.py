@@ -12,6 +12,7 @@ import bnjax
 TOOLS = {"training", "recalibration", "folding", "conversion", "files", "inspection", "diagnosis"}
 FLOORS = (
     {"_checks", "_globs", "_sharding", "_subtypes", "_words"},
+    {"sums"},
     {"moments"},
     {"pooling", "virtual_batches"},
     {"functional", "batches"},

@@ -20,7 +20,7 @@ POLICIES: dict[str, Callable[[], Any]] = {
     "dots_saveable": lambda: jax.checkpoint_policies.dots_saveable,
 }
 _COLLECTIVES = ("psum", "all_gather", "all_reduce", "reduce_scatter", "pmax")
-_SUMS = ("reduce_sum", "reduce_max", "reduce_min")
+_SUMS = ("sums", "reduce_sum", "reduce_max", "reduce_min")
 _AXIS, _DEVICES = "devices", 8
 
 

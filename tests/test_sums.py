@@ -1,0 +1,147 @@
+"""`sums` and `spread`: right, linear in every transformation, and one reading on a CPU."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export, lax
+from jax.test_util import check_grads
+
+from bnjax.sums import spread, sums
+from tests.hlo import INSTRUCTION
+from tests.oracle import assert_close
+
+CASES = {
+    "images": ((4, 28, 28, 8), (0, 1, 2)),
+    "channels first": ((4, 8, 28, 28), (0, 2, 3)),
+    "few positions": ((64, 7, 7, 16), (0, 1, 2)),
+    "primes": ((7, 23, 29, 3), (0, 1, 2)),
+    "rows": ((4096, 6), (0,)),
+    "rows that no number divides": ((4099, 6), (0,)),
+    "a channel": ((32, 40, 40, 1), (0, 1, 2)),
+    "two feature axes": ((16, 5, 40, 6), (0, 2)),
+    "channels in front": ((6, 50, 50), (1, 2)),
+    "small": ((3, 2, 4), (0, 1)),
+    "a single value": ((1, 1), (0,)),
+    "nothing": ((0, 5, 4), (0, 1)),
+    "no axis": ((5, 4), ()),
+}
+each_case = pytest.mark.parametrize(("shape", "reduced"), CASES.values(), ids=CASES)
+
+
+def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
+    values = rng.standard_normal(shape)
+    return jnp.asarray(values + 1j * rng.standard_normal(shape) if "c" in dtype else values, dtype)
+
+
+@each_case
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("wrap", [jax.jit, lambda function: function], ids=["jit", "eager"])
+def test_each_sum_is_that_of_float64(rng, shape, reduced, number, dtype, wrap):
+    values = [draw(rng, shape, dtype) for _ in range(number)]
+    found = wrap(lambda *values: sums(values, reduced))(*values)
+    exact = tuple(np.asarray(value, "complex128").sum(reduced) for value in values)
+    tolerance = (5e-6 if dtype == "complex64" else 1e-6) * np.prod(
+        [shape[a] for a in reduced]
+    ) ** 0.5
+    assert [value.dtype for value in found] == [dtype] * number
+    assert_close(tuple(np.asarray(f, "complex128") for f in found), exact, atol=tolerance)
+
+
+@each_case
+def test_a_spread_repeats_each_vector(rng, shape, reduced):
+    features = tuple(size for axis, size in enumerate(shape) if axis not in reduced)
+    vectors = [draw(rng, features) for _ in range(2)]
+    found = spread(vectors, shape, reduced)
+    for one, vector in zip(found, vectors, strict=True):
+        np.testing.assert_array_equal(one, np.broadcast_to(np.expand_dims(vector, reduced), shape))
+
+
+@each_case
+def test_they_are_each_others_transposes(rng, shape, reduced):
+    values = tuple(draw(rng, shape) for _ in range(2))
+    vectors = tuple(draw(rng, np.sum(values[0], reduced).shape) for _ in range(2))
+    forth = jax.linear_transpose(lambda *v: sums(v, reduced), *values)(vectors)
+    np.testing.assert_array_equal(forth, spread(vectors, shape, reduced))
+    back = jax.linear_transpose(lambda *v: spread(v, shape, reduced), *vectors)(values)
+    assert_close(back, sums(values, reduced), rtol=1e-6)
+
+
+@pytest.mark.parametrize("modes", [("fwd",), ("rev",)], ids=str)
+def test_derivatives_of_any_order_and_mode(rng, modes):
+    shape, reduced = (6, 3, 2), (0, 1)
+
+    def function(x, y):
+        first, second = sums((jnp.sin(x), x * x * y), reduced)
+        a, b = spread((first * second, second), shape, reduced)
+        return jnp.tanh(a * 1e-2) * x + b * y
+
+    check_grads(function, (draw(rng, shape), draw(rng, shape)), 3, modes, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0), (2, None), (None, 1), (-1, -1)], ids=str)
+def test_vmap_is_a_loop(rng, in_axes):
+    shape, times = (40, 30, 6), 4
+
+    def function(x, y):
+        totals = sums((x, y), (0, 1))
+        return totals, spread((totals[0], y[0, 0]), shape, (0, 1)), spread([y[0, 0]], (2, 6), (0,))
+
+    def argument(axis):
+        """Rows to loop over, and the array that has them along the axis."""
+        rows = draw(rng, (times, *shape))
+        return ([rows[0]] * times, rows[0]) if axis is None else (rows, jnp.moveaxis(rows, 0, axis))
+
+    (xs, x), (ys, y) = map(argument, in_axes)
+    expected = [function(xs[i], ys[i]) for i in range(times)]
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *expected)
+    assert_close(jax.vmap(function, in_axes)(x, y), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(32, 28, 28, 64), (32, 64, 28, 28), (32, 7, 7, 256), (4096, 64)])
+def test_a_cpu_reads_what_is_summed_once(shape, dtype):
+    reduced = tuple(axis for axis in range(len(shape)) if shape[axis] not in (64, 256))
+
+    def pair(x, dy):
+        x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+        return sums((dy, x * dy), reduced)
+
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    text = str(jax.jit(pair).lower(x, x).compile().as_text())
+    steps = INSTRUCTION.findall(text[text.index("\nENTRY") :])
+    inputs = {name for name, _, operation, _ in steps if operation == "parameter"}
+    readers = [step for step in steps if inputs & set(re.findall(r"%[\w.-]+", step[3]))]
+    assert len(readers) == 1
+    # Nor is anything of their size written.
+    size = ",".join(map(str, shape))
+    assert {name for name, kind, _, _ in steps if f"[{size}]" in kind} == inputs
+
+
+def test_an_accelerator_is_given_plain_sums():
+    def pair(x):
+        return sums((x, x * x), (0, 1, 2))
+
+    x = jax.ShapeDtypeStruct((32, 28, 28, 64), "float32")
+    text = jax.jit(pair).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.reduce(") == 2
+    assert "28x14x" not in text
+
+
+def test_a_size_that_is_not_known_yet(rng):
+    def pair(x):
+        return sums((x, x * x), (0, 1))
+
+    (rows,) = export.symbolic_shape("b")
+    exported = export.export(jax.jit(pair))(jax.ShapeDtypeStruct((rows, 50, 30), "float32"))
+    x = draw(rng, (20, 50, 30))
+    assert_close(exported.call(x), pair(x), rtol=1e-5, atol=1e-3)
+
+
+def test_a_part_that_has_no_derivative(rng):
+    x, y = draw(rng, (64, 8, 4)), draw(rng, (64, 8, 4))
+    gradient = jax.grad(lambda x: lax.dot(*sums((x * x, y), (0, 1))))(x)
+    assert_close(gradient, 2 * x * jnp.sum(y, (0, 1)), rtol=1e-5)
