@@ -343,15 +343,14 @@ def _affine_jvp(reduced, dtype, primals, tangents):  # pyright: ignore[reportUnu
     return y, _tangent(x, mask, origin, scale, dx, d_origin, d_scale, d_shift, reduced, dtype)
 
 
-# The plain product rule, arranged for its transpose. With checkpoint, a backward pass keeps x
-# itself and recomputes the deviations. The barriers give each pass over x and over the cotangent a
-# reading of its own: without them XLA writes one shared float32 copy for all.
+# The plain product rule, arranged for its transpose, where `spread` becomes one reading for both
+# sums. With checkpoint, a backward pass keeps x itself and recomputes the deviations.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(8, 9))
 def _tangent(x, mask, origin, scale, dx, d_origin, d_scale, d_shift, reduced, dtype):
     by_x = _guard(x, mask, dx * jnp.expand_dims(scale, reduced))
     by_scale, by_shift = spread((d_scale, d_shift - d_origin * scale), x.shape, reduced)
-    by_both = _guard(x, mask, deviations(x, origin, reduced)) * by_scale + by_shift
-    return by_x.astype(dtype) + by_both.astype(dtype)
+    by_scale = _guard(x, mask, deviations(x, origin, reduced)) * by_scale
+    return (by_x + by_scale + by_shift).astype(dtype)
 
 
 def _guard(x: jax.Array, mask: jax.Array | None, values: jax.Array) -> jax.Array:

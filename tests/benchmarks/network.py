@@ -11,14 +11,13 @@ from rich.table import Table
 
 import bnjax
 from tests.benchmarks import blocks
-from tests.benchmarks.cases import BACKWARD, DTYPES, Case, floor, inputs, step
+from tests.benchmarks.cases import BACKWARD, DTYPES, Case, floors, inputs, lowest, step
 from tests.benchmarks.contenders import OURS, REFERENCE, affine, available
 from tests.benchmarks.environment import Options
 from tests.benchmarks.timing import compiled, medians, turns
 from tests.benchmarks.timing import measure as timed
 from tests.models import ResNet
 
-FLOOR = "floor"
 GROWTH = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -98,8 +97,8 @@ def _growth(options: Options) -> dict[str, Any]:
             functions = {
                 name: step(available()[name], case, BACKWARD) for name in (OURS, REFERENCE)
             }
-            functions[FLOOR] = floor(case, BACKWARD)
-            found = timed(functions, inputs(case), options.rounds)
+            functions |= floors(case, BACKWARD)
+            found = lowest(timed(functions, inputs(case), options.rounds))
             values = times * shape[0] * shape[1] * shape[2]
             per_value = {name: ms * 1e6 / values for name, ms in found.items()}
             rows.append({"dtype": dtype, "batch": times, "nanoseconds": per_value})
