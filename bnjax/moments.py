@@ -67,8 +67,8 @@ def measure(
 ) -> Moments:
     """Moments of `x` over all axes but the feature axes.
 
-    It reads x once; on CPUs twice more where a mean is far from zero, on accelerators once more
-    under a mask or where an example has fewer than nine positions.
+    It reads x once, and once more where a mean is far from zero; on accelerators, instead, under a
+    mask or where an example has fewer than nine positions.
 
     Args:
         x: values of any shape and dtype; integers and half precision are taken as float32.
@@ -219,15 +219,23 @@ def _centred_at_zero_or_mean(
     That is nearly always so, and 0 costs nothing: no reading, and under plain jit no message.
     """
     wide = _where(mask, x.astype(working_dtype(x.dtype)))
-    mean, square_mean = (total / n for total in sums((wide, abs2(wide)), reduced))
+    # A power of two, with which no sum overflows and no digit is lost.
+    rows = math.prod(x.shape[axis] for axis in reduced)
+    unit = (
+        0.5 ** math.ceil(math.log2(rows))
+        if isinstance(rows, int)
+        else 1 / jnp.asarray(rows, n.dtype)
+    )
+    total, squares = sums((wide * unit, abs2(wide)), reduced)
+    mean = total / (n * unit)
     square = abs2(mean)
-    var = square_mean - square
+    var = squares / n - square
     near = ((square < _NEAR * var) | (mean == 0)) & jnp.isfinite(var)
     at_zero = jnp.zeros_like(mean), mean, var
 
     def mixed() -> tuple[jax.Array, jax.Array, jax.Array]:
         # By channel, so that no channel's result depends on the others.
-        at_mean = _centred_at(_mean(x, mask, n, reduced), x, mask, n, reduced)
+        at_mean = _centred_at(mean, x, mask, n, reduced)
         return jax.tree.map(lambda zero, other: jnp.where(near, zero, other), at_zero, at_mean)
 
     return lax.cond(jnp.all(near), lambda: at_zero, mixed)
