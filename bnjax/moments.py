@@ -218,24 +218,28 @@ def _centred_at_zero_or_mean(
 
     That is nearly always so, and 0 costs nothing: no reading, and under plain jit no message.
     """
-    wide = _where(mask, x.astype(working_dtype(x.dtype)))
-    # A power of two, with which no sum overflows and no digit is lost.
-    rows = math.prod(x.shape[axis] for axis in reduced)
-    unit = (
-        0.5 ** math.ceil(math.log2(rows))
-        if isinstance(rows, int)
-        else 1 / jnp.asarray(rows, n.dtype)
-    )
-    total, squares = sums((wide * unit, abs2(wide)), reduced)
-    mean = total / (n * unit)
+    wide = working_dtype(x.dtype)
+    # For half precision or channels first, XLA has kernels for one plain sum of which two take no
+    # longer than one loop for both sums.
+    alone = mask is None and (x.dtype != wide or x.ndim - 1 in reduced)
+    if alone:
+        # The barrier lets each of them read x itself, not one float32 copy.
+        one, other = (each.astype(wide) for each in lax.optimization_barrier((x, x)))
+        mean, square_mean = jnp.sum(one, reduced) / n, jnp.sum(abs2(other), reduced) / n
+    else:
+        values = _where(mask, x.astype(wide))
+        unit = _unit(x.shape, reduced, n.dtype)
+        total, squares = sums((values * unit, abs2(values)), reduced)
+        mean, square_mean = total / (n * unit), squares / n
     square = abs2(mean)
-    var = squares / n - square
+    var = square_mean - square
     near = ((square < _NEAR * var) | (mean == 0)) & jnp.isfinite(var)
     at_zero = jnp.zeros_like(mean), mean, var
 
     def mixed() -> tuple[jax.Array, jax.Array, jax.Array]:
         # By channel, so that no channel's result depends on the others.
-        at_mean = _centred_at(mean, x, mask, n, reduced)
+        origin = _mean(x, mask, n, reduced) if alone else mean
+        at_mean = _centred_at(origin, x, mask, n, reduced)
         return jax.tree.map(lambda zero, other: jnp.where(near, zero, other), at_zero, at_mean)
 
     return lax.cond(jnp.all(near), lambda: at_zero, mixed)
@@ -261,13 +265,21 @@ def _centred_at(
 
 def _mean(x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes) -> jax.Array:
     """The mean, as a sum that does not overflow."""
-    positions = _count(x.shape, reduced, (), None, n.dtype)
-    scaled = x.astype(working_dtype(x.dtype)) * (1 / positions)
-    mean = jnp.sum(_where(mask, scaled), reduced) * (positions / n)
+    unit = _unit(x.shape, reduced, n.dtype)
+    scaled = x.astype(working_dtype(x.dtype)) * unit
+    mean = jnp.sum(_where(mask, scaled), reduced) / (n * unit)
     # What is taken from x must be the same everywhere, but XLA computes a product anew for each
     # use, here rounded, there (in a fused multiply-add) not: a bound prevents that.
     bound = jnp.finfo(mean.dtype).max
     return mean if jnp.iscomplexobj(mean) else jnp.clip(mean, -bound, bound)
+
+
+def _unit(shape: Axes, reduced: Axes, dtype: jnp.dtype) -> float | jax.Array:
+    """What values are multiplied by so that no sum overflows: a power of two, no digit is lost."""
+    rows = math.prod(shape[axis] for axis in reduced)
+    if isinstance(rows, int):
+        return 0.5 ** math.ceil(math.log2(rows))
+    return 1 / jnp.asarray(rows, dtype)
 
 
 @_centred.defjvp
