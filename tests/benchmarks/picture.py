@@ -128,7 +128,8 @@ def _bars(axes: Axes, values: dict[tuple[str, str], float], form: str) -> None:
             alpha=alpha,
             label=dtype,
         )
-        axes.bar_label(bars, [form.format(height) for height in heights], padding=2, fontsize=7)
+        labels = [form.format(height).replace("-0", "0") for height in heights]
+        axes.bar_label(bars, labels, padding=2, fontsize=7)
     axes.set_yticks([i + 0.19 for i in range(len(names))], names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
