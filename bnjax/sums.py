@@ -77,7 +77,7 @@ def _division(shape: Axes, reduced: Axes) -> tuple[int, int]:
 
     def terms(axis: int) -> int:
         # The first one is the batch: where it is split over devices, so are its parts.
-        devices = jax.device_count("cpu") if axis == reduced[0] else 1
+        devices = jax.device_count() if axis == reduced[0] else 1
         parts = (k for k in range(1, _TERMS + 1) if shape[axis] % (k * devices) == 0)
         return max(parts, default=1)
 
