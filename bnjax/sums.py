@@ -72,16 +72,19 @@ def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array,
     return tuple(map(lax.add, a, b))
 
 
+def _devices() -> int:
+    return jax.device_count()
+
+
 def _division(shape: Axes, reduced: Axes) -> tuple[int, int]:
     """Along which axis, and how many terms are summed."""
 
     def terms(axis: int) -> int:
-        # The first one is the batch: where it is split over devices, so are its parts.
-        devices = jax.device_count() if axis == reduced[0] else 1
-        parts = (k for k in range(1, _TERMS + 1) if shape[axis] % (k * devices) == 0)
+        # An axis may be split over the devices: then its parts can be, too.
+        parts = (k for k in range(1, _TERMS + 1) if shape[axis] % (k * _devices()) == 0)
         return max(parts, default=1)
 
-    order = (*reduced[1:], reduced[0])
+    order = (*reduced[1:], reduced[0])  # the batch last
     axis = next((a for a in order if terms(a) > _TERMS // 2), max(order, key=terms))
     return axis, terms(axis)
 
