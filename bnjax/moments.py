@@ -67,8 +67,8 @@ def measure(
 ) -> Moments:
     """Moments of `x` over all axes but the feature axes.
 
-    It reads x once, and once more where a mean is far from zero; on accelerators, instead, under a
-    mask or where an example has fewer than nine positions.
+    It reads x once, and once or twice more where a mean is far from zero; on accelerators, instead,
+    once more under a mask or where an example has fewer than nine positions.
 
     Args:
         x: values of any shape and dtype; integers and half precision are taken as float32.

@@ -96,7 +96,7 @@ def _growth(axes: Axes, data: dict[str, Any]) -> None:
 def _steps(axes: Axes, data: dict[str, Any]) -> None:
     rows = [row for row in data["rows"] if row["norms"]]
     values = {(row["contender"], row["dtype"]): row["norms"] for row in rows}
-    _bars(axes, values, "{:.0f}")
+    _bars(axes, values, "{:z.0f}")
     title = f"{data['depth']} conv+BN+relu: a training step less one without BN, ms"
     axes.set_title(title, fontsize=10)
 
@@ -110,7 +110,7 @@ def _kept(axes: Axes, data: dict[str, Any]) -> None:
 def _temp(axes: Axes, data: dict[str, Any]) -> None:
     memory = data["memory"]
     values = {(row["contender"], row["dtype"]): row["bytes"] / 1e6 for row in memory["gradient"]}
-    _bars(axes, values, "{:.0f}")
+    _bars(axes, values, "{:z.0f}")
     title = f"temporary MB of the gradient of {memory['depth']} conv+BN+relu"
     axes.set_title(title, fontsize=10)
 
@@ -128,8 +128,7 @@ def _bars(axes: Axes, values: dict[tuple[str, str], float], form: str) -> None:
             alpha=alpha,
             label=dtype,
         )
-        labels = [form.format(height).replace("-0", "0") for height in heights]
-        axes.bar_label(bars, labels, padding=2, fontsize=7)
+        axes.bar_label(bars, [form.format(height) for height in heights], padding=2, fontsize=7)
     axes.set_yticks([i + 0.19 for i in range(len(names))], names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
