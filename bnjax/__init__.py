@@ -1,24 +1,46 @@
 """Batch normalization for JAX and Flax, done completely."""
 
-from bnjax import linen as linen
-from bnjax import masks as masks
-from bnjax import nnx as nnx
-from bnjax import training as training
-from bnjax.accumulation import merge_batch_stats as merge_batch_stats
-from bnjax.conversion import from_torch as from_torch
-from bnjax.conversion import to_torch as to_torch
-from bnjax.diagnosis import diagnose as diagnose
-from bnjax.files import load as load
-from bnjax.files import save as save
-from bnjax.folding import fold as fold
-from bnjax.functional import batch_norm as batch_norm
-from bnjax.functional import init as init
-from bnjax.linen import BatchNorm1d as BatchNorm1d
-from bnjax.linen import BatchNorm2d as BatchNorm2d
-from bnjax.linen import BatchNorm3d as BatchNorm3d
-from bnjax.masks import decay_mask as decay_mask
-from bnjax.masks import trainable_labels as trainable_labels
-from bnjax.moments import remat_policy as remat_policy
-from bnjax.overrides import freeze as freeze
-from bnjax.overrides import override as override
-from bnjax.recalibration import recalibrate as recalibrate
+from bnjax import diagnosis, linen, masks, nnx, training
+from bnjax.checkpoints.conversion import from_torch, to_torch
+from bnjax.checkpoints.files import load, save
+from bnjax.core.batch_norm import batch_norm, init
+from bnjax.core.moments import remat_policy
+from bnjax.linen import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnjax.masks import decay_mask, trainable_labels
+from bnjax.models.accumulation import merge_batch_stats
+from bnjax.models.diagnosis import diagnose
+from bnjax.models.folding import fold
+from bnjax.models.overrides import freeze, override
+from bnjax.models.recalibration import recalibrate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "batch_norm",
+    "decay_mask",
+    "diagnose",
+    "diagnosis",
+    "fold",
+    "freeze",
+    "from_torch",
+    "init",
+    "linen",
+    "load",
+    "masks",
+    "merge_batch_stats",
+    "nnx",
+    "override",
+    "recalibrate",
+    "remat_policy",
+    "save",
+    "to_torch",
+    "trainable_labels",
+    "training",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bnjax import files, inspection
 from bnjax._words import number_of
-from bnjax.bridge import restored
-from bnjax.conversion import from_torch, to_torch
-from bnjax.diagnosis import diagnose as diagnosed
+from bnjax.checkpoints import files, inspection
+from bnjax.checkpoints.conversion import from_torch, to_torch
+from bnjax.models.diagnosis import diagnose as diagnosed
+from bnjax.models.nnx_copies import restored
 
 PROBLEMS, UNREADABLE = 1, 2
 

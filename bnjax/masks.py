@@ -4,7 +4,9 @@ from typing import Any
 
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
-from bnjax import _checks, _globs
+from bnjax import globs
+
+__all__ = ["decay_mask", "trainable_labels"]
 
 _WITHOUT_DECAY = (("scale",), ("bias",))
 
@@ -31,7 +33,7 @@ def decay_mask(params: Any) -> Any:
     return tree_map_with_path(lambda path, _: _names(path)[-1:] not in _WITHOUT_DECAY, params)
 
 
-def trainable_labels(params: Any, frozen: _globs.Paths) -> Any:
+def trainable_labels(params: Any, frozen: globs.Paths) -> Any:
     """Labels "frozen" and "trainable", by the same patterns that `bnjax.freeze` takes.
 
     With both, one list of patterns freezes statistics, mode and parameters:
@@ -55,9 +57,9 @@ def trainable_labels(params: Any, frozen: _globs.Paths) -> Any:
         return "/".join(_names(path)[:-1])
 
     modules = {module(path) for path, _ in tree_flatten_with_path(params)[0]}
-    matchers = [_globs.matcher(pattern) for pattern in _globs.as_tuple(frozen)]
-    for pattern, fits in zip(_globs.as_tuple(frozen), matchers, strict=True):
-        _checks.pattern_fits(pattern, any(map(fits, modules)), modules, "module with parameters")
+    matchers = [globs.matcher(pattern) for pattern in globs.as_tuple(frozen)]
+    for pattern, fits in zip(globs.as_tuple(frozen), matchers, strict=True):
+        globs.check_fits(pattern, any(map(fits, modules)), modules, "module with parameters")
     return tree_map_with_path(
         lambda path, _: "frozen" if any(f(module(path)) for f in matchers) else "trainable", params
     )

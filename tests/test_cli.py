@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from bnjax import files, inspection
+from bnjax.checkpoints import files, inspection
 
 pytest.importorskip("typer", reason="the command line is in the extra `tools`")
 

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-from bnjax.pooling import AxisName
+from bnjax.core.devices import AxisName
 from tests import oracle
 from tests.cases import Case, Outcome, outcome
 from tests.oracle import assert_close

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-from bnjax.sums import sums
+from bnjax.core.sums import sums
 from tests.cases import Case, as_on_accelerators
 from tests.hlo import Sent, collectives
 from tests.oracle import assert_close

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-from bnjax.accumulation import accumulating, begin, finish
+from bnjax.models.accumulation import accumulating, begin, finish
 from tests.oracle import assert_close
 from tests.test_devices import Case, Data, core, differentiated, expected, make
 

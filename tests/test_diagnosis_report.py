@@ -13,7 +13,7 @@ from flax import nnx
 
 import bnjax
 from bnjax.diagnosis import Report
-from bnjax.diagnosis.measuring import measured
+from bnjax.models.diagnosis.measuring import measured
 from bnjax.training import history
 from tests.diagnosed import STEPS, Net, batches, compiled, loss_fn, train
 from tests.models import Siamese

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from bnjax import files
+from bnjax.checkpoints import files
 
 NEEDS = {".safetensors": "safetensors", ".pth": "torch", ".msgpack": "msgpack", "": "orbax"}
 STATE_DICT = {

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnjax.moments import Moments, measure, merge
+from bnjax.core.moments import Moments, measure, merge
 from tests import oracle
 from tests.cases import each_case
 from tests.oracle import assert_close

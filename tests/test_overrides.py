@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from bnjax._globs import matcher
+from bnjax.globs import matcher
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Imports go downward, and `import bnjax` is light."""
+"""Imports go downward, the core knows arrays alone, and `import bnjax` is light."""
 
 import ast
 import subprocess
@@ -9,33 +9,46 @@ import pytest
 
 import bnjax
 
-TOOLS = {"training", "recalibration", "folding", "conversion", "files", "inspection", "diagnosis"}
-FLOORS = (
-    {"_checks", "_globs", "_sharding", "_subtypes", "_words"},
-    {"sums"},
-    {"moments"},
-    {"pooling", "virtual_batches"},
-    {"functional", "batches"},
-    {"linen", "nnx"},
-    {"overrides", "masks"},
-    {"accumulation", "bridge", "plotting", "tensors"},
-    TOOLS,
-    {"cli"},
-    {"__main__"},
-)
-RANK = {room: rank for rank, rooms in enumerate(FLOORS) for room in rooms}
+# A room imports from the floors above it in these lists, which are those below it in the house.
+FLOORS = {
+    "bnjax": (
+        {"core", "globs", "plotting", "_files", "_words"},
+        {"layers"},
+        {"models"},
+        {"training", "checkpoints", "masks"},
+        {"linen", "nnx", "diagnosis"},
+        {"cli"},
+        {"__main__"},
+    ),
+    "bnjax.core": (
+        {"checks", "sharding"},
+        {"sums"},
+        {"moments"},
+        {"devices", "partition"},
+        {"batch_norm"},
+    ),
+    "bnjax.layers": ({"linen", "nnx"},),
+    "bnjax.models": (
+        {"checks", "conventions", "subtypes"},
+        {"batches", "freezing", "overrides"},
+        {"accumulation", "nnx_copies"},
+        {"recalibration", "folding", "diagnosis"},
+    ),
+    "bnjax.training": ({"state"}, {"steps"}, {"history"}),
+    "bnjax.checkpoints": ({"tensors"}, {"files", "inspection", "conversion"}),
+}
+CORE = {"jax", "chex", "numpy"}
 PACKAGE = Path(bnjax.__file__).parent
-FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
+FILES = {
+    ".".join(("bnjax", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
 HEAVY = ("torch", "matplotlib", "safetensors", "sklearn", "typer", "orbax")
 
 
-def room(path: str) -> str:
-    """The room of a file, also where it has become a package."""
-    return Path(path).parts[0].removesuffix(".py")
-
-
 def imported(source: str) -> set[str]:
-    """The rooms of bnjax that a file imports, at its top or inside a function."""
+    """The modules and names that a file imports, at its top or inside a function."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -43,34 +56,64 @@ def imported(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"line {node.lineno}: write imports from bnjax in full"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("bnjax.")}
+    return names
 
 
-def upward(path: str, source: str) -> set[str]:
-    """The imports of a file that do not go down."""
-    below = {other for other in RANK if RANK[other] < RANK[room(path)]}
-    return imported(source) - below - {room(path)}
+def upward(module: str, source: str) -> set[str]:
+    """The imports of a module that do not go down, in any of the rooms around it."""
+    found = set()
+    for room, floors in FLOORS.items():
+        if not module.startswith(f"{room}."):
+            continue
+        rank = {name: number for number, names in enumerate(floors) for name in names}
+        here = module.removeprefix(f"{room}.").split(".")[0]
+        if here == "__init__":  # of a package: it shows what is inside
+            continue
+        assert here in rank, f"give {here} its place in {room}"
+        for name in imported(source):
+            if name.startswith(f"{room}."):
+                there = name.removeprefix(f"{room}.").split(".")[0]
+                if there != here and not rank.get(there, len(floors)) < rank[here]:
+                    found.add(name)
+    return found
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path != "__init__.py"])
-def test_imports_go_downward_and_nothing_goes_sideways(path):
-    assert room(path) in RANK, f"give {room(path)} its place in FLOORS"
-    assert upward(path, FILES[path].read_text()) == set()
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_downward_and_nothing_goes_sideways(module):
+    assert upward(module, FILES[module].read_text()) == set()
 
 
 @pytest.mark.parametrize(
-    ("path", "source", "expected"),
+    ("module", "source", "expected"),
     [
-        ("moments.py", "from bnjax import _checks", set()),
-        ("moments.py", "from bnjax.functional import init", {"functional"}),
-        ("folding.py", "def f():\n    import bnjax.files", {"files"}),
-        ("linen.py", "from bnjax import nnx, moments", {"nnx"}),
-        ("diagnosis/report.py", "from bnjax.diagnosis import checks", set()),
-        ("files.py", "import jax.numpy as jnp\nfrom bnjax.linen import BatchNorm", set()),
+        ("bnjax.core.moments", "from bnjax.core import checks", set()),
+        ("bnjax.core.moments", "from bnjax.layers.linen import x", {"bnjax.layers.linen.x"}),
+        ("bnjax.core.sums", "from bnjax.core.moments import merge", {"bnjax.core.moments.merge"}),
+        (
+            "bnjax.models.folding",
+            "def f():\n    import bnjax.training.steps",
+            {"bnjax.training.steps"},
+        ),
+        ("bnjax.layers.linen", "from bnjax.layers import nnx", {"bnjax.layers.nnx"}),
+        ("bnjax.models.diagnosis.report", "from bnjax.models.diagnosis import checks", set()),
+        (
+            "bnjax.models.folding.program",
+            "from bnjax.models.diagnosis import diagnose",
+            {"bnjax.models.diagnosis.diagnose"},
+        ),
+        ("bnjax.checkpoints.files", "import jax\nfrom bnjax.core.moments import merge", set()),
     ],
 )
-def test_an_import_upward_or_sideways_is_seen(path, source, expected):
-    assert upward(path, source) == expected
+def test_an_import_upward_or_sideways_is_seen(module, source, expected):
+    assert upward(module, source) == expected
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("bnjax.core.")])
+def test_the_core_imports_jax_and_chex_alone(module):
+    roots = {name.split(".")[0] for name in imported(FILES[module].read_text())}
+    assert roots - set(sys.stdlib_module_names) - {"bnjax"} <= CORE
+    inner = {name for name in imported(FILES[module].read_text()) if name.startswith("bnjax")}
+    assert {".".join(name.split(".")[:2]) for name in inner} <= {"bnjax.core"}
 
 
 def test_importing_bnjax_imports_nothing_heavy():
@@ -79,3 +122,13 @@ def test_importing_bnjax_imports_nothing_heavy():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
     )
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["", "linen", "nnx", "training", "masks", "diagnosis"])
+def test_a_public_module_shows_what_it_is_for_and_nothing_else(name):
+    module = getattr(bnjax, name) if name else bnjax
+    for public in module.__all__:
+        assert public == "Step" or getattr(module, public).__doc__, f"{public} has no docstring"
+    shown = {each for each in dir(module) if not each.startswith("_")}
+    assert not name or shown >= set(module.__all__)
+    assert name or dir(bnjax) == bnjax.__all__

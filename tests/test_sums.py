@@ -9,7 +9,7 @@ import pytest
 from jax import export, lax
 from jax.test_util import check_grads
 
-from bnjax.sums import spread, sums
+from bnjax.core.sums import spread, sums
 from tests.hlo import INSTRUCTION
 from tests.oracle import assert_close
 
@@ -33,7 +33,7 @@ CASES = {
 @pytest.fixture(autouse=True, params=[1, 8], ids="{} devices".format)
 def devices(request, monkeypatch):
     """That a user has: of those that are here, 8, depends how sums are divided."""
-    monkeypatch.setattr("bnjax.sums._devices", lambda: request.param)
+    monkeypatch.setattr("bnjax.core.sums._devices", lambda: request.param)
     jax.clear_caches()
     yield request.param
     jax.clear_caches()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.sums import sums as pair
+from bnjax.core.sums import sums as pair
 from tests.benchmarks.contenders import Apply, Values
 
 EVAL, FORWARD, BACKWARD = PASSES = "eval", "forward", "forward+backward"

@@ -1,0 +1,1 @@
+"""Checkpoint files: read, written, inspected, and converted from and to PyTorch."""

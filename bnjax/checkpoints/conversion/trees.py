@@ -1,0 +1,194 @@
+"""The arrays of linen variables or an nnx state by name, and the tree with new ones."""
+
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx, traverse_util
+from flax.core import meta, unfreeze
+
+from bnjax.checkpoints.conversion.names import Name
+
+_STATISTICS = "batch_stats"
+_NOT_CONVERTED = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
+
+
+class Leaf(NamedTuple):
+    """An array of the model, or its shape and dtype, with its full path for messages."""
+
+    path: str
+    value: Any
+
+
+class Tree(NamedTuple):
+    """The arrays that have counterparts in PyTorch, and what makes the tree with other arrays."""
+
+    leaves: dict[Name, Leaf]
+    replaced: Callable[[Mapping[Name, Any]], Any]
+
+
+def tree(model: Any, variables: Any) -> Tree:
+    """The arrays of linen variables or an nnx state; of the model's own where that has them."""
+    if not isinstance(model, (nn.Module, nnx.Module, type(None))):
+        raise TypeError(
+            "`model` must be an instance of a flax.linen.Module or flax.nnx.Module, or None, got "
+            f"{type(model).__name__}."
+        )
+    if variables is None and isinstance(model, nnx.Module):
+        variables = nnx.state(model)
+    if isinstance(variables, nnx.State):
+        return _nnx_tree(variables)
+    if not isinstance(variables, Mapping) or not {"params", _STATISTICS} & set(variables):
+        got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            "`variables` must be a dict with the collections `params` and `batch_stats`, as "
+            f"`model.init` makes it, or the `nnx.State` of a model, got {got}."
+        )
+    return _linen_tree(variables)
+
+
+def _linen_tree(variables: Mapping[str, Any]) -> Tree:
+    flat = traverse_util.flatten_dict(unfreeze(dict(variables)), keep_empty_nodes=True)
+    keys = {
+        Name(tuple(map(str, key[1:-1])), str(key[-1]), key[0] == _STATISTICS): key
+        for key, value in flat.items()
+        if key[0] in ("params", _STATISTICS) and hasattr(meta.unbox(value), "shape")
+    }
+    leaves = {
+        name: Leaf("/".join(map(str, key)), meta.unbox(flat[key])) for name, key in keys.items()
+    }
+
+    def replaced(arrays: Mapping[Name, Any]) -> Any:
+        boxed = {
+            keys[name]: meta.replace_boxed(flat[keys[name]], _like(array, leaves[name].value))
+            for name, array in arrays.items()
+        }
+        return traverse_util.unflatten_dict(flat | boxed)
+
+    return Tree(leaves, replaced)
+
+
+def _nnx_tree(state: nnx.State) -> Tree:
+    flat: list[tuple[tuple, Any]] = list(nnx.to_flat_state(state))
+    names = {
+        path: Name(tuple(map(str, path[:-1])), str(path[-1]), isinstance(variable, nnx.BatchStat))
+        for path, variable in flat
+        if isinstance(variable, nnx.Variable) and not isinstance(variable, _NOT_CONVERTED)
+    }
+    leaves = {
+        names[path]: Leaf("/".join(map(str, path)), variable.get_value())
+        for path, variable in flat
+        if path in names
+    }
+
+    def replaced(arrays: Mapping[Name, Any]) -> Any:
+        # A state shares its variables with the model, so each is made anew.
+        def new(path: tuple, variable: Any) -> Any:
+            if not isinstance(variable, nnx.Variable):
+                return variable
+            if path not in names or names[path] not in arrays:
+                return variable.copy()
+            name = names[path]
+            return variable.replace(_like(arrays[name], leaves[name].value))
+
+        return nnx.from_flat_state([(path, new(path, variable)) for path, variable in flat])
+
+    return Tree(leaves, replaced)
+
+
+def _like(array: np.ndarray, leaf: Any) -> Any:
+    """A new array of its own memory: of NumPy or on the devices that the leaf is."""
+    if isinstance(leaf, np.ndarray):
+        return np.array(array, order="C")
+    # Never an alias: JAX may share the memory of an aligned NumPy array, which PyTorch writes to.
+    new = jax.numpy.array(np.asarray(array, order="C"), copy=True)
+    if isinstance(leaf, jax.Array) and leaf.committed:
+        new = jax.device_put(new, leaf.sharding)
+    return new
+
+
+def flipped_layers(model: nnx.Module) -> set[str]:
+    """The paths of the transposed convolutions whose kernels are flipped against PyTorch's."""
+    return {
+        "/".join(map(str, path))
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
+    }
+
+
+def mentions_conv_transpose(model: nn.Module) -> bool:
+    """Whether the code of a linen model names `ConvTranspose`, as far as code can be followed.
+
+    A linen model shows its layers only when it is called with an input, which a conversion has not.
+    """
+    seen: dict[int, Any] = {}  # the items too: an id is free again when its item is gone
+    waiting: list[Any] = [model]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, type) and issubclass(item, nn.ConvTranspose):
+            return True
+        if id(item) not in seen:
+            seen[id(item)] = item
+            waiting.extend(_reached(item))
+    return False
+
+
+def _reached(item: Any) -> Iterator[Any]:
+    """What a model, class or function uses, without the insides of libraries."""
+    if isinstance(item, functools.partial):
+        yield from (item.func, *item.args, *item.keywords.values())
+    elif isinstance(item, (list, tuple)):
+        yield from item
+    elif isinstance(item, Mapping):
+        yield from item.values()
+    elif isinstance(item, types.FunctionType) and not _of_library(item):
+        yield from _named(item.__code__, item.__globals__)
+        yield from (cell.cell_contents for cell in item.__closure__ or () if _filled(cell))
+        yield from (getattr(item, "__wrapped__", None), item.__defaults__, item.__kwdefaults__)
+    elif isinstance(item, type) and issubclass(item, nn.Module):
+        yield from (vars(base) for base in item.__mro__ if not _of_library(base))
+    elif isinstance(item, (staticmethod, classmethod)):
+        yield item.__func__
+    elif isinstance(item, property):
+        yield item.fget
+    elif isinstance(item, nn.Module):
+        yield type(item)
+        for name in type(item).__dataclass_fields__:
+            value = getattr(item, name, None)
+            yield value
+            if hasattr(value, "__dict__") and not _of_library(type(value)):  # a configuration
+                yield dict(vars(value))
+
+
+def _named(code: types.CodeType, scope: Mapping[str, Any]) -> Iterator[Any]:
+    if "ConvTranspose" in code.co_names:
+        yield nn.ConvTranspose
+    reached = [scope[name] for name in code.co_names if name in scope]
+    yield from reached
+    for module in (item for item in reached if isinstance(item, types.ModuleType)):
+        if not _of_library(types.SimpleNamespace(__module__=module.__name__)):
+            yield from (getattr(module, name, None) for name in code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _named(constant, scope)
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _of_library(item: Any) -> bool:
+    return (item.__module__ or "").partition(".")[0] in (
+        "flax",
+        "jax",
+        "jaxlib",
+        "numpy",
+        "builtins",
+    )

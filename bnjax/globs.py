@@ -1,0 +1,45 @@
+"""Globs over module paths, as in "encoder/**" or "**/bn*"."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+Paths = str | Sequence[str]
+
+
+def as_tuple(paths: Paths) -> tuple[str, ...]:
+    """One pattern or several, as a tuple of patterns."""
+    several = (paths,) if isinstance(paths, str) else paths
+    if not isinstance(several, Iterable) or not all(isinstance(one, str) for one in several):
+        raise TypeError(
+            f"A path is given by a glob, or several, such as 'encoder/**', got {paths!r}."
+        )
+    return tuple(several)
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a path, its names joined by "/", fits the pattern.
+
+    `*` is any part of one name, `**` any number of names (none too), `?` one character.
+
+    >>> fits = matcher("encoder/**")
+    >>> [fits(path) for path in ("encoder", "encoder/block/bn", "decoder/bn")]
+    [True, True, False]
+    """
+    parts = {"/**": "(/.*)?", "**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    tokens = re.split(r"(/\*\*(?=/|$)|^\*\*/|\*\*|\*|\?)", pattern)
+    compiled = re.compile("".join(parts.get(token, re.escape(token)) for token in tokens))
+    return lambda path: compiled.fullmatch(path) is not None
+
+
+def check_fits(pattern: str, fits: bool, paths: Iterable[str], what: str = "batch norm") -> None:
+    """A pattern that fits nothing is a mistake, and a silent one."""
+    if fits:
+        return
+    there = sorted(paths)
+    are = f"there are {there}" if there else "none was called or given"
+    if what == "batch norm" and not there:
+        are += " (of nnx models, bnjax.nnx.freeze freezes them)"
+    raise ValueError(
+        f"The pattern {pattern!r} fits the path of no {what}: {are}. `*` is a part of one name, "
+        "`**` any number of names, as in 'encoder/**'."
+    )

@@ -1,0 +1,1 @@
+"""Models seen from outside, whoever wrote them: freeze, recalibrate, diagnose and fold."""

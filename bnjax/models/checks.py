@@ -1,0 +1,252 @@
+"""What a tool around a model is given: variables, batches, the model itself."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import errors, nnx
+from flax import linen as nn
+
+from bnjax.core.checks import feature_axes as feature_axes
+from bnjax.core.checks import given as given
+from bnjax.core.checks import mask as mask
+from bnjax.core.checks import overriding_momentum as overriding_momentum
+from bnjax.core.checks import shapes as shapes
+from bnjax.core.checks import where
+
+_MISFITS = (
+    errors.ApplyScopeInvalidVariablesStructureError,
+    errors.ApplyScopeInvalidVariablesTypeError,
+    errors.ScopeCollectionNotFound,
+    errors.ScopeParamNotFoundError,
+    errors.ScopeParamShapeError,
+    errors.ScopeVariableNotFoundError,
+)
+
+
+def divides(size: int, devices: int, microbatches: int) -> None:
+    """A training batch is cut into equal parts."""
+    if size % (devices * microbatches):
+        raise ValueError(
+            f"A training batch must divide by the {devices} devices of the mesh (of this process) "
+            f"times {microbatches} micro-batches, got {size} examples. Drop the last partial batch."
+        )
+
+
+def number_of_calls(counted: Any, path: str) -> int:
+    """Moments are kept for each call of a layer, so their number must be known."""
+    try:
+        return int(np.max(np.asarray(counted), initial=1))
+    except jax.errors.TracerArrayConversionError as error:
+        raise ValueError(
+            f"How often `{path}` is called depends on the data, so there are no exact statistics "
+            "over micro-batches. Train with microbatches=1."
+        ) from error
+
+
+def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
+    """An override names fields that batch norm layers have."""
+    unknown = sorted(set(fields) - known)
+    if unknown or not fields:
+        raise TypeError(
+            f"An override takes fields of batch norm layers, {sorted(known)}, got {unknown}."
+        )
+
+
+def layer_has_fields(layer: Any, fields: Mapping[str, Any], path: str) -> None:
+    """The layer that is overridden has the field: the conventions differ in some names."""
+    missing = sorted(name for name in fields if not hasattr(layer, name))
+    if missing:
+        raise TypeError(
+            f"The {type(layer).__name__} at {where([path])} has no field {missing}. "
+            "PyTorch's convention has `eps` and `affine` where Flax's has `epsilon`, `use_scale` "
+            "and `use_bias`."
+        )
+
+
+def several_batches(batches: Any) -> None:
+    """Batches are in a list or come from an iterator."""
+    if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        shape = getattr(batches, "shape", None)
+        got = "a dict" if shape is None else f"an array of shape {tuple(shape)}"
+        raise TypeError(
+            f"`batches` must be a list or an iterator of batches, got {got}: write [x]."
+        )
+
+
+def batch(value: Any) -> None:
+    """A batch is an array or names one."""
+    if isinstance(value, Mapping):
+        if "x" not in value:
+            raise ValueError(
+                f"A batch must hold the model's input as `x`, got {sorted(value)}. Rename it, as "
+                'in {"x": images, "y": labels}.'
+            )
+    elif not hasattr(value, "shape"):
+        raise TypeError(
+            "A batch must be an array or a dict with the model's input as `x`, got "
+            f'{type(value).__name__}. Write {{"x": images, "y": labels}}.'
+        )
+
+
+def some_batch(some: bool) -> None:
+    """An iterator of batches is not empty."""
+    if not some:
+        raise ValueError(
+            "`batches` must hold at least one batch, got none. An iterator that was used before is "
+            "empty: pass a list, or make it anew."
+        )
+
+
+def some_example(count: float) -> None:
+    """Of the examples in all batches some count."""
+    if not count:
+        raise ValueError(
+            "`batches` must hold at least one example that counts, got none. An iterator that was "
+            "used before is empty: pass a list, or make it anew."
+        )
+
+
+def examples_mask(mask: Any, size: int) -> None:
+    """The mask of a batch says of each example whether it counts."""
+    shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", None)
+    if shape != (size,) or dtype != np.bool_:
+        raise ValueError(
+            f"The `mask` of a batch of {size} examples must be an array of bool, of shape "
+            f"({size},), got {dtype or type(mask).__name__} of shape {shape}."
+        )
+
+
+def iterable_again(batches: Any) -> None:
+    """What is read more than once is no iterator."""
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"`batches` must be iterable once for each layer, got a {type(batches).__name__}, "
+            "which is empty after its first use. Pass a list, or use sequential=False."
+        )
+
+
+def flax_model(model: Any) -> None:
+    """A tool works on the model itself, not on its functions or classes."""
+    if not isinstance(model, nn.Module | nnx.Module):
+        raise TypeError(
+            "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got "
+            f"{type(model).__name__}."
+        )
+
+
+def some_batch_norm(some: bool) -> None:
+    """A tool for batch norms needs one."""
+    if not some:
+        raise ValueError("`model` must call a batch norm, bnjax's or Flax's own, but calls none.")
+
+
+def evaluating(running: bool, path: Sequence[str]) -> None:
+    """A folded batch norm is one that doesn't change."""
+    if not running:
+        raise ValueError(
+            f"`model` must be in evaluation, but the batch norm at {where(path)} is in training "
+            "mode. Pass what turns that off, as in `apply_kwargs={'train': False}`."
+        )
+
+
+def something_folded(reasons: Sequence[tuple[str, str, str | None]]) -> None:
+    """Some batch norm follows a conv or dense layer."""
+    if all(reason for *_, reason in reasons):
+        lines = [f"\n  {layer or '-'}, {norm or '-'}: {reason}." for layer, norm, reason in reasons]
+        raise ValueError(f"`model` must have a batch norm that can be folded.{''.join(lines)}")
+
+
+def folded_variables(paths: Sequence[str]) -> None:
+    """A folded model takes the folded variables."""
+    if paths:
+        raise ValueError(
+            f"`variables` must be those of the folded model, but hold the batch norms {paths}, "
+            "which are folded. Pass `folded.variables`."
+        )
+
+
+def same_outputs(difference: float, scale: float, tolerance: float) -> None:
+    """Folding changes no output, up to rounding."""
+    if not difference <= tolerance * scale:
+        raise ValueError(
+            f"The outputs on `example_x` must stay the same, to {tolerance:.1e} of their scale "
+            f"{scale:.3g}, but folding changed them by {difference:.3g}. Is there NaN or inf in "
+            "them, or does a layer change its kernel before using it?"
+        )
+
+
+def per_example(name: str, shape: tuple[int, ...], size: int) -> None:
+    """A loss or metric is a mean, or has one entry for each example."""
+    if shape not in ((), (size,)):
+        raise ValueError(
+            f"`loss_fn` must give `{name}` as a mean of shape () or with one entry for each "
+            f"example, ({size},), got shape {shape}. Take the mean over the other axes."
+        )
+
+
+def nnx_state(variables: Any) -> None:
+    """The variables of an nnx model are a state."""
+    if not isinstance(variables, nnx.State):
+        raise TypeError(
+            "`variables` of an nnx model must be an nnx.State, as `nnx.state(model)` gives it, or "
+            f"None for those that the model has, got {type(variables).__name__}."
+        )
+
+
+def tree_fits(given: Mapping[str, Any], there: Mapping[str, Any], *, part: bool = False) -> None:
+    """Shapes by path are those of the model, or some of them."""
+    missing = [] if part else sorted(there.keys() - given)
+    unknown = sorted(given.keys() - there)
+    common = sorted(given.keys() & there)
+    shapes = [f"{k} {given[k]} not {there[k]}" for k in common if given[k] != there[k]]
+    found = {"missing": missing, "unknown": unknown, "of another shape": shapes}
+    if any(found.values()):
+        what = ", ".join(f"{what} {paths}" for what, paths in found.items() if paths)
+        raise ValueError(f"`variables` do not fit the model: {what}. Are they of another model?")
+
+
+def has_statistics(variables: Any) -> None:
+    """A tool for running statistics needs some."""
+    if not isinstance(variables, Mapping) or not variables.get("batch_stats"):
+        got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
+            f"norms has it, got {got}."
+        )
+
+
+def finite_statistics(bad: Mapping[str, int]) -> None:
+    """Data give each channel a finite mean and variance."""
+    if bad:
+        layers = ", ".join(f"{path} ({count} channels)" for path, count in sorted(bad.items()))
+        raise ValueError(
+            f"These layers saw no finite mean and variance: {layers}. Is there NaN or inf in the "
+            "batches or the parameters, or a mask without True?"
+        )
+
+
+@contextlib.contextmanager
+def variables_fit(variables: Any, x: Any) -> Iterator[None]:
+    """Variables and input are those of the model, which is called with all that it takes."""
+    if not isinstance(variables, Mapping):
+        has_statistics(variables)
+    try:
+        yield
+    except _MISFITS as error:
+        has_statistics(variables)
+        given = jax.tree.map(jnp.shape, x)
+        raise ValueError(
+            f"`variables` do not fit the model, or the model an input of shape {given}: {error}"
+        ) from error
+    except TypeError as error:
+        if re.match(r".*__call__\(\) (missing|got an unexpected keyword)", str(error)) is None:
+            raise
+        raise TypeError(
+            f"The model is called with an input and with `apply_kwargs`, but {error}. Give what it "
+            "evaluates with, as in `apply_kwargs={'train': False}`."
+        ) from error

@@ -1,0 +1,95 @@
+"""Why a network with batch norm is good in training and bad in evaluation: diagnose."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx
+
+from bnjax.models.batches import LossFn
+from bnjax.models.diagnosis import findings
+from bnjax.models.diagnosis.evidence import Evidence
+from bnjax.models.diagnosis.evidence import Finding as Finding
+from bnjax.models.diagnosis.measuring import measured
+from bnjax.models.diagnosis.misfits import misfits
+from bnjax.models.diagnosis.report import Report as Report
+from bnjax.models.diagnosis.report import row_of
+
+_RULES = (
+    findings.poisoned,
+    findings.not_finite,
+    findings.devices_disagree,
+    findings.statistics_move,
+    findings.depends_on_batch,
+    findings.momentum_inverted,
+    findings.batch_too_small,
+    findings.batches_not_alike,
+    findings.dead_channels,
+    findings.near_overflow,
+)
+
+
+def diagnose(
+    model: nn.Module | nnx.Module,
+    variables: Mapping[str, Any] | nnx.State | None,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    steps: int | None = None,
+    history: Mapping[str, Any] | None = None,
+    apply_kwargs: Mapping[str, Any] | None = None,
+) -> Report:
+    """Say what is wrong with the batch norms of a model: which layer, why, and how to mend it.
+
+    Each batch runs through the model twice, in one compiled step: as you evaluate, and with batch
+    norms in training. Of each layer O(C) numbers are kept: how far its running statistics are from
+    those of the batches, how much these scatter, how many values per channel there are. Nothing
+    that is passed in changes, whatever happens.
+
+    Args:
+        model: a linen or nnx model, bnjax's or Flax's own batch norms. An nnx model is taken in the
+            mode it is in: call `.eval()` first, as before an evaluation.
+        variables: its variables, as for `recalibrate`. Statistics with a leading device axis are
+            compared between devices, and merged.
+        batches: inputs of the model; or dicts with `"x"`, perhaps `"mask"`, bool (N,), and what the
+            loss needs. Batches of the training's data and size tell most; eight do.
+        loss_fn: `loss_fn(outputs, batch)`, as for `training.train_step`: the report has loss and
+            metrics in both modes.
+        steps: how many steps the model was trained for: tells statistics that lag from others.
+        history: the record of `training.history`: tells averaged weights from shifted data, and
+            knows the steps and the batch size.
+        apply_kwargs: what you evaluate the model with, such as `{"train": False}`; with
+            `"mutable"`, if you pass that.
+
+    Returns:
+        The report: `print(report)`, `report.findings`, `report.to_json()`, `report.plot(path)`.
+
+    Raises:
+        ValueError: no batch, no batch norm, or variables of another model.
+        TypeError: the model is no Flax model.
+
+    >>> import jax, jax.numpy as jnp, bnjax
+    >>> x = jax.random.normal(jax.random.key(0), (64, 3)) + 5
+    >>> layer = bnjax.BatchNorm1d()
+    >>> variables = layer.init(jax.random.key(1), x)
+    >>> [finding.kind for finding in diagnose(layer, variables, [x]).findings]
+    ['never updated']
+    >>> diagnose(layer, bnjax.recalibrate(layer, variables, [x]), [x]).healthy
+    True
+    """
+    seen = measured(model, variables, batches, loss_fn, dict(apply_kwargs or {}))
+    record = history or {}
+    if steps is None and record.get("step"):
+        steps = record["step"][-1]
+    evidence = Evidence(seen, None if steps is None else int(steps), record)
+    found = [finding for rule in _RULES if (finding := rule(evidence))] + misfits(evidence)
+    if not found and (unclear := findings.too_few_data(evidence)):
+        found = [unclear]
+    return Report(
+        findings=tuple(sorted(found, key=lambda finding: finding.severity)),
+        layers=tuple(row_of(layer) for layer in seen.layers),
+        outputs={"gap": seen.gap, "mates": seen.mates},
+        losses=seen.losses,
+        batches=seen.batches,
+        _measured=seen,
+    )

@@ -1,0 +1,135 @@
+"""The variables of one device, where those of several were kept: stacked, or as bad replicas."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+from flax.core import meta
+
+from bnjax.models.accumulation import map_layers, merge_batch_stats
+from bnjax.models.freezing import batch_norms
+from bnjax.models.nnx_copies import Bridge, Path
+
+# The model, for nnx the mode of each layer, its variables, and how far devices differ, by path.
+Reading = tuple[nn.Module | Bridge, dict[str, bool | None], Any, dict[str, float]]
+
+
+def readings(model: Any, variables: Any) -> Iterator[Callable[[], Reading]]:
+    """Ways to read variables: as they are; with statistics, then with all, for each device.
+
+    Statistics of several devices are merged into one set; of all else the first device is taken.
+    """
+    if isinstance(model, nnx.Module):
+        yield from _of_nnx(model, variables)
+        return
+    yield lambda: (model, {}, variables, _replicas(variables))
+    if not isinstance(variables, Mapping) or not _stacked(variables.get("batch_stats")):
+        return
+    stats = meta.unbox(variables["batch_stats"])
+    for first in (lambda tree: tree, _first):
+        others = {name: tree for name, tree in variables.items() if name != "batch_stats"}
+        yield lambda first=first, others=others: (
+            model,
+            {},
+            {**first(others), "batch_stats": merge_batch_stats(stats)},
+            _differences(stats),
+        )
+
+
+def _of_nnx(model: nnx.Module, state: Any) -> Iterator[Callable[[], Reading]]:
+    modes = {path: _mode(layer) for path, layer in batch_norms(model)}
+
+    def read(model: nnx.Module, state: Any) -> Reading:
+        bridge = Bridge(model, state)
+        return bridge, modes, bridge.variables, _replicas(bridge.variables)
+
+    yield lambda: read(model, state)
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    flat |= {} if state is None else dict(nnx.to_flat_state(state))
+    arrays = {key: leaf.get_raw_value() for key, leaf in flat.items()}
+    stats: dict[str, Any] = {}
+    for key, leaf in flat.items():
+        if isinstance(leaf, nnx.BatchStat):
+            stats.setdefault("/".join(map(str, key[:-1])), {})[key[-1]] = arrays[key]
+    if not _stacked(stats):
+        return
+    for first in (lambda tree: tree, _first):
+
+        def unstacked(first: Callable = first) -> Reading:
+            merged, others = merge_batch_stats(stats), first(arrays)
+            leaves = [
+                (key, leaf.replace(merged["/".join(map(str, key[:-1]))][key[-1]]))
+                if isinstance(leaf, nnx.BatchStat)
+                else (key, leaf.replace(others[key]))
+                for key, leaf in flat.items()
+            ]
+            single = nnx.clone(model)
+            nnx.update(single, nnx.from_flat_state(leaves))
+            return *read(single, None)[:3], _differences(stats)
+
+        yield unstacked
+
+
+def _mode(layer: Any) -> bool | None:
+    return layer.use_running_average
+
+
+def _stacked(stats: Any) -> bool:
+    """Whether all means and variances have a leading axis of one size."""
+    sizes: set[int] = set()
+
+    def look(path: Path, layer: Mapping[str, Any]) -> None:
+        sizes.update(
+            jnp.shape(layer[name])[0] if jnp.ndim(layer[name]) > 1 else 0
+            for name in ("mean", "var")
+        )
+
+    map_layers(look, meta.unbox(stats or {}))
+    return len(sizes) == 1 and 0 not in sizes
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0] if jnp.ndim(leaf) else leaf, tree)
+
+
+def _replicas(variables: Any) -> dict[str, float]:
+    """How far the copies differ of what JAX believes to be the same on all devices."""
+    stats = variables.get("batch_stats", {}) if isinstance(variables, Mapping) else {}
+    copies: dict[str, float] = {}
+
+    def look(path: Path, layer: Mapping[str, Any]) -> None:
+        both = [meta.unbox(layer[name]) for name in ("mean", "var")]
+        if all(isinstance(x, jax.Array) and x.is_fully_replicated for x in both):
+            rows = [np.stack([np.asarray(s.data) for s in x.addressable_shards]) for x in both]
+            copies["/".join(path)] = _apart(*rows)
+
+    map_layers(look, stats)
+    return {path: apart for path, apart in copies.items() if apart}
+
+
+def _differences(stats: Any) -> dict[str, float]:
+    """How far the rows of stacked statistics differ, by path."""
+    rows: dict[str, float] = {}
+
+    def look(path: Path, layer: Mapping[str, Any]) -> None:
+        rows["/".join(path)] = _apart(np.asarray(layer["mean"]), np.asarray(layer["var"]))
+
+    map_layers(look, stats)
+    return {path: apart for path, apart in rows.items() if apart}
+
+
+def _apart(mean: np.ndarray, var: np.ndarray) -> float:
+    """The largest distance of a row's mean or deviation from all, in standard deviations."""
+    wide = np.complex128 if np.iscomplexobj(mean) else np.float64
+    mean, std = mean.astype(wide), np.sqrt(np.abs(var.astype(np.float64)))
+    unit = np.maximum(std.mean(0), np.finfo(np.float32).tiny)
+    apart = [np.abs(rows - rows.mean(0)) / unit for rows in (mean, std)]
+    # Rows that are alike, bit for bit, may still round to another mean.
+    alike = all(
+        np.array_equal(rows, rows[:1].repeat(len(rows), 0), equal_nan=True) for rows in (mean, std)
+    )
+    return 0.0 if alike else float(np.nanmax(apart, initial=0))

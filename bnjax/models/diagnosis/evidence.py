@@ -1,0 +1,139 @@
+"""What the rules judge by, and the findings that they return."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from bnjax._words import number_of
+from bnjax.models.diagnosis.measuring import Layer, Measured
+from bnjax.models.diagnosis.repairs import Repairs, repairs
+
+# Distances are in standard deviations, of what a layer gives out in evaluation from what it gives
+# in training. Networks on digits that are right stay below 0.13, and lose nothing measurable; at
+# 0.2, in several layers, they lose accuracy (weights of one epoch, statistics of the one before:
+# 0.98 falls to 0.89). Where the loss says that evaluation is worse, half of it is enough: healthy
+# networks have a lower loss in evaluation, which has no noise of the batch, or 1.2 times at most.
+FAR = 0.2
+WORSE = 1.5
+# Running statistics scatter as batches do. Three deviations, for there are many layers.
+SIGMAS = 3.0
+# Group Normalization (Wu and He 2018, figure 1) has batch norm's error rise at 8 images and below
+# for each normalization, and steeply at 4 and 2.
+FEW_VALUES = 8
+# Statistics of examples that are drawn alike scatter by sqrt(1.5 / examples) if these are normal,
+# by 1.5 times that if a tenth of the values make the variance. Twenty healthy networks stay below
+# 0.8, as the pixels of an image average out; batches of one class each come to 1.2 (16 examples)
+# and 2.2 (64). The lower limit holds where the batches are worse normalizers than the running
+# statistics, by the loss: WORSE.
+UNLIKE, UNLIKE_AND_WORSE = 1.6, 1.0
+# A weight of half or more for the newest batch: no statistics smooth so little, and the other
+# convention's usual 0.9 and 0.99 are there. The layers themselves warn from here.
+INVERTED = 0.5
+# Rows of statistics that were pooled over devices are the same to rounding.
+APART = 1e-3
+
+Severity = Literal["error", "warning"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: what it is, such as "never updated".
+        severity: "error" where evaluation is wrong now; "warning" where it may become so.
+        layer: path of the layer where it starts or is worst; "" for a batch norm at the top.
+        layers: paths of all layers that have it.
+        evidence: the measurements, in a sentence.
+        numbers: the measurements, by name.
+        cause: how it comes about, in a sentence.
+        repair: the line of code to write.
+    """
+
+    kind: str
+    severity: Severity
+    layer: str
+    layers: tuple[str, ...]
+    evidence: str
+    numbers: Mapping[str, float]
+    cause: str
+    repair: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What the rules judge by.
+
+    Attributes:
+        measured: the model over the batches.
+        steps: how many steps it was trained for, if that is known.
+        record: what `training.history` kept of the training, or nothing.
+    """
+
+    measured: Measured
+    steps: int | None
+    record: Mapping[str, Any]
+
+    @property
+    def repairs(self) -> Repairs:
+        """The lines that mend statistics of such a model."""
+        return repairs(self.measured.nnx, self.measured.kwargs)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that were seen in training, and have statistics that are numbers."""
+        return tuple(x for x in self.measured.layers if x.compared)
+
+    def spread(self, layer: Layer) -> float:
+        """How much the layer's statistics scatter between batches; of one batch, as if normal."""
+        return layer.spread if self.measured.batches > 1 else self.chance
+
+    @property
+    def unlike(self) -> list[Layer]:
+        """The layers whose statistics scatter more than those of batches drawn alike."""
+        limit = UNLIKE_AND_WORSE if self._worse("train", "eval") else UNLIKE
+        return [
+            x
+            for x in self.measured.layers
+            if x.values > FEW_VALUES and x.spread > limit * self.chance
+        ]
+
+    @property
+    def chance(self) -> float:
+        """What the statistics of independent normal examples scatter by, in deviations."""
+        return math.sqrt(1.5 / max(self.measured.examples, 1))
+
+    def is_far(self, layer: Layer) -> bool:
+        """Whether running and batch statistics are apart by more than chance."""
+        momentum = layer.kind.momentum or 0.0
+        chance = math.sqrt(1 / max(self.measured.batches, 1) + momentum / (2 - momentum))
+        far = FAR / 2 if self._worse("eval", "train") else FAR
+        return layer.distance > max(far, SIGMAS * self.spread(layer) * chance)
+
+    def _worse(self, mode: str, other: str) -> bool:
+        """Whether the loss, if it is known, is higher in a mode by more than chance."""
+        losses = self.measured.losses
+        return bool(losses[mode]) and losses[mode]["loss"] > WORSE * losses[other]["loss"]
+
+
+def part(value: float) -> str:
+    """How much of a deviation, in words that go before it."""
+    if not math.isfinite(value):
+        return "NaN times"
+    return f"{value:.0%} of" if value < 10 else f"{value:.0f} times"
+
+
+def paths_of(layers: Sequence[Layer]) -> tuple[str, ...]:
+    """The paths of these layers."""
+    return tuple(layer.path for layer in layers)
+
+
+def farthest(layers: Sequence[Layer]) -> Layer:
+    """The layer whose running statistics are farthest from those of the batches."""
+    return max(layers, key=lambda layer: layer.distance)
+
+
+def count_of(layers: Sequence[Any]) -> str:
+    """How many layers, in words."""
+    return number_of(len(layers), "layer")

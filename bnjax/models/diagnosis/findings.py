@@ -1,0 +1,311 @@
+"""What is wrong with the batch norms of a model: one function for each fault, from measurements.
+
+Each rule returns a `Finding` or None. Those that explain why running and batch statistics are apart
+are in `misfits`.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.models.diagnosis.evidence import (
+    APART,
+    FEW_VALUES,
+    INVERTED,
+    Evidence,
+    Finding,
+    count_of,
+    farthest,
+    part,
+    paths_of,
+)
+
+# As FEW_VALUES for values that depend on each other, as pixels of an image do: what 12 independent
+# ones scatter by, sqrt(1/12 + 1/24).
+NOISY = 0.35
+# A channel whose variance is below eps comes out with less than 0.7 of the deviation asked for.
+# A dead one is constant beside its neighbours too, to a thousandth of eps and of their variance.
+DEAD = 1e-3
+# Below this a scale makes its channel constant beside its neighbours of scale 1.
+NO_SCALE = 1e-3
+# A few constant channels are usual: border pixels of images as features, units that never fire.
+MANY = 0.1
+# So far off, statistics would cost accuracy for sure, were it not chance.
+UNCLEAR = 0.5
+# Normal values pass this many standard deviations once in a billion.
+EXTREME = 6.0
+
+
+def poisoned(evidence: Evidence) -> Finding | None:
+    """NaN, inf or a negative variance among the running statistics."""
+    bad = [x for x in evidence.measured.layers if x.poisoned.any()]
+    if not bad:
+        return None
+    channels = sum(int(x.poisoned.sum()) for x in bad)
+    negative = sum(int((x.var < 0).sum()) for x in bad)
+    return Finding(
+        "statistics poisoned",
+        "error",
+        bad[0].path,
+        paths_of(bad),
+        f"{channels} channels in {count_of(bad)} hold NaN, inf or a negative variance "
+        f"({negative} negative).",
+        {"channels": channels, "negative": negative},
+        "A batch with NaN or inf, or a variance that cancelled, was committed to the statistics.",
+        evidence.repairs.recalibrate
+        + "  # and train with bnjax.training.train_step: it keeps such steps out",
+    )
+
+
+def not_finite(evidence: Evidence) -> Finding | None:
+    """Batches whose statistics are not finite."""
+    bad = [x for x in evidence.measured.layers if np.any(x.lost)]
+    if not bad:
+        return None
+    first, batches = bad[0], int(np.max(bad[0].lost))
+    return Finding(
+        "values not finite",
+        "error",
+        first.path,
+        paths_of(bad),
+        f"{batches} of {evidence.measured.batches} batches have NaN or inf in "
+        f"{int(np.count_nonzero(first.lost))} channels where it starts.",
+        {"batches": batches, "channels": int(np.count_nonzero(first.lost))},
+        "There is NaN or inf in these batches, or in the parameters before this layer.",
+        evidence.repairs.finite + "  # find it",
+    )
+
+
+def near_overflow(evidence: Evidence) -> Finding | None:
+    """Inputs of a layer that come near the largest number of their dtype."""
+    reach = {
+        x.path: float(np.max(np.abs(x.batch_mean) + EXTREME * x.std)) / _largest(x.kind.dtype)
+        for x in evidence.layers
+    }
+    bad = [path for path, part in reach.items() if part > 1]
+    if not bad:
+        return None
+    worst = max(bad, key=lambda path: reach[path])
+    return Finding(
+        "range exhausted",
+        "warning",
+        worst,
+        tuple(bad),
+        f"Six standard deviations from the mean is {reach[worst]:.2g} times the largest number of "
+        "the input's dtype.",
+        {"reach": reach[worst]},
+        "The activations are too large for half precision, and will be inf.",
+        "model = Model(dtype=jnp.bfloat16)  # or scale the input, or keep this layer in float32",
+    )
+
+
+def devices_disagree(evidence: Evidence) -> Finding | None:
+    """Statistics of several devices that differ."""
+    apart = {path: d for path, d in evidence.measured.unequal.items() if d > APART}
+    if not apart:
+        return None
+    worst = max(apart, key=lambda path: apart[path])
+    return Finding(
+        "devices disagree",
+        "error",
+        worst,
+        tuple(apart),
+        f"The statistics of devices differ by up to {apart[worst]:.3g} standard deviations.",
+        {"distance": apart[worst]},
+        "Each device kept the statistics of its own part of the batch: no layer names the axis.",
+        evidence.repairs.merge + "  # then bnjax.recalibrate; train with axis_name='data'",
+    )
+
+
+def statistics_move(evidence: Evidence) -> Finding | None:
+    """An evaluation that changes the running statistics."""
+    moved = evidence.measured.moved
+    if not moved:
+        return None
+    return Finding(
+        "statistics move in eval",
+        "error",
+        moved[0],
+        moved,
+        f"An evaluation changed the statistics of {count_of(moved)}; among other batch mates an "
+        f"example's output changes by {part(evidence.measured.mates)} its deviation.",
+        {"layers": len(moved), "mates": evidence.measured.mates},
+        f"The model is evaluated in training mode, {evidence.repairs.left_on}.",
+        evidence.repairs.stay,
+    )
+
+
+def depends_on_batch(evidence: Evidence) -> Finding | None:
+    """Outputs in evaluation that depend on who shares the batch."""
+    measured = evidence.measured
+    by_batch = tuple(path for path in measured.by_batch if path not in measured.moved)
+    paths = measured.untracked + by_batch
+    if not paths:
+        return None
+    if measured.untracked:
+        cause = "The layers keep no running statistics (track_running_stats=False)."
+        repair = "BatchNorm2d(..., track_running_stats=True)  # then bnjax.recalibrate"
+    else:
+        cause = "Evaluation runs in training mode (use_running_average=False)."
+        repair = evidence.repairs.evaluate
+    return Finding(
+        "eval depends on the batch",
+        "error",
+        paths[0],
+        paths,
+        f"{count_of(paths)} normalize by the batch in evaluation: among other batch mates an "
+        f"example's output changes by {part(measured.mates)} its deviation.",
+        {"layers": len(paths), "mates": measured.mates},
+        cause,
+        repair,
+    )
+
+
+def momentum_inverted(evidence: Evidence) -> Finding | None:
+    """A momentum of the other convention."""
+    bad = [
+        x
+        for x in evidence.measured.layers
+        if x.kind.momentum is not None and not x.kind.frozen and x.kind.momentum >= INVERTED
+    ]
+    if not bad:
+        return None
+    kind = bad[0].kind
+    assert kind.momentum is not None
+    written = 1 - kind.momentum if kind.flax else kind.momentum
+    right, other = f"{1 - written:.3g}", "PyTorch's" if kind.flax else "Flax's"
+    spread = max(bad, key=evidence.spread)
+    return Finding(
+        "momentum looks inverted",
+        "warning",
+        bad[0].path,
+        paths_of(bad),
+        f"momentum={written:.3g} in {count_of(bad)} gives the newest batch a weight of "
+        f"{kind.momentum:.3g}; batches scatter by {evidence.spread(spread):.2f} standard "
+        f"deviations at '{spread.path}'.",
+        {"momentum": written, "weight": kind.momentum, "spread": evidence.spread(spread)},
+        f"The value is of {other} convention: the statistics are those of the last batch or two.",
+        f"{kind.layer}(..., momentum={right})  # then bnjax.recalibrate",
+    )
+
+
+def batch_too_small(evidence: Evidence) -> Finding | None:
+    """Batches that hold too few values to normalize by."""
+    measured = evidence.measured
+    # Where the training is on record its batches count, not these.
+    trained_with = max([measured.examples, *evidence.record.get("examples", ())])
+    larger = trained_with / max(measured.examples, 1)
+    noise = {x.path: x.spread / math.sqrt(larger) for x in measured.layers}
+    unlike = evidence.unlike
+    bad = [
+        x
+        for x in measured.layers
+        if not x.kind.frozen
+        and (x.values * larger <= FEW_VALUES or noise[x.path] > NOISY)
+        and x not in unlike
+    ]
+    if not bad:
+        return None
+    worst = min(bad, key=lambda x: (x.values, -noise[x.path]))
+    values, examples = worst.values * larger, measured.examples * larger
+    times = max(2 * FEW_VALUES / max(values, 1), (2 * noise[worst.path] / NOISY) ** 2)
+    lost = f"{noise[worst.path]:.2f} standard deviations" if worst.seen else "not defined"
+    return Finding(
+        "batch too small",
+        "warning",
+        worst.path,
+        paths_of(bad),
+        f"{values:.0f} values per channel in a batch of {examples:.0f}: the statistics scatter by "
+        f"{lost} between batches, and outputs in evaluation differ from those in training by "
+        f"{part(measured.gap)} their deviation.",
+        {"values": values, "examples": examples, "spread": noise[worst.path], "gap": measured.gap},
+        "In training each example is normalized by a handful of others, in evaluation by all.",
+        f"batch_size = {math.ceil(examples * times)}"
+        f"  # or pool devices by axis_name, or fine-tune frozen: {evidence.repairs.freeze}",
+    )
+
+
+def batches_not_alike(evidence: Evidence) -> Finding | None:
+    """Batches that are of different kinds of data."""
+    measured = evidence.measured
+    bad = evidence.unlike
+    if not bad:
+        return None
+    worst, chance = max(bad, key=lambda x: x.spread), evidence.chance
+    return Finding(
+        "batches not alike",
+        "warning",
+        worst.path,
+        paths_of(bad),
+        f"From batch to batch the statistics scatter by {worst.spread:.2f} standard deviations; "
+        f"batches of {measured.examples} examples that are drawn alike scatter by {chance:.2f}.",
+        {"spread": worst.spread, "expected": chance, "examples": measured.examples},
+        "The data are in an order, such as by class, by user or by time, and each batch has a few.",
+        "order = np.random.permutation(len(x))"
+        "  # batch shuffled data; if the training's were sorted, train anew",
+    )
+
+
+def dead_channels(evidence: Evidence) -> Finding | None:
+    """Channels that are constant, or so small that eps decides their scale."""
+    small = {x.path: x.batch_var < x.kind.eps for x in evidence.layers}
+    dead = {
+        x.path: (x.batch_var <= DEAD * np.minimum(x.kind.eps, x.batch_var.max()))
+        | (np.zeros(1, bool) if x.scale is None else np.abs(x.scale) < NO_SCALE)
+        for x in evidence.layers
+    }
+    bad = [x for x in evidence.layers if np.mean(small[x.path] | dead[x.path]) > MANY]
+    if not bad:
+        return None
+    worst = max(bad, key=lambda x: np.mean(small[x.path] | dead[x.path]))
+    mine = dead[worst.path]
+    size, constant, below = worst.var.size, int(mine.sum()), int((small[worst.path] & ~mine).sum())
+    largest = float(worst.batch_var.max())
+    weak = constant < below
+    return Finding(
+        "eps dominates" if weak else "dead channels",
+        "warning",
+        worst.path,
+        paths_of(bad),
+        f"Of {size} channels {constant} are constant and {below} have a variance below "
+        f"eps={worst.kind.eps:.0e}; the largest is {largest:.1e}.",
+        {"channels": size, "constant": constant, "below_eps": below, "largest": largest},
+        "The input of the layer is so small that eps, not its variance, sets the scale."
+        if weak
+        else "The channels before this layer never fire, or its scale has gone to zero.",
+        f"{worst.kind.layer}(..., {'epsilon' if worst.kind.flax else 'eps'}={_power(largest)})"
+        "  # or scale the input up"
+        if weak
+        else "optax.adamw(lr, mask=bnjax.decay_mask)  # and train anew, with a lower learning rate",
+    )
+
+
+def too_few_data(evidence: Evidence) -> Finding | None:
+    """Layers that look wrong over so few data that it may be chance."""
+    measured = evidence.measured
+    bad = [x for x in evidence.layers if x.distance > UNCLEAR]
+    if not bad:
+        return None
+    worst = farthest(bad)
+    return Finding(
+        "too few data",
+        "warning",
+        worst.path,
+        paths_of(bad),
+        f"'{worst.path}' is {worst.distance:.2g} standard deviations from these data, but "
+        f"{measured.batches} batches of {measured.examples} examples scatter by as much.",
+        {"distance": worst.distance, "batches": measured.batches, "examples": measured.examples},
+        "So few examples can't tell wrong statistics from chance.",
+        "bnjax.diagnose(model, variables, batches)  # eight batches of the training's size",
+    )
+
+
+def _largest(dtype: Any) -> float:
+    return float(jnp.finfo(dtype).max) if jnp.issubdtype(dtype, jnp.inexact) else math.inf
+
+
+def _power(value: float) -> str:
+    """An eps that is well below this variance."""
+    return f"1e{math.floor(math.log10(max(value, 1e-30))) - 3}"

@@ -1,0 +1,371 @@
+"""What the batch norms of a model see over some batches, O(C) numbers for each layer."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import nnx
+from flax.core import meta
+
+from bnjax.models import checks
+from bnjax.models.batches import LossFn, counted, named, size_of
+from bnjax.models.diagnosis.devices import readings
+from bnjax.models.diagnosis.passes import Kind, Passes, Seen, compare, passes_of
+from bnjax.models.nnx_copies import Bridge, Path
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """One batch norm that keeps statistics, and those of the batches; in float64, each (C,).
+
+    Attributes:
+        path: where it is in the model.
+        kind: what it is.
+        dtype: of its running statistics.
+        mean: the running mean.
+        var: the running variance.
+        scale: the learned scale, if there is one.
+        batch_mean: the mean over all batches.
+        batch_var: the average variance of a batch, with the layer's correction: what the running
+            one comes to.
+        all_var: the biased variance of all batches together, with that of their means.
+        mean_spread: standard deviation of the mean between batches.
+        var_spread: standard deviation of the logarithm of the variance between batches.
+        values: values per channel in the largest batch.
+        lost: in how many batches the statistics were not finite.
+        seen: whether any batch was seen; not if the layer is frozen, or batches are too small.
+    """
+
+    path: str
+    kind: Kind
+    dtype: Any
+    mean: np.ndarray
+    var: np.ndarray
+    scale: np.ndarray | None
+    batch_mean: np.ndarray
+    batch_var: np.ndarray
+    all_var: np.ndarray
+    mean_spread: np.ndarray
+    var_spread: np.ndarray
+    values: float
+    lost: np.ndarray
+    seen: bool
+
+    @property
+    def std(self) -> np.ndarray:
+        """What the layer divides by in training: the root of the batches' variance plus eps."""
+        return np.sqrt(self.batch_var + self.kind.eps)
+
+    @property
+    def mean_distance(self) -> np.ndarray:
+        """From the batches' mean to the running one, in standard deviations, signed."""
+        return np.real(self.mean - self.batch_mean) / self.std
+
+    @property
+    def var_ratio(self) -> np.ndarray:
+        """The running variance as a multiple of the batches', both with eps.
+
+        That is the average of a batch and of a call, as training leaves it, or all of them
+        together, as `recalibrate` does: what lies between is as right as these.
+        """
+        right = np.clip(self.var, self.batch_var, np.maximum(self.all_var, self.batch_var))
+        return (self.var + self.kind.eps) / (right + self.kind.eps)
+
+    @property
+    def poisoned(self) -> np.ndarray:
+        """Which channels have running statistics that are not finite, or a negative variance."""
+        return ~(np.isfinite(self.mean) & np.isfinite(self.var) & (self.var >= 0))
+
+    @property
+    def compared(self) -> bool:
+        """Whether there is anything to compare: both statistics, in a channel at least."""
+        return self.seen and not self.poisoned.all()
+
+    @property
+    def mean_off(self) -> float:
+        """`mean_distance`, as root mean square over the channels that can be compared."""
+        return float(np.sqrt(np.mean(self.mean_distance[~self.poisoned] ** 2)))
+
+    @property
+    def var_off(self) -> float:
+        """`var_ratio`, as geometric mean over the channels that can be compared."""
+        return float(np.exp(np.mean(np.log(self.var_ratio[~self.poisoned]))))
+
+    @property
+    def distance(self) -> float:
+        """From running to batch statistics, in standard deviations of the output.
+
+        Root mean square over the channels of both what the mean is off by, and of the logarithm of
+        the ratio of the standard deviations.
+        """
+        if not self.compared:
+            return 0.0
+        with np.errstate(invalid="ignore", divide="ignore"):
+            square = self.mean_distance**2 + (np.log(self.var_ratio) / 2) ** 2
+        return float(np.sqrt(np.mean(square[~self.poisoned])))
+
+    @property
+    def spread(self) -> float:
+        """From the statistics of one batch to those of the next, measured alike."""
+        square = (self.mean_spread / self.std) ** 2 + (self.var_spread / 2) ** 2
+        return float(np.sqrt(np.mean(square))) if self.seen else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A model over some batches.
+
+    Attributes:
+        layers: its batch norms that keep statistics, in the order of their first calls.
+        untracked: paths of those that keep none.
+        by_batch: paths of those that keep some and do without them in evaluation.
+        batches: how many batches were seen.
+        examples: how many examples there are in the largest.
+        moved: paths of statistics that an evaluation changed.
+        gap: root mean square difference of the outputs in evaluation and in training, as a part of
+            their standard deviation over the examples.
+        mates: the same for the outputs in evaluation of examples among other batch mates.
+        losses: mean loss and metrics in `"train"` and `"eval"`; empty without a loss function.
+        unequal: how many standard deviations the statistics of devices differ, by path.
+        params_norm: the norm of all parameters together.
+        nnx: whether it is an nnx model.
+        kwargs: what the model was called with besides the input.
+    """
+
+    layers: tuple[Layer, ...]
+    untracked: tuple[str, ...]
+    by_batch: tuple[str, ...]
+    batches: int
+    examples: int
+    moved: tuple[str, ...]
+    gap: float
+    mates: float
+    losses: dict[str, dict[str, float]]
+    unequal: dict[str, float]
+    params_norm: float
+    nnx: bool
+    kwargs: Mapping[str, Any]
+
+
+def measured(
+    model: nn.Module | nnx.Module,
+    variables: Any,
+    batches: Iterable[Any],
+    loss_fn: LossFn | None,
+    kwargs: Mapping[str, Any],
+) -> Measured:
+    """Run the batches through the model, and one of them once more with other batch mates."""
+    checks.several_batches(batches)
+    run = _Run()
+    for batch in batches:
+        batch = named(batch)
+        if run.passes is None:
+            run.begin(model, variables, batch, loss_fn, kwargs)
+        run.add(batch)
+    return run.end()
+
+
+class _Run:
+    """The sums over the batches so far."""
+
+    passes: Passes | None = None
+    variables: Any
+
+    def __init__(self) -> None:
+        self.unequal: dict[str, float] = {}
+        self.sums: dict[Path, _Sums] = {}
+        self.moved: set[str] = set()
+        self.gaps = np.zeros(2)
+        self.losses: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
+        self.batches = self.examples = self.used = self.counts = 0
+        self.first: tuple[Any, Any] | None = None
+
+    def begin(
+        self, model: Any, variables: Any, batch: Any, loss_fn: LossFn | None, kwargs: Any
+    ) -> None:
+        """Find the variables that fit the model, among them those of one device of several."""
+        checks.flax_model(model)
+        failure = None
+        for reading in readings(model, variables):
+            try:
+                one, modes, self.variables, self.unequal = reading()
+                self.passes = passes_of(one, modes, loss_fn, kwargs)
+                with checks.variables_fit(self.variables, batch["x"]):
+                    jax.eval_shape(self.passes.step, self.variables, batch)
+            except Exception as error:  # of the model, or of a tree that does not fit it
+                failure = failure or error
+            else:
+                checks.some_batch_norm(bool(self.passes.kinds))
+                return
+        if failure is not None:
+            raise failure
+
+    def add(self, batch: Any) -> None:
+        """Run one more batch."""
+        assert self.passes is not None
+        found = self.passes.step(self.variables, batch)
+        outputs, size = found.pop("outputs"), size_of(batch)
+        if self.first is None and size > 1:
+            self.first = batch, jax.device_get(outputs)
+        found = jax.device_get(found)
+        counts = float(counted(batch))
+        self.batches, self.counts = self.batches + 1, self.counts + counts
+        self.examples = max(self.examples, size)
+        for path, changed in jax.tree_util.tree_flatten_with_path(found["moved"])[0]:
+            if changed:
+                self.moved.add("/".join(str(key.key) for key in path[:-1]))
+        kinds, layers = self.passes.kinds, found["layers"]
+        sums = {path: self.sums.setdefault(path, _Sums(kinds[path].correction)) for path in layers}
+        if any([sums[path].lost_in(seen) for path, seen in layers.items()]):
+            return  # what other layers made of this batch says nothing about them
+        for path, seen in layers.items():
+            sums[path].add(seen)
+        self.gaps += found["gap"]
+        self.used += counts
+        for mode, means in found["losses"].items():
+            for name, value in means.items():
+                total = self.losses[mode].get(name, 0.0) + float(value) * counts
+                self.losses[mode][name] = total
+
+    def end(self) -> Measured:
+        """All that was measured."""
+        checks.some_batch(self.passes is not None)
+        checks.some_example(self.counts)
+        assert self.passes is not None
+        kinds = self.passes.kinds
+        losses = {
+            mode: {name: total / max(self.used, 1) for name, total in totals.items()}
+            for mode, totals in self.losses.items()
+        }
+        return Measured(
+            layers=tuple(
+                self._layer(path, kind) for path, kind in kinds.items() if path in self.sums
+            ),
+            untracked=tuple("/".join(path) for path, kind in kinds.items() if not kind.tracked),
+            by_batch=tuple(
+                "/".join(p) for p, kind in kinds.items() if kind.tracked and not kind.running
+            ),
+            batches=self.batches,
+            examples=self.examples,
+            moved=tuple(sorted(self.moved)),
+            gap=_ratio(*self.gaps) if self.used else float("nan"),
+            mates=self._mates(),
+            losses=losses,
+            unequal=self.unequal,
+            params_norm=float(optax.tree.norm(self.variables.get("params", {}))),
+            nnx=isinstance(self.passes.model, Bridge),
+            kwargs=self.passes.kwargs,
+        )
+
+    def _layer(self, path: Path, kind: Kind) -> Layer:
+        def held(collection: str) -> Mapping[str, Any]:
+            tree = self.variables.get(collection, {})
+            for name in path:
+                tree = tree.get(name, {})
+            return {name: np.asarray(meta.unbox(leaf)) for name, leaf in tree.items()}
+
+        def wide(array: np.ndarray) -> np.ndarray:
+            return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64).ravel()
+
+        stats, scale = held("batch_stats"), held("params").get("scale")
+        return Layer(
+            path="/".join(path),
+            kind=kind,
+            dtype=stats["var"].dtype,
+            mean=wide(stats["mean"]),
+            var=wide(stats["var"]),
+            scale=None if scale is None else wide(scale),
+            **self.sums[path].statistics(),
+        )
+
+    def _mates(self) -> float:
+        """How the outputs of the first half of a batch change with the other half."""
+        if self.first is None:
+            return 0.0
+        assert self.passes is not None
+        batch, outputs = self.first
+        size = size_of(batch)
+        half = size // 2
+        index = np.concatenate([np.arange(half), np.arange(size - half) % half])
+
+        def mixed(leaf: Any) -> Any:
+            of_examples = jnp.ndim(leaf) and jnp.shape(leaf)[0] == size
+            return np.asarray(leaf)[index] if of_examples else leaf
+
+        among = jax.tree.map(mixed, batch)
+        others = jax.device_get(self.passes.step(self.variables, among)["outputs"])
+
+        def mine(outputs: Any) -> list[Any]:
+            leaves = jax.tree.leaves(outputs)
+            return [leaf[:half] for leaf in leaves if jnp.ndim(leaf) and leaf.shape[0] == size]
+
+        examples = batch["mask"][:half] if "mask" in batch else None
+        difference, _ = compare(mine(others), mine(outputs), half, examples)
+        _, deviation = compare(outputs, outputs, size, batch.get("mask"))
+        return _ratio(float(difference) * size / half, float(deviation))
+
+
+class _Sums:
+    """Averages, by count, of what a layer saw, per channel, in float64 (Welford 1962)."""
+
+    def __init__(self, correction: int) -> None:
+        self.correction, self.values, self.total = correction, 0.0, 0.0
+        self.batches: Any = 0
+        self.lost: Any = 0
+        self.mean: Any = 0.0
+        self.var = self.biased = self.log = self.between = self.log_between = self.mean
+
+    def lost_in(self, seen: Seen) -> bool:
+        """Note channels whose statistics in a batch are not finite; whether there is one."""
+        values = np.asarray(seen.values).ravel()
+        self.values = max(self.values, float(values.max(initial=0)))
+        fine = np.isfinite(seen.mean) & np.isfinite(seen.var)
+        lost = (np.asarray(seen.calls) > 0) & (np.asarray(seen.values) > 0) & ~fine
+        self.lost = self.lost + lost.ravel()
+        return bool(lost.any())
+
+    def add(self, seen: Seen) -> None:
+        """Add one batch, in whose channels all is finite or nothing counts."""
+        calls, mean, var, between, values = (
+            np.asarray(part, np.result_type(part, np.float64)).ravel() for part in seen
+        )
+        fine = (calls > 0) & (values > 0)
+        mean, var, between = (np.where(fine, part, 0) for part in (mean, var, between))
+        self.batches = self.batches + fine
+        added = np.where(fine, values, 0)
+        self.total = self.total + added
+        weight = added / np.maximum(self.total, 1)
+        between = between / np.maximum(calls, 1)
+        biased = var * np.maximum(values - self.correction, 0) / np.maximum(values, 1) + between
+        log = np.log(np.maximum(var, np.finfo(np.float32).tiny))
+        delta, log_delta = mean - self.mean, log - self.log
+        self.mean = self.mean + weight * delta
+        self.log = self.log + weight * log_delta
+        self.between = self.between + added * np.real(np.conj(delta) * (mean - self.mean))
+        self.log_between = self.log_between + added * log_delta * (log - self.log)
+        self.var = self.var + weight * (var - self.var)
+        self.biased = self.biased + weight * (biased - self.biased)
+
+    def statistics(self) -> dict[str, Any]:
+        """The fields of a `Layer` that are measured."""
+        # A smaller batch scatters more and counts less: both together as the largest would.
+        freedom = np.maximum(self.batches - 1, 1) * max(self.values, 1.0)
+        return {
+            "batch_mean": self.mean,
+            "batch_var": self.var,
+            "all_var": self.biased + self.between / np.maximum(self.total, 1),
+            "mean_spread": np.sqrt(self.between / freedom),
+            "var_spread": np.sqrt(self.log_between / freedom),
+            "values": self.values,
+            "lost": self.lost,
+            "seen": bool(np.any(self.batches > 0)),
+        }
+
+
+def _ratio(squares: float, scale: float) -> float:
+    return float(np.sqrt(squares / scale)) if scale else float(np.sqrt(squares))

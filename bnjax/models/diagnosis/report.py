@@ -1,0 +1,212 @@
+"""The report of a diagnosis: as a table, as data, as a picture."""
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from bnjax._files import folder_of
+from bnjax._words import number_of
+from bnjax.models.diagnosis.evidence import Finding, part
+from bnjax.models.diagnosis.measuring import Layer, Measured
+from bnjax.plotting import plot_layers
+
+# Of more layers the table shows those with a finding, and the farthest.
+_ROWS = 16
+_STYLES = {"error": "bold red", "warning": "bold yellow"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `diagnose` has found; `print(report)` shows it, in a notebook too.
+
+    Attributes:
+        findings: what is wrong, errors first; empty if all is well.
+        layers: for each batch norm, in the order of their calls, its numbers: `path`, `layer`,
+            `channels`, `values` (per channel in a batch), `mean_distance` (root mean square over
+            the channels, in standard deviations), `var_ratio` (running by batch variance, geometric
+            mean), `distance` (both as one), `spread` (the same from batch to batch), `dtype`.
+        outputs: `gap` and `mates`: by how much outputs in evaluation differ from those in training,
+            and from those among other batch mates, as a part of their standard deviation.
+        losses: mean loss and metrics, in `"train"` and in `"eval"` mode; empty without `loss_fn`.
+        batches: how many batches were seen.
+    """
+
+    findings: tuple[Finding, ...]
+    layers: tuple[dict[str, Any], ...]
+    outputs: dict[str, float]
+    losses: dict[str, dict[str, float]]
+    batches: int
+    _measured: Measured = dataclasses.field(repr=False)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """All of it as JSON; numbers that are not finite are null."""
+        fields = ("layers", "outputs", "losses", "batches")
+        data = {name: getattr(self, name) for name in fields}
+        data["findings"] = [dataclasses.asdict(finding) for finding in self.findings]
+        return json.dumps({"healthy": self.healthy, **_plain(data)}, indent=indent)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw running against batch statistics for each layer. Needs matplotlib.
+
+        Args:
+            path: where the picture goes; its suffix chooses the format.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+        """
+        folder_of(Path(path))
+        quantiles = (0.1, 0.5, 0.9)
+        rows = [
+            {
+                "name": x.path,
+                "mean": np.quantile(x.mean_distance[~x.poisoned], quantiles),
+                "var": np.quantile(x.var_ratio[~x.poisoned], quantiles),
+                "mean_spread": float(np.sqrt(np.mean((x.mean_spread / x.std) ** 2))),
+                "var_spread": float(np.sqrt(np.mean(x.var_spread**2))),
+                "distance": x.distance,
+                "found": any(x.path in finding.layers for finding in self.findings),
+            }
+            for x in self._measured.layers
+            if x.compared
+        ]
+        gap = f"outputs differ by {part(self.outputs['gap'])} their deviation"
+        plot_layers(rows, path, f"{self.verdict}; {gap}", self._modes())
+
+    @property
+    def verdict(self) -> str:
+        """The findings in a line."""
+        if self.healthy:
+            return f"all is well: {self._fit()}"
+        found = (f"{f.kind} ({named(f.layer)})" for f in self.findings)
+        return ", ".join(found)
+
+    def _fit(self) -> str:
+        one = len(self.layers) == 1
+        return f"{number_of(len(self.layers), 'batch norm')} {'fits' if one else 'fit'} these data"
+
+    def _modes(self) -> list[tuple[str, float, float]]:
+        train, evaluation = self.losses["train"], self.losses["eval"]
+        return [(name, train[name], evaluation[name]) for name in train]
+
+    def print(self, console: Console | None = None) -> None:
+        """Print it as tables, on this console or a new one."""
+        (console or Console()).print(self)
+
+    def __rich__(self) -> Group:
+        """The tables, for rich."""
+        return Group(*self._parts())
+
+    def __str__(self) -> str:
+        """The tables, as plain text."""
+        console = Console(file=io.StringIO(), width=110, color_system=None)
+        console.print(self)
+        return console.file.getvalue().rstrip()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _parts(self) -> Iterator[Any]:
+        yield self._table()
+        yield Text(self._summary())
+        if self.healthy:
+            yield Text(f"All is well: {self._fit()}.", "bold green")
+        for number, finding in enumerate(self.findings, 1):
+            more = len(finding.layers) - 1
+            where = named(finding.layer) + (f" and {more} more" if more > 0 else "")
+            style = _STYLES[finding.severity]
+            grid = Table.grid(padding=(0, 2, 0, 0))
+            grid.add_column(no_wrap=True)
+            grid.add_column(overflow="fold")
+            title = Text(f"{finding.kind}, {finding.severity}: {where}", style)
+            grid.add_row(Text(str(number), style), title)
+            for name in ("evidence", "cause"):
+                grid.add_row(name, Text(getattr(finding, name)))
+            grid.add_row("repair", Text(finding.repair, "cyan"))
+            yield Text("")
+            yield grid
+
+    def _table(self) -> Table:
+        found = [
+            [n for n, f in enumerate(self.findings, 1) if row["path"] in f.layers]
+            for row in self.layers
+        ]
+        far = [row["distance"] if row["distance"] == row["distance"] else 0 for row in self.layers]
+        order = sorted(range(len(self.layers)), key=lambda i: (not found[i], -far[i]))
+        left = len(self.layers) - len(order[:_ROWS])
+        norms, batches = number_of(len(self.layers), "batch norm"), number_of(self.batches, "batch")
+        table = Table(
+            title=f"{norms} over {batches}",
+            caption=f"{left} more layers, no farther from the data" if left else None,
+            box=box.SIMPLE_HEAD,
+        )
+        table.add_column("\nlayer", overflow="fold")
+        for column in ("\nchannels", "values per\nchannel", "running mean\noff by, std"):
+            table.add_column(column, justify="right")
+        for column in ("running / batch\nvariance", "batch to\nbatch, std", "\nfinding"):
+            table.add_column(column, justify="right")
+        for row, numbers in ((self.layers[i], found[i]) for i in sorted(order[:_ROWS])):
+            table.add_row(
+                escape(named(row["path"])),
+                str(row["channels"]),
+                f"{row['values']:.0f}",
+                *(_written(row[name]) for name in ("mean_distance", "var_ratio", "spread")),
+                ", ".join(map(str, numbers)),
+                style="red" if numbers else None,
+            )
+        return table
+
+    def _summary(self) -> str:
+        texts = [
+            "outputs in evaluation differ from those in training by "
+            f"{part(self.outputs['gap'])} their deviation"
+        ]
+        texts += [f"{n} {a:.4g} in training, {b:.4g} in evaluation" for n, a, b in self._modes()]
+        return "; ".join(texts)
+
+
+def row_of(layer: Layer) -> dict[str, Any]:
+    """The numbers of a layer that a report shows."""
+    compared, nan = layer.compared, float("nan")
+    return {
+        "path": layer.path,
+        "layer": layer.kind.layer,
+        "channels": layer.var.size,
+        "values": layer.values,
+        "mean_distance": layer.mean_off if compared else nan,
+        "var_ratio": layer.var_off if compared else nan,
+        "distance": layer.distance if compared else nan,
+        "spread": layer.spread if compared else nan,
+        "poisoned": int(layer.poisoned.sum()),
+        "dtype": layer.dtype.name,
+    }
+
+
+def named(path: str) -> str:
+    """A path as a reader knows it."""
+    return path or "the top of the model"
+
+
+def _written(value: float) -> str:
+    """Two digits, and no more than can be read at a glance."""
+    return "-" if not math.isfinite(value) else f"{value:.2f}" if value < 100 else f"{value:.1e}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,103 @@
+"""The batch norms of an nnx model by path, and how they are frozen: freeze, unfreeze."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from bnjax import globs
+from bnjax.models.conventions import NNX
+from bnjax.models.subtypes import subtype
+
+
+def freeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
+    """Freeze the batch norms of `model` whose path fits, in place, until `unfreeze`.
+
+    A frozen layer normalizes with its running statistics, and those stay as they are, bit for bit,
+    whatever `model.train()`, `set_attributes`, `nnx.view` or the argument of a call say. It holds
+    for bnjax's layers and for `flax.nnx.BatchNorm`, in any model, under `nnx.jit` and the other
+    transformations and through `nnx.split` and `nnx.merge`, and it adds nothing to the state: a
+    checkpoint is the same with and without.
+
+    What marks a layer is its type, so freeze a model before you pass it to a function under
+    `nnx.jit`: Flax can't hand a new type back to the caller.
+
+    Args:
+        model: a module; a batch norm itself has the path "".
+        paths: a glob over attribute paths or several, such as `"encoder/**"` or `"blocks/*/bn1"`;
+            of several paths of a shared layer, one that fits is enough.
+
+    Raises:
+        ValueError: a pattern fits no batch norm; the paths there are, are listed.
+
+    >>> import bnjax, jax.numpy as jnp
+    >>> layer = bnjax.nnx.BatchNorm1d(3, rngs=nnx.Rngs(0))
+    >>> freeze(layer)
+    >>> layer.train()
+    >>> y = layer(jnp.array([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]))
+    >>> layer.mean[...].tolist()
+    [0.0, 0.0, 0.0]
+    """
+    for layer in fitting(model, paths):
+        if not is_frozen(layer):
+            frozen = subtype(_Frozen, type(layer), NNX, "Frozen")
+            object.__setattr__(layer, "__class__", frozen)
+
+
+def unfreeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
+    """Undo `freeze`: each layer takes the mode that `model.train()` or `.eval()` last asked for.
+
+    Args:
+        model: a module, some of whose batch norms are frozen.
+        paths: a glob over attribute paths or several, as for `freeze`, with the same error.
+    """
+    for layer in fitting(model, paths):
+        if is_frozen(layer):
+            frozen: Any = type(layer)
+            object.__setattr__(layer, "__class__", frozen.kind)
+
+
+def is_frozen(layer: nnx.Module) -> bool:
+    """Whether a batch norm is frozen."""
+    return isinstance(layer, _Frozen)
+
+
+def fitting(model: nnx.Module, paths: globs.Paths) -> list[nnx.Module]:
+    """The batch norms whose path fits, after a look at all patterns."""
+    layers = list(batch_norms(model))
+    there = [path for path, _ in layers]
+    matchers = [globs.matcher(pattern) for pattern in globs.as_tuple(paths)]
+    for pattern, fits in zip(globs.as_tuple(paths), matchers, strict=True):
+        globs.check_fits(pattern, any(map(fits, there)), there)
+    return [layer for path, layer in layers if any(fits(path) for fits in matchers)]
+
+
+def batch_norms(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[str, nnx.Module]]:
+    """All batch norms with their paths: a shared one with each, where `iter_modules` has one."""
+    if isinstance(node, NNX):
+        yield path, node
+        return
+    leaves = tree_flatten_with_path(node, is_leaf=lambda value: value is not node)[0]
+    children = [(keystr(key, simple=True), child) for key, child in leaves]
+    if isinstance(node, nnx.Module) and any(child is node for _, child in children):
+        children = sorted(vars(node).items())  # made with pytree=False
+    for name, child in children:
+        if not any(child is parent for parent in (*above, node)):
+            yield from batch_norms(child, f"{path}/{name}" if path else name, (*above, node))
+
+
+class _Frozen(nnx.Module):
+    """A batch norm that has one mode, and remembers the one it is asked for."""
+
+    @property
+    def use_running_average(self) -> bool:
+        return True
+
+    @use_running_average.setter
+    def use_running_average(self, asked_for: bool | None) -> None:
+        vars(self)["use_running_average"] = asked_for
+
+    def __call__(self, x: jax.Array, use_running_average: Any = None, **rest: Any) -> jax.Array:
+        return super().__call__(x, use_running_average=True, **rest)

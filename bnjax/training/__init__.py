@@ -1,0 +1,18 @@
+"""Training and evaluation of linen models with batch statistics: one state, two steps."""
+
+from bnjax.models.batches import pad_batch
+from bnjax.training.history import history
+from bnjax.training.state import TrainState, commit, init_state
+from bnjax.training.steps import Step, eval_step, evaluate, train_step
+
+__all__ = [
+    "Step",
+    "TrainState",
+    "commit",
+    "eval_step",
+    "evaluate",
+    "history",
+    "init_state",
+    "pad_batch",
+    "train_step",
+]

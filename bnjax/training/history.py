@@ -1,0 +1,88 @@
+"""A record of the running statistics over a training."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from bnjax import globs
+from bnjax.models.accumulation import Path, map_layers
+from bnjax.models.batches import Batch, Metrics, size_of
+from bnjax.training.state import TrainState
+from bnjax.training.steps import Step
+
+
+def history(
+    step: Step,
+    record: dict[str, Any],
+    *,
+    momentum: float | None = 0.1,
+    every: int = 1,
+    paths: globs.Paths = "**",
+    channels: int | None = None,
+) -> Step:
+    """The step, which also keeps a record of the running statistics, for `diagnose` and pictures.
+
+    A logged step costs O(C) numbers for each layer and waits for the step to end. The record is a
+    dict of lists of plain numbers, so a checkpoint can hold it, and a resumed run goes on with it.
+
+    Args:
+        step: what `train_step` returned.
+        record: `{}`, or the record of the steps before. To it are appended, for each logged step,
+            `"step"`, `"examples"` (the batch size) and `"params_norm"`; and in `"layers"`, for each
+            path, the running `"mean"` and `"var"` after the step and those of the batch alone,
+            `"batch_mean"` and `"batch_var"`, each a list of C numbers.
+        momentum: weight of a new batch in the running statistics (PyTorch's convention), by which
+            the statistics of the batch are told from the running ones; None leaves them out.
+        every: log each so many-th step.
+        paths: which layers, as globs over module paths.
+        channels: how many channels of each, the first ones; all by default.
+
+    Returns:
+        A step to use in the place of the one given.
+    """
+    fits = [globs.matcher(pattern) for pattern in globs.as_tuple(paths)]
+    calls = 0
+
+    def statistics(batch_stats: Any) -> dict[str, dict[str, np.ndarray]]:
+        found: dict[str, dict[str, np.ndarray]] = {}
+
+        def look(path: Path, stats: Mapping[str, Any]) -> None:
+            name = "/".join(path)
+            if any(fit(name) for fit in fits):
+                arrays = ((key, np.ravel(stats[key])) for key in ("mean", "var"))
+                # A copy: the step may reuse the memory of its argument.
+                found[name] = {key: np.array(a[:channels], np.float64) for key, a in arrays}
+
+        map_layers(look, batch_stats)
+        return found
+
+    def recorded(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        nonlocal calls
+        calls += 1
+        if calls % every:
+            return step(state, batch)
+        before = statistics(state.batch_stats)
+        state, metrics = step(state, batch)
+        for name, value in (
+            ("step", int(state.step)),
+            ("examples", size_of(batch)),
+            ("params_norm", float(_norm(state.params))),
+        ):
+            record.setdefault(name, []).append(value)
+        for name, after in statistics(state.batch_stats).items():
+            lines = record.setdefault("layers", {}).setdefault(name, {})
+            for key, value in after.items():
+                lines.setdefault(key, []).append(value.tolist())
+                if momentum:
+                    # running = (1 - momentum) * old + momentum * batch, solved for the batch
+                    alone = before[name][key] + (value - before[name][key]) / momentum
+                    lines.setdefault(f"batch_{key}", []).append(alone.tolist())
+        return state, metrics
+
+    return recorded
+
+
+_norm = jax.jit(optax.tree.norm)
