@@ -106,8 +106,7 @@ class _Measurement:
             auto, self.alike, self.split = shardings(mesh)
             self.others = on_all(self.others, self.alike)
             self.context = functools.partial(jax.set_mesh, auto)
-        matchers = [globs.matcher(pattern) for pattern in self.patterns]
-        self.fits = lambda path: any(fits("/".join(path)) for fits in matchers)
+        self.fits = self.named = _named(self.patterns)
         if isinstance(model, Copy):
             self.fits = model.fitting(paths).__contains__  # by any path of a shared layer
             self.model = model.holding({**variables, "batch_stats": begin(self.stats)})
@@ -167,7 +166,7 @@ class _Measurement:
             for pattern in self.patterns:
                 fits = any(map(globs.matcher(pattern), called))
                 globs.check_fits(pattern, fits, called, unknown=unknown)
-        fitting = {"/".join(path) for path in layers_of(self.stats) if self.fits(path)}
+        fitting = {"/".join(path) for path in layers_of(self.stats) if self.named(path)}
         checks.all_called(fitting - called, unknown)
 
     def _placed(self, batch: Any) -> Batch:
@@ -208,6 +207,11 @@ def _program(
         return updates["batch_stats"]
 
     return Program(step)
+
+
+def _named(patterns: tuple[str, ...]) -> Callable[[Path], bool]:
+    matchers = [globs.matcher(pattern) for pattern in patterns]
+    return lambda path: any(fits("/".join(path)) for fits in matchers)
 
 
 def _with(stats: Any, seen: Mapping[Path, Moments]) -> Any:
