@@ -20,7 +20,7 @@ MISTAKES = {
         "`num_features` must be an integer and not negative, got -2.",
     ),
     "channels in a string": (
-        lambda: make(num_features="3"),
+        lambda: make(**{"num_features": "3"}),  # pyright: ignore[reportArgumentType] - the mistake
         "`num_features` must be an integer and not negative, got '3'.",
     ),
     "channels that are a flag": (

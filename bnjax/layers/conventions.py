@@ -5,8 +5,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
+from flax.typing import Dtype
 
 from bnjax.core import checks
 from bnjax.core.batch_norm import BatchStats, batch_norm, init
@@ -68,7 +70,7 @@ def statistics(layer: Any) -> tuple[str, ...]:
     return ("mean", "var", "count") if layer.momentum is None else ("mean", "var")
 
 
-def first_statistics(layer: Any, shape: tuple[int, ...], dtype: Any) -> BatchStats:
+def first_statistics(layer: Any, shape: chex.Shape, dtype: Dtype) -> BatchStats:
     """The statistics of a new layer; those of complex values have a complex mean from the start."""
     _, stats = init(
         math.prod(shape),

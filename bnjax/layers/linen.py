@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -27,10 +28,10 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: chex.Array,
         use_running_average: bool | None = None,
         *,
-        mask: jax.Array | None = None,
+        mask: chex.Array | None = None,
     ) -> jax.Array:
         """Normalize `x` per channel, and move the running statistics unless they are used.
 
@@ -141,9 +142,15 @@ class BatchNorm1d(TorchBatchNorm):
 class BatchNorm2d(TorchBatchNorm):
     """`torch.nn.BatchNorm2d`, of (N, H, W, C): its signature, meaning and results.
 
-    Whether it trains is Flax's own `mutable` flag: with a mutable `batch_stats` collection it
-    normalizes with the batch and moves the running statistics, otherwise with the running ones.
-    While a model is initialized it uses mean 0 and variance 1 and moves nothing.
+    Whether it trains is Flax's own `mutable` flag: applied with `mutable=["batch_stats"]`, or True,
+    it normalizes with the batch and moves the running statistics, otherwise with the running ones.
+    While a model is initialized it uses mean 0 and variance 1 and moves nothing. A deny-list, which
+    names no statistics, evaluates and warns: give Keras' `FlaxLayer` the mode in
+    `use_running_average`. In an nnx model, `nnx.bridge.ToNNX` needs `mutable` at each call.
+
+    After a training call the statistics are float32 at least, also where a policy has cast all
+    variables to half precision; a `lax.scan` that carries such statistics says that their dtype
+    changes: cast them back to float32 first.
 
     Attributes:
         num_features: number of channels, C; None takes it from the first input.
@@ -179,7 +186,8 @@ class BatchNorm(_Layer):
 
     In a model written for Flax's layer, replacing the name changes nothing but the accuracy: the
     statistics are exact at any mean, whatever `use_fast_variance` and `force_float32_reductions`
-    say, NaN under a mask stays there, and a batch without a finite mean and variance moves nothing.
+    say, NaN under a mask stays there, a batch without a finite mean and variance moves nothing, and
+    the mean of complex input is complex from the start, so that `lax.scan` can carry it.
 
     Attributes:
         use_running_average: use the statistics in `batch_stats` instead of the batch's. Give it
@@ -197,8 +205,8 @@ class BatchNorm(_Layer):
             count, where Flax averages the devices' means.
         axis_index_groups: lists of indices of that axis: statistics pooled within each.
         use_fast_variance: accepted, and without effect: the variance is both fast and exact.
-        force_float32_reductions: False keeps the running statistics in `param_dtype`; the batch
-            statistics are taken in float32 at least all the same.
+        force_float32_reductions: False keeps the running statistics in `param_dtype`, otherwise
+            they are float32 at least; the batch's are taken in float32 at least all the same.
         virtual_batch_size: bnjax's own: groups of this many examples, each normalized by itself.
     """
 

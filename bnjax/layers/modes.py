@@ -73,8 +73,17 @@ def _frame(
     return frame
 
 
-def check_bridge(layer_trains: bool) -> None:
-    """An nnx layer in a linen model, by `ToLinen`, trains only where its statistics can move."""
+def check_bridge(*, drop_in: bool) -> None:
+    """An nnx layer that trains in a linen model, by `ToLinen`, has statistics that can move.
+
+    Flax's own layer trains without them, silently; a drop-in for it warns.
+    """
     module = bridge.wrappers.current_linen_module()
-    if layer_trains and isinstance(module, bridge.ToLinen):
+    if not isinstance(module, bridge.ToLinen):
+        return
+    try:
         checks.mutable_statistics(module.is_mutable_collection("batch_stats"), module.path)
+    except ValueError as error:
+        if not drop_in:
+            raise
+        checks.warn_once(f"{error} Here it normalizes with the batch and forgets its statistics.")

@@ -4,6 +4,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,13 +23,18 @@ class _Layer(nnx.Module):
 
     num_features: int
     use_running_average: bool | None
+    # Variables, or None.
+    mean: Any
+    var: Any
+    scale: Any
+    bias: Any
 
     def __call__(
         self,
-        x: jax.Array,
+        x: chex.Array,
         use_running_average: bool | None = None,
         *,
-        mask: jax.Array | None = None,
+        mask: chex.Array | None = None,
     ) -> jax.Array:
         """Normalize `x` per channel, and move the running statistics unless they are used.
 
@@ -83,14 +89,16 @@ def _normalize(layer: Any, x: jax.Array, running: bool | None, mask: Any) -> jax
     conventions.check_input(layer, x, any_rank="bnjax.nnx.BatchNorm")
     checks.given(running)
     names = conventions.statistics(layer)
-    modes.check_bridge(bool(names) and not running)
+    torch = conventions.is_torch(layer)
+    if names and not running:
+        modes.check_bridge(drop_in=not torch)
     params, stats = (
         {name: held for name in group if (held := getattr(layer, name, None)) is not None}
         for group in (("scale", "bias"), names)
     )
     checks.present(names, stats)
     settings: dict[str, Any] = {"dtype": layer.dtype, "mask": mask}
-    if not conventions.is_torch(layer):
+    if not torch:
         settings["dtype"] = _output_dtype(layer, x, {**params, **stats})
     params, values = (
         {name: held[...] for name, held in group.items()} for group in (params, stats)
@@ -168,6 +176,9 @@ class BatchNorm2d(TorchBatchNorm):
     A new layer trains: it normalizes with the batch and moves its running statistics. `.eval()`,
     on the layer or on the whole model, makes it use the running ones, `.train()` turns it back, and
     `nnx.view(model, use_running_average=True)` is a model in the other mode on the same variables.
+    The statistics are float32 at least after each training call, also where a policy has cast all
+    variables to half precision. In a linen model, by `nnx.bridge.ToLinen`, it can train only where
+    `batch_stats` are mutable.
 
     Attributes: those of `bnjax.linen.BatchNorm2d`, with these words to add:
         num_features: number of channels, C; nnx makes a layer before it sees an input.
