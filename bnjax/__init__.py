@@ -7,11 +7,11 @@ from bnjax.core.batch_norm import batch_norm, init
 from bnjax.core.moments import remat_policy
 from bnjax.linen import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnjax.masks import decay_mask, trainable_labels
-from bnjax.models.accumulation import merge_batch_stats
 from bnjax.models.diagnosis import diagnose
 from bnjax.models.folding import fold
 from bnjax.models.overrides import freeze, override
 from bnjax.models.recalibration import recalibrate
+from bnjax.models.statistics import merge_batch_stats
 
 __version__ = "0.1.0"
 

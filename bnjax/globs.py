@@ -1,7 +1,7 @@
 """Globs over module paths, as in "encoder/**" or "**/bn*"."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 Paths = str | Sequence[str]
 
@@ -31,15 +31,40 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     return lambda path: compiled.fullmatch(path) is not None
 
 
-def check_fits(pattern: str, fits: bool, paths: Iterable[str], what: str = "batch norm") -> None:
-    """A pattern that fits nothing is a mistake, and a silent one."""
+def check_fits(
+    pattern: str,
+    fits: bool,
+    paths: Iterable[str],
+    what: str = "batch norm",
+    unknown: Mapping[str, str] | None = None,
+) -> None:
+    """Raise if a pattern fits nothing: that is a mistake, and a silent one.
+
+    Args:
+        pattern: the glob.
+        fits: whether it fits.
+        paths: those that there are.
+        what: what they are paths of.
+        unknown: classes, by path, of what keeps statistics and is no batch norm that is known.
+    """
     if fits:
         return
     there = sorted(paths)
     are = f"there are {there}" if there else "none was called or given"
     if what == "batch norm" and not there:
         are += " (of nnx models, bnjax.nnx.freeze freezes them)"
+    if unknown:
+        are += f"; {strangers(unknown)}"
     raise ValueError(
         f"The pattern {pattern!r} fits the path of no {what}: {are}. `*` is a part of one name, "
         "`**` any number of names, as in 'encoder/**'."
+    )
+
+
+def strangers(unknown: Mapping[str, str]) -> str:
+    """Modules that keep statistics and are not known, in words."""
+    named = ", ".join(f"'{path}' ({kind})" for path, kind in sorted(unknown.items()))
+    return (
+        f"{named} keep a mean and a variance, but are neither bnjax's nor Flax's batch norms, nor "
+        "subclasses of these"
     )

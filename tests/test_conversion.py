@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 import bnjax
-from tests.state_dicts import (
+from tests.support.state_dicts import (
     F32,
     assert_same,
     batch_norm,

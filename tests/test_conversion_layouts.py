@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bnjax
-from tests.state_dicts import F32, assert_same, batch_norm, misfit, params
+from tests.support.state_dicts import F32, assert_same, batch_norm, misfit, params
 
 # Round trips
 

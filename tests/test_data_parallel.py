@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import bnjax
 from bnjax.training import eval_step, evaluate, pad_batch, train_step
-from tests.oracle import assert_close
-from tests.test_accumulation import TRAINED, Net, images, squared_error, start, trained
+from tests.support.oracle import assert_close
+from tests.support.regression import TRAINED, Net, images, squared_error, start, trained
 
 
 def a_mesh(axis_type: AxisType, **axes: int) -> Any:

@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 import bnjax
 from bnjax.core.sums import sums
-from tests.cases import Case, as_on_accelerators
-from tests.hlo import Sent, collectives
-from tests.oracle import assert_close
-from tests.test_devices import (
+from tests.support.cases import Case, as_on_accelerators
+from tests.support.hlo import Sent, collectives
+from tests.support.oracle import assert_close
+from tests.support.ways import (
     AXIS,
     CORE,
     DEVICES,

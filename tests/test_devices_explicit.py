@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import bnjax
 from bnjax.models.accumulation import accumulating, begin, finish
-from tests.oracle import assert_close
-from tests.test_devices import Case, Data, core, differentiated, expected, make
+from tests.support.oracle import assert_close
+from tests.support.ways import Case, Data, core, differentiated, expected, make
 
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 CASE = Case("core", (16, 4, 6), -1, bnjax.BatchNorm1d)

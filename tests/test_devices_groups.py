@@ -13,10 +13,10 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-from tests import oracle
-from tests.cases import Case, Outcome
-from tests.oracle import assert_close
-from tests.test_devices import (
+from tests.support import oracle
+from tests.support.cases import Case, Outcome
+from tests.support.oracle import assert_close
+from tests.support.ways import (
     AXIS,
     CORE,
     DEVICES,

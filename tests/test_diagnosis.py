@@ -10,26 +10,27 @@ import pytest
 from flax import linen as nn
 
 import bnjax
-from bnjax.diagnosis import Report
 from bnjax.training import TrainState, history, train_step
-from tests.diagnosed import STEPS, FlaxNet, Net, batches, compiled, loss_fn, train
+from tests.support.diagnosed import (
+    DATA,
+    NET,
+    STEPS,
+    FlaxNet,
+    Net,
+    batches,
+    compiled,
+    diagnose,
+    found,
+    loss_fn,
+    train,
+)
 
-NET = Net()
-DATA = list(batches(8, seed=7))
 PATHS = ["BatchNorm2d_0", "BatchNorm2d_1", "BatchNorm1d_0"]
 
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Any]:
     return train(NET).variables
-
-
-def found(report: Report) -> list[tuple[str, str]]:
-    return [(finding.severity, finding.kind) for finding in report.findings]
-
-
-def diagnose(variables: Any, data: Any = DATA, model: Any = NET, **options: Any) -> Report:
-    return bnjax.diagnose(model, variables, data, loss_fn=loss_fn, **options)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -7,8 +7,7 @@ import pytest
 from flax import nnx
 
 import bnjax
-from tests.diagnosed import NnxNet
-from tests.test_diagnosis import DATA, diagnose, found
+from tests.support.diagnosed import DATA, NnxNet, diagnose, found
 
 
 @pytest.fixture(scope="module")

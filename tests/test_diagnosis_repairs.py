@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import bnjax
-from tests.diagnosed import FlaxNet, Net, NnxNet, batches
+from tests.support.diagnosed import FlaxNet, Net, NnxNet, batches
 
 DATA = [batch["x"] for batch in batches(4, seed=7)]
 

@@ -15,9 +15,8 @@ import bnjax
 from bnjax.diagnosis import Report
 from bnjax.models.diagnosis.measuring import measured
 from bnjax.training import history
-from tests.diagnosed import STEPS, Net, batches, compiled, loss_fn, train
-from tests.models import Siamese
-from tests.test_recalibration_nnx import Branches
+from tests.support.diagnosed import STEPS, Net, batches, compiled, loss_fn, train
+from tests.support.models import Branches, Siamese
 
 NET = Net()
 DATA = list(batches(8, seed=7))

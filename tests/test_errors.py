@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 import bnjax
-from tests.mistakes import (
+from tests.support.mistakes import (
     AXIS,
     CHANNELS,
     FLAX,

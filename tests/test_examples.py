@@ -1,53 +1,14 @@
 """The examples as a user runs them: from the shell, killed, resumed, with files that do not fit."""
 
-import contextlib
-import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.support.commands import EXAMPLES, arrays, result, run, start, wait_for_checkpoint
+
 TRAIN = EXAMPLES / "train_digits.py"
-WIDE = {"COLUMNS": "300", "MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu"}
-
-
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    command = [sys.executable, *map(str, arguments)]
-    pipe = subprocess.PIPE
-    env = os.environ | WIDE
-    return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=env)
-
-
-def run(*arguments: str | Path) -> tuple[int, str]:
-    process = start(*arguments)
-    output, _ = process.communicate()
-    return process.returncode, output
-
-
-def result(output: str) -> str:
-    """The line with the final numbers."""
-    found = re.search(r"test accuracy .*", output)
-    assert found, output
-    return found.group()
-
-
-def arrays(folder: Path) -> dict[str, np.ndarray]:
-    """Everything the last checkpoint holds, whoever wrote it."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(last / "state").item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        state = checkpointer.restore(last / "state", restore_args=as_numpy)
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
@@ -71,13 +32,6 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-
-
-def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path, number: int) -> None:
-    """Until there is a checkpoint of this number, whole or not, or the process ends."""
-    while process.poll() is None and not any((folder / "checkpoints").glob(f"{number}*")):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.02)
 
 
 def test_all_promises_hold_and_pictures_are_written(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import bnjax
-from tests.test_files import NEEDS, STATE_DICT, VARIABLES
+from tests.support.checkpoints import NEEDS, STATE_DICT, VARIABLES
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path):

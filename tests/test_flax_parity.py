@@ -13,9 +13,9 @@ import pytest
 from flax import linen as nn
 
 import bnjax
-from tests import oracle
-from tests.cases import NCHW, outcome
-from tests.oracle import assert_close
+from tests.support import oracle
+from tests.support.cases import NCHW, outcome
+from tests.support.oracle import assert_close
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(1).standard_normal((8, 4, 2, 3)).astype(np.float32) * 3 + 1

@@ -14,52 +14,8 @@ from flax.core import freeze
 from jax import export
 
 import bnjax
-from tests.models import ResNet, Siamese
-
-KEY = jax.random.key(0)
-EVAL = partial(nn.BatchNorm, use_running_average=True)
-IMAGES = (2, 6, 6, 3)
-DRAWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "var": np.exp,
-    "scale": lambda z: 1 + z / 3,
-    "kernel": lambda z: z / np.sqrt(z.size / z.shape[-1]),
-}
-
-
-def trained(variables: Any, seed: int = 0) -> Any:
-    """Numbers as training might leave them, for the shapes of these variables."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path: tuple, leaf: Any) -> jax.Array:
-        name = next(key.key for key in reversed(path) if hasattr(key, "key"))
-        return jnp.asarray(DRAWS.get(name, np.array)(rng.normal(size=leaf.shape)), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, variables)
-
-
-def inputs(shape: tuple[int, ...]) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
-
-
-def prepare(model: nn.Module, shape: tuple[int, ...] = IMAGES) -> tuple[Any, Any, jax.Array]:
-    """The model, variables and an input."""
-    x = inputs(shape)
-    return model, trained(jax.eval_shape(model.init, KEY, x)), x
-
-
-def reasons(folded: Any) -> dict[tuple[str, str], str | None]:
-    return {(row.layer, row.batch_norm): row.reason for row in folded.report.rows}
-
-
-def divisions(function: Callable, *arguments: Any) -> int:
-    """How many batch norms are left in a program."""
-    return str(jax.make_jaxpr(function)(*arguments)).count("sqrt")
-
-
-def outputs(model: nn.Module, variables: Any, folded: Any, x: Any) -> Any:
-    """What the model gives, and the folded one."""
-    both = jax.jit(lambda v, new, x: (model.apply(v, x), folded.apply(new, x)))
-    return both(variables, folded.variables, x)
+from tests.support.folded import EVAL, IMAGES, divisions, inputs, outputs, prepare, reasons, trained
+from tests.support.models import ResNet, Siamese
 
 
 def assert_folded(model: Any, variables: Any, x: Any, rtol: float = 1e-5) -> Any:

@@ -12,8 +12,8 @@ from flax import nnx
 from jax import export
 
 import bnjax
-from tests.test_folding import IMAGES, divisions, inputs, prepare, reasons, trained
-from tests.test_nnx import held
+from tests.support.folded import IMAGES, divisions, inputs, prepare, reasons, trained
+from tests.support.nnx_layers import held
 
 RNGS = nnx.Rngs(0)
 CONV = partial(nnx.Conv, 3, 4, (3, 3), rngs=RNGS)

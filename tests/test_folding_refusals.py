@@ -12,8 +12,8 @@ import pytest
 from flax import linen as nn
 
 import bnjax
-from tests.models import ResNet
-from tests.test_folding import EVAL, IMAGES, outputs, prepare, reasons
+from tests.support.folded import EVAL, IMAGES, outputs, prepare, reasons
+from tests.support.models import ResNet
 
 
 class Around(nn.Module):

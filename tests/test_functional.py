@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import bnjax
-from tests import oracle
-from tests.cases import NC, NCHW, NHWC, each_case, run
-from tests.oracle import assert_close
+from tests.support import oracle
+from tests.support.cases import NC, NCHW, NHWC, each_case, run
+from tests.support.oracle import assert_close
 
 SETTINGS = (
     pytest.param({}, id="defaults"),

@@ -10,8 +10,8 @@ import pytest
 from flax import linen as nn
 
 import bnjax
-from tests.cases import NHWC, each_case, run, run_layer
-from tests.oracle import assert_close
+from tests.support.cases import NHWC, each_case, run, run_layer
+from tests.support.oracle import assert_close
 
 KEY = jax.random.key(0)
 X = jnp.asarray(2 + np.random.default_rng(1).standard_normal((8, 4, 4, 3)), jnp.float32)

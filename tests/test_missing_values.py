@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import bnjax
-from tests.cases import NC, NCHW, NHWC, Outcome, each_case, run
-from tests.oracle import assert_close
+from tests.support.cases import NC, NCHW, NHWC, Outcome, each_case, run
+from tests.support.oracle import assert_close
 
 BAD = (np.nan, np.inf, -np.inf)
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnjax.core.moments import Moments, measure, merge
-from tests import oracle
-from tests.cases import each_case
-from tests.oracle import assert_close
+from tests.support import oracle
+from tests.support.cases import each_case
+from tests.support.oracle import assert_close
 
 MASKS = ((4, 1, 1), (4, 3, 1), (4, 1, 5), (4, 3, 5), (1, 1, 5), (1, 3, 1), (1, 3, 5))
 HALF = ("bfloat16", "float16")

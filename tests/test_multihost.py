@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.test_examples import EXAMPLES, arrays, result, run, start, wait_for_checkpoint
+from tests.support.commands import EXAMPLES, arrays, result, run, start, wait_for_checkpoint
 
 TRAIN = EXAMPLES / "train_multihost.py"
 SETTINGS = ("--epochs", "3", "--batch-size", "256", "--timeout", "20")

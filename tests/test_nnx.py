@@ -12,33 +12,26 @@ import pytest
 from flax import nnx
 
 import bnjax
-from tests.cases import CASES, Case, outcome, run_layer
-from tests.oracle import assert_close
+from tests.support.cases import CASES, Case, outcome, run_layer
+from tests.support.nnx_layers import (
+    DECODER,
+    ENCODER,
+    KINDS,
+    ROW,
+    ROWS,
+    SHARED,
+    X,
+    assert_bits,
+    held,
+    make,
+    moved,
+    moving,
+    net,
+)
+from tests.support.oracle import assert_close
 
-X = jnp.asarray(2 + np.random.default_rng(1).standard_normal((8, 4, 2, 3)) * 3, jnp.float32)
-ROWS = jnp.arange(8).reshape(8, 1, 1, 1) < 5
 NAMES = ("mean", "var", "scale", "bias", "count")
 UNLIKE = list({(case.layer, case.axis): case for case in CASES}.values())
-KINDS = (bnjax.nnx.BatchNorm2d, bnjax.nnx.BatchNorm, nnx.BatchNorm)
-
-
-def make(kind: Any = bnjax.nnx.BatchNorm2d, num_features: int = 3, **settings: Any) -> Any:
-    return kind(num_features, **settings, rngs=nnx.Rngs(0))
-
-
-def held(layer: Any) -> dict[str, Any]:
-    """All arrays of a model by path, as they are now; without random keys."""
-    flat = nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.RngKey)))
-    return {"/".join(map(str, path)): np.array(leaf[...]) for path, leaf in flat}
-
-
-def assert_bits(found: Any, expected: Any) -> None:
-    assert_close(found, expected)
-    assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, expected)
-
-
-def moved(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
-    return {path for path in before if not np.array_equal(before[path], after[path])}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -237,49 +230,6 @@ def test_momentum_none_is_the_cumulative_average():
         layer(rows)
     assert int(layer.count[...]) == 2
     assert_close(layer.mean[...], X.mean((0, 1, 2)), rtol=1e-6)
-
-
-class Block(nnx.Module):
-    """Batch norms of three makes, one of them used twice, in places of several kinds."""
-
-    def __init__(self, rngs: nnx.Rngs, shared: Any = None) -> None:
-        self.first = bnjax.nnx.BatchNorm1d(3, rngs=rngs)
-        self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)])
-        self.last = shared or bnjax.nnx.BatchNorm(3, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.first(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.last(x)
-
-
-class Net(nnx.Module):
-    """An encoder and a decoder that end with the same batch norm."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.decoder = Block(rngs)
-        self.encoder = Block(rngs, self.decoder.last)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.decoder(self.encoder(x))
-
-
-ROW = X.reshape(-1, 3)
-ENCODER = {"encoder/first", "encoder/layers/1"}
-DECODER = {"decoder/first", "decoder/layers/1"}
-SHARED = {"decoder/last"}
-
-
-def net() -> Net:
-    return Net(nnx.Rngs(0))
-
-
-def moving(model: Any) -> set[str]:
-    """The batch norms of a model whose statistics one more forward pass moves."""
-    before = held(model)
-    model(ROW)
-    return {path.rpartition("/")[0] for path in moved(before, held(model))}
 
 
 def test_compiled_gradients_of_a_model_move_its_statistics_and_are_of_its_parameters():

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import bnjax
-from tests.test_nnx import KINDS, ROW, ROWS, X, make
+from tests.support.nnx_layers import KINDS, ROW, ROWS, X, make
 
 NOTE = "\nIn {} of {} features."
 RANGE = (

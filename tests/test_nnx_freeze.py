@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import bnjax
-from tests.test_nnx import (
+from tests.support.nnx_layers import (
     DECODER,
     ENCODER,
     KINDS,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import bnjax
-from tests import oracle
-from tests.cases import Case, Outcome, as_on_accelerators, run
-from tests.oracle import assert_close
+from tests.support import oracle
+from tests.support.cases import Case, Outcome, as_on_accelerators, run
+from tests.support.oracle import assert_close
 
 LAYOUTS = (
     Case("NC", (4096, 64), -1, bnjax.BatchNorm1d),

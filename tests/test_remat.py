@@ -12,8 +12,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-from tests.oracle import assert_close
-from tests.test_devices_collectives import collectives
+from tests.support.hlo import collectives
+from tests.support.oracle import assert_close
 
 AXIS = "devices"
 BLOCKS = 3

@@ -10,7 +10,7 @@ import pytest
 
 import bnjax
 from bnjax.training import init_state, train_step
-from tests.torch_resnet import ResNet, torch, trained
+from tests.support.torch_resnet import ResNet, torch, trained
 
 LEARNING_RATE = 0.1
 STAGES = {10: (1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}

@@ -13,7 +13,7 @@ from flax import nnx
 
 import bnjax
 from bnjax.training import eval_step, evaluate, init_state, train_step
-from tests.cases import as_on_accelerators
+from tests.support.cases import as_on_accelerators
 
 X = np.random.default_rng(0).standard_normal((8, 4, 4, 3)).astype(np.float32)
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -44,6 +44,7 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if path != PACKAGE / "__init__.py"
 }
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 HEAVY = ("torch", "matplotlib", "safetensors", "sklearn", "typer", "orbax")
 
 
@@ -114,6 +115,12 @@ def test_the_core_imports_jax_and_chex_alone(module):
     assert roots - set(sys.stdlib_module_names) - {"bnjax"} <= CORE
     inner = {name for name in imported(FILES[module].read_text()) if name.startswith("bnjax")}
     assert {".".join(name.split(".")[:2]) for name in inner} <= {"bnjax.core"}
+
+
+def test_what_tests_share_is_in_support_and_no_file_imports_from_a_test_file():
+    names = {(path.name, name) for path in TESTS for name in imported(path.read_text())}
+    assert ("test_devices.py", "tests.support.oracle.assert_close") in names
+    assert not {each for each in names if each[1].startswith("tests.test_")}
 
 
 def test_importing_bnjax_imports_nothing_heavy():

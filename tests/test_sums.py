@@ -10,8 +10,8 @@ from jax import export, lax
 from jax.test_util import check_grads
 
 from bnjax.core.sums import spread, sums
-from tests.hlo import INSTRUCTION
-from tests.oracle import assert_close
+from tests.support.hlo import INSTRUCTION
+from tests.support.oracle import assert_close
 
 CASES = {
     "images": ((4, 28, 28, 8), (0, 1, 2)),

@@ -12,8 +12,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 import bnjax
-from tests.models import NnxResNet, ResNet, Siamese
-from tests.test_folding import reasons, trained
+from tests.support.folded import reasons, trained
+from tests.support.models import NnxResNet, ResNet, Siamese
 
 LINEN = {
     "residual": (ResNet((1,), width=4), "stage0*/**"),

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bnjax
-from tests.cases import NCHW, Case, Outcome, each_case, run_layer
-from tests.oracle import assert_close
+from tests.support.cases import NCHW, Case, Outcome, each_case, run_layer
+from tests.support.oracle import assert_close
 
 torch = pytest.importorskip("torch", reason="PyTorch is pinned for Python < 3.12 only")
 

@@ -13,8 +13,8 @@ from flax import linen as nn
 from jax import export
 
 import bnjax
-from tests.cases import NC, NCHW, NHWC, Case
-from tests.oracle import assert_close
+from tests.support.cases import NC, NCHW, NHWC, Case
+from tests.support.oracle import assert_close
 
 KEY = jax.random.key(0)
 

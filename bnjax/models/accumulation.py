@@ -1,90 +1,70 @@
-"""The moments of every batch norm in a linen model, pooled over several forward passes.
+"""The moments of every batch norm in a model, pooled over several forward passes.
 
 The running statistics of a model are a decaying average, one step for each forward pass. Whoever
 wants the exact statistics of many passes (a batch cut into micro-batches, a data set) lets the
-layers add their moments up instead. It works on bnjax's layers and on Flax's own, and what is
-added up travels in the collection `batch_stats`, so that `nn.remat` and `nn.scan` carry it.
+layers add their moments up instead. What is added up travels in the collection `batch_stats`, one
+leaf of the shape of the mean for each part and call, so that `nn.remat`, `nn.scan` and `nn.vmap`
+carry it over whatever axis they carry the statistics.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
+from flax.core import meta, unfreeze
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
-from bnjax.core.batch_norm import move, weights
 from bnjax.core.devices import pool
+from bnjax.core.batch_norm import move, weights
 from bnjax.core.moments import Moments, measure, merge, working_dtype
 from bnjax.core.sharding import on_auto_axes
 from bnjax.models import checks
-from bnjax.models.batches import counting
-from bnjax.models.conventions import LINEN, Call, describe
-from bnjax.models.overrides import overridden
+from bnjax.models.conventions import Facts
+from bnjax.models.statistics import Path, map_layers
+from bnjax.models.visits import Visit, visiting
 
-_COLLECTION = "batch_stats"
-_SEEN = ("seen_count", "seen_origin", "seen_offset", "seen_m2")
+_PARTS = ("count", "origin", "offset", "m2")
 _CALLS = "seen_calls"  # how often the layer was called in this forward pass
-
-Path = tuple[str, ...]
-
-
-class Convention(NamedTuple):
-    """How a layer keeps its running statistics, in PyTorch's terms."""
-
-    momentum: float | None
-    correction: int
 
 
 @contextlib.contextmanager
-def accumulating(
-    measured: Callable[[Path, Call], bool] = lambda path, call: not call.running,
-    examples: Any = None,
-) -> Iterator[dict[Path, Convention]]:
-    """A context in which batch norms add their moments up and leave their statistics alone.
+def accumulating() -> Iterator[dict[Path, Facts]]:
+    """A context in which batch norms that train add their moments up, and leave their statistics.
 
     The statistics of the model must come from `begin`, and be mutable.
 
-    Args:
-        measured: which calls are measured, by path and what the call does: those that train.
-        examples: bool (N,), the examples of the batch that count, if not all do.
-
     Yields:
-        A dict that has, once a model was traced, the path and convention of each measured layer,
-        in the order of their first calls.
+        A dict that has, once a model was traced, the path and facts of each measured layer, in the
+        order of their first calls.
     """
-    conventions: dict[Path, Convention] = {}
+    measured: dict[Path, Facts] = {}
 
-    def intercept(
-        call: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext
-    ) -> Any:
-        module = context.module
-        if context.method_name != "__call__" or not isinstance(module, LINEN):
-            return call(*args, **kwargs)
-        if "x" in kwargs:
-            args, kwargs = (kwargs["x"],), {k: v for k, v in kwargs.items() if k != "x"}
-        if examples is not None:
-            mask = counting(kwargs.get("mask"), examples, args[0].ndim)
-            kwargs = {**kwargs, "mask": mask}
-        with overridden(module, args, kwargs) as ((x, *others), options):
-            does = describe(module, *others, **options)
-        room = module.has_variable(_COLLECTION, _SEEN[0])
-        if not room or not measured(module.path, does):
-            return call(*args, **kwargs)
-        conventions[module.path] = Convention(does.momentum, does.correction)
-        before = dict(module.variables[_COLLECTION])
-        y = call(*args, **kwargs)
-        for name, value in added(before, x, does).items():
-            module.put_variable(_COLLECTION, name, value)
-        return y
+    def norm(visit: Visit) -> Any:
+        if visit.running or _CALLS not in visit.statistics:
+            return visit.run()
+        measured[visit.path] = visit.facts
+        return run_and_add(visit)
 
-    with nn.intercept_methods(intercept):
-        yield conventions
+    with visiting(norm):
+        yield measured
+
+
+def run_and_add(visit: Visit, **how: Any) -> Any:
+    """What a layer makes of a call, after which its statistics are as before, its moments more.
+
+    Args:
+        visit: the call.
+        **how: how to run it, as `Visit.run` takes it.
+    """
+    before = visit.statistics
+    y = visit.run(**how)
+    visit.put(_with_call(before, visit))
+    return y
 
 
 def begin(batch_stats: Any, calls: Mapping[Path, int] | None = None) -> Any:
@@ -95,14 +75,14 @@ def begin(batch_stats: Any, calls: Mapping[Path, int] | None = None) -> Any:
     """
 
     def add_room(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
-        mean = stats["mean"]
-        number = working_dtype(mean.dtype)
-        room = jnp.zeros((*mean.shape, calls[path] if calls else 1), number)
-        real = room.astype(jnp.finfo(number).dtype)
-        seen = dict(zip(_SEEN, (real, room, room, real), strict=True))
-        return {**stats, **seen, _CALLS: jnp.zeros(mean.shape, jnp.int32)}
+        stats = dict(meta.unbox(stats))
+        number = jnp.zeros_like(stats["mean"], working_dtype(stats["mean"].dtype))
+        real = jnp.real(number)
+        for call in range(calls[path] if calls else 1):
+            stats |= dict(zip(_names(call), (real, number, number, real), strict=True))
+        return {**stats, _CALLS: jnp.zeros(real.shape, jnp.int32)}
 
-    return map_layers(add_room, batch_stats)
+    return map_layers(add_room, unfreeze(batch_stats))
 
 
 def rehearse(
@@ -138,29 +118,41 @@ def rehearse(
     return calls, shapes[1]
 
 
-def added(stats: Mapping[str, Any], x: Any, does: Call) -> dict[str, Any]:
+def _with_call(stats: dict[str, Any], visit: Visit) -> dict[str, Any]:
     """A layer's statistics after one more call, the moments of its input added."""
-    x = jnp.asarray(x)
-    mask = None if does.mask is None else checks.mask(does.mask, x.shape)
-    stats = dict(stats)
-    return on_auto_axes(functools.partial(_added, does=does), (stats, x, mask), x, like=stats)
+    x, mask = jnp.asarray(visit.x), visit.mask
+    mask = None if mask is None else checks.mask(jnp.asarray(mask, bool), x.shape)
+    add = functools.partial(_add, axes=visit.axes, devices=visit.devices)
+    return on_auto_axes(add, (stats, x, mask), x, like=stats)
 
 
-def _added(
-    stats: dict[str, Any], x: jax.Array, mask: jax.Array | None, does: Call
-) -> dict[str, Any]:
-    batch = measure(x, checks.feature_axes(does.axis, x.ndim), mask)
-    if does.axis_name is not None:
-        batch = pool(batch, does.axis_name, does.axis_index_groups, stats["mean"])
-    parts = (batch.count, batch.origin, batch.offset, batch.m2)
-    one = Moments(*(jnp.broadcast_to(part, batch.m2.shape)[..., None] for part in parts))
-    held = [stats[name] for name in _SEEN]
-    merged = merge(Moments(*held), one)
-    room = jnp.arange(held[0].shape[-1])
-    this = jnp.minimum(stats[_CALLS], room[-1])[..., None] == room
-    new = (merged.count, merged.origin, merged.offset, merged.m2)
-    chosen = (jnp.where(this, n.astype(old.dtype), old) for n, old in zip(new, held, strict=True))
-    return {**stats, **dict(zip(_SEEN, chosen, strict=True)), _CALLS: stats[_CALLS] + 1}
+def _add(stats: dict[str, Any], x: Any, mask: Any, *, axes: Any, devices: Any) -> dict[str, Any]:
+    batch, (axis_name, groups) = measure(x, axes, mask), devices
+    if axis_name is not None:
+        batch = pool(batch, axis_name, groups, stats["mean"])
+    shape, last, new = batch.m2.shape, _calls(stats) - 1, {}
+    batch = Moments(*(jnp.broadcast_to(part, shape) for part in _parts(batch)))
+    for call in range(last + 1):
+        held = [stats[name] for name in _names(call)]
+        this = jnp.minimum(stats[_CALLS], last) == call
+        merged = _parts(merge(Moments(*held), batch))
+        chosen = (
+            jnp.where(this, n.astype(old.dtype), old) for n, old in zip(merged, held, strict=True)
+        )
+        new |= dict(zip(_names(call), chosen, strict=True))
+    return {**stats, **new, _CALLS: stats[_CALLS] + 1}
+
+
+def _names(call: int) -> tuple[str, ...]:
+    return tuple(f"seen_{call}_{part}" for part in _PARTS)
+
+
+def _calls(stats: Mapping[str, Any]) -> int:
+    return sum(name.startswith("seen_") and name.endswith("_m2") for name in stats)
+
+
+def _parts(moments: Moments) -> tuple[jax.Array, ...]:
+    return moments.count, moments.origin, moments.offset, moments.m2
 
 
 def next_pass(accumulated: Any) -> Any:
@@ -172,102 +164,36 @@ def next_pass(accumulated: Any) -> Any:
     return map_layers(rewind, accumulated)
 
 
-def finish(accumulated: Any, conventions: Mapping[Path, Convention]) -> Any:
+def finish(accumulated: Any, measured: Mapping[Path, Facts]) -> Any:
     """The running statistics after one more batch: all that was seen since `begin`, as one."""
 
-    def settle(path: Path, kept: Mapping[str, Any], seen: list[Moments]) -> Mapping[str, Any]:
-        momentum, correction = conventions[path]
-        for call in seen:  # each moves the statistics, as it does in a plain forward pass
-            enough = call.count > correction
-            kept = move(kept, call.mean, call.variance(correction), enough, weights(momentum))
-        return kept
-
-    return _settled(accumulated, conventions, settle)
-
-
-def replace(accumulated: Any, paths: Collection[Path]) -> Any:
-    """The statistics with mean and biased variance of all that was seen, at these paths."""
-
-    def settle(path: Path, kept: Mapping[str, Any], seen: list[Moments]) -> Mapping[str, Any]:
-        all_calls = functools.reduce(merge, seen)
-        return {**kept, "mean": all_calls.mean, "var": all_calls.variance()}
-
-    return _settled(accumulated, paths, settle)
-
-
-def unmeasured(accumulated: Any, paths: Collection[Path]) -> dict[str, int]:
-    """How many channels have no finite mean and variance, for the layers where any have not."""
-    channels: dict[str, int] = {}
-
-    def look(path: Path, stats: Mapping[str, Any]) -> None:
-        if path in paths:
-            seen = functools.reduce(merge, _by_call(stats))
-            fine = (seen.count > 0) & jnp.isfinite(seen.mean) & jnp.isfinite(seen.m2)
-            channels["/".join(path)] = int(jnp.sum(~fine))
-
-    map_layers(look, accumulated)
-    return {path: count for path, count in channels.items() if count}
-
-
-def merge_batch_stats(batch_stats: Any, axis: int = 0) -> Any:
-    """One set of running statistics from several, such as those of devices that never talked.
-
-    The mean of the means, and by the law of total variance the mean of the variances plus the
-    variance of the means; each weighs alike. (The mean of the variances alone is too small.)
-
-    Args:
-        batch_stats: a collection whose arrays have one more axis, as `pmap` without an axis name
-            returns it.
-        axis: that axis.
-
-    Returns:
-        The collection without that axis.
-
-    >>> stats = {"bn": {"mean": jnp.array([[0.0], [10.0]]), "var": jnp.array([[1.0], [1.0]])}}
-    >>> float(merge_batch_stats(stats)["bn"]["var"][0])
-    26.0
-    """
-
-    def merged(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
-        mean = jnp.mean(stats["mean"], axis)
-        var = jnp.mean(stats["var"], axis) + jnp.var(stats["mean"], axis)
-        others = {name: jnp.take(value, 0, axis) for name, value in stats.items()}
-        return {**others, "mean": mean, "var": var}
-
-    return map_layers(merged, batch_stats)
-
-
-def _settled(
-    accumulated: Any,
-    paths: Collection[Path],
-    settle: Callable[[Path, Mapping[str, Any], list[Moments]], Mapping[str, Any]],
-) -> Any:
-    """The statistics without the room for moments, and settled at these paths."""
-
-    def visit(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in stats.items() if name not in (*_SEEN, _CALLS)}
-        if path not in paths:
+    def settle(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in stats.items() if not name.startswith("seen_")}
+        if path not in measured:
             return kept
-        new = settle(path, kept, _by_call(stats))
+        new, does = kept, measured[path]
+        for call in _by_call(stats):  # each moves the statistics, as in a plain forward pass
+            enough = call.count > does.correction
+            var = call.variance(does.correction)
+            new = move(new, call.mean, var, enough, weights(does.momentum))
         return {name: new[name].astype(value.dtype) for name, value in kept.items()}
 
-    return map_layers(visit, accumulated)
+    return map_layers(settle, accumulated)
+
+
+def population(accumulated: Any, measured: Collection[Path]) -> dict[Path, Moments]:
+    """The moments of all that each measured layer has seen since `begin`, in all its calls."""
+    found: dict[Path, Moments] = {}
+
+    def look(path: Path, stats: Mapping[str, Any]) -> None:
+        if path in measured:
+            found[path] = functools.reduce(merge, _by_call(stats))
+
+    map_layers(look, accumulated)
+    return found
 
 
 def _by_call(stats: Mapping[str, Any]) -> list[Moments]:
     """What the first call of a layer has seen in all forward passes, the second one, and so on."""
-    calls = stats[_SEEN[0]].shape[-1]
-    return [Moments(*(stats[name][..., call] for name in _SEEN)) for call in range(calls)]
-
-
-def map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) -> Any:
-    """Apply a function of path and statistics to each batch norm in a collection."""
-
-    def visit(path: Path, node: Any) -> Any:
-        if not isinstance(node, Mapping):
-            return node
-        if {"mean", "var"} <= {*node} and not isinstance(node["mean"], Mapping):
-            return function(path, node)
-        return {name: visit((*path, name), child) for name, child in node.items()}
-
-    return visit((), tree)
+    calls = range(_calls(stats))
+    return [Moments(*(stats[name] for name in _names(call))) for call in calls]

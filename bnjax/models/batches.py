@@ -66,14 +66,6 @@ def totals_of(loss_fn: LossFn, outputs: Any, batch: Batch) -> Metrics:
     return {name: total(name, value) for name, value in found.items()}
 
 
-def counting(mask: Any, examples: Any, ndim: int) -> Any:
-    """The mask of an input of this rank, its own if any, without the examples that do not count."""
-    if examples is None:
-        return mask
-    alike = examples.reshape(-1, *(1,) * (ndim - 1))
-    return alike if mask is None else alike & jnp.asarray(mask, bool)
-
-
 def pad_batch(batch: Batch, multiple: int) -> Batch:
     """The batch, filled up to a multiple of a size, with a `mask` of the examples that count.
 

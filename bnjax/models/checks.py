@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from bnjax.core.checks import mask as mask
 from bnjax.core.checks import overriding_momentum as overriding_momentum
 from bnjax.core.checks import shapes as shapes
 from bnjax.core.checks import where
+from bnjax.globs import strangers
 
 _MISFITS = (
     errors.ApplyScopeInvalidVariablesStructureError,
@@ -139,10 +140,28 @@ def flax_model(model: Any) -> None:
         )
 
 
-def some_batch_norm(some: bool) -> None:
+def some_batch_norm(some: bool, unknown: Mapping[str, str] | None = None) -> None:
     """A tool for batch norms needs one."""
     if not some:
-        raise ValueError("`model` must call a batch norm, bnjax's or Flax's own, but calls none.")
+        but = f" {strangers(unknown)}." if unknown else ""
+        raise ValueError(
+            f"`model` must call a batch norm, bnjax's or Flax's own, but calls none.{but}"
+        )
+
+
+def all_called(missing: Collection[str], unknown: Mapping[str, str]) -> None:
+    """What is measured must be called."""
+    silent = sorted(set(missing) - unknown.keys())
+    found = (
+        [f"{silent} were not called: pass what turns them on in `apply_kwargs`"] if silent else []
+    )
+    if not_known := {path: kind for path, kind in unknown.items() if path in missing}:
+        found.append(strangers(not_known))
+    if found:
+        raise ValueError(
+            f"All batch norms that fit `paths` are measured, but {'; '.join(found)}. Or name the "
+            "others in `paths`."
+        )
 
 
 def evaluating(running: bool, path: Sequence[str]) -> None:

@@ -1,9 +1,11 @@
-"""What a batch norm is, in one vocabulary, whoever wrote the layer: bnjax or Flax, linen or nnx."""
+"""What a batch norm is, in one vocabulary, whoever wrote it: bnjax or Flax, linen or nnx."""
 
-from typing import Any, NamedTuple
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+import chex
 from flax import linen as nn
 from flax import nnx
 from flax.typing import Axes
@@ -14,30 +16,89 @@ from bnjax.layers import nnx as nnx_layers
 
 LINEN: tuple[Any, ...] = (linen_layers.TorchBatchNorm, linen_layers.BatchNorm, nn.BatchNorm)
 NNX: tuple[Any, ...] = (nnx_layers.TorchBatchNorm, nnx_layers.BatchNorm, nnx.BatchNorm)
-LAYERS = LINEN + NNX
+BATCH_NORMS = LINEN + NNX
+LINEAR_LINEN = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+LINEAR_NNX = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
+LINEAR: tuple[Any, ...] = LINEAR_LINEN + LINEAR_NNX
+
+# The library's own code, below whatever a subclass wraps around it.
+LINEN_CALLS = frozenset(inspect.unwrap(kind.__call__) for kind in LINEN + LINEAR_LINEN)
+NNX_CALLS = frozenset(kind.__call__ for kind in NNX + LINEAR_NNX)
 
 
-class Call(NamedTuple):
-    """What one call of a layer does, in PyTorch's terms whatever the layer's convention."""
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a batch norm does, in PyTorch's terms whatever the convention it is written in.
 
-    running: bool
-    momentum: float | None
-    correction: int
+    Attributes:
+        layer: the name of its class.
+        flax: whether its momentum is written in Flax's convention.
+        axis: the feature axis, or axes.
+        eps: what it adds to the variance.
+        momentum: weight of a new batch in the running statistics; None for the average of all.
+        correction: 1 where it keeps the unbiased variance.
+        tracked: whether it keeps running statistics.
+        running: whether its fields say to use them; None leaves that to the call, or to `mutable`.
+        by_mutability: whether it trains, where nobody says, if its statistics are mutable.
+        affine: which of scale and bias it has.
+        axis_name: the mapped axes whose devices it pools.
+        axis_index_groups: groups of these.
+        virtual_batch_size: the size of the groups that are normalized by themselves.
+    """
+
+    layer: str
+    flax: bool
     axis: Axes
-    mask: jax.Array | None
+    eps: chex.Numeric
+    momentum: chex.Numeric | None
+    correction: int
+    tracked: bool
+    running: bool | None
+    by_mutability: bool
+    affine: tuple[str, ...]
     axis_name: AxisName | None
     axis_index_groups: Groups | None
+    virtual_batch_size: int | None
 
 
-def describe(layer: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Call:
-    """What a call of a layer, bnjax's or Flax's own, of linen or nnx, does with these arguments."""
-    given = layer.use_running_average if use_running_average is None else use_running_average
-    if hasattr(layer, "track_running_stats"):
-        if given is None and isinstance(layer, nn.Module):
-            given = not layer.is_mutable_collection("batch_stats")
-        running, momentum, correction = given or not layer.track_running_stats, layer.momentum, 1
-    else:
-        running, momentum, correction = given, 1 - layer.momentum, 0
-    mask = None if mask is None else jnp.asarray(mask, bool)
-    groups = layer.axis_index_groups
-    return Call(bool(running), momentum, correction, layer.axis, mask, layer.axis_name, groups)
+def facts(layer: Any, fields: Mapping[str, Any] | None = None) -> Facts:
+    """The facts of a batch norm; `fields` are looked at before its own."""
+
+    def read(name: str, default: Any = None) -> Any:
+        return fields[name] if fields and name in fields else getattr(layer, name, default)
+
+    flax = not hasattr(layer, "track_running_stats")
+    has = {name: read("use_" + name) if flax else read("affine") for name in ("scale", "bias")}
+    momentum = read("momentum")
+    return Facts(
+        layer=own_type(layer).__name__,
+        flax=flax,
+        axis=read("axis"),
+        eps=read("epsilon" if flax else "eps"),
+        momentum=1 - momentum if flax else momentum,
+        correction=0 if flax else 1,
+        tracked=read("track_running_stats", True),
+        running=read("use_running_average"),
+        by_mutability=isinstance(layer, nn.Module) and not flax,
+        affine=tuple(name for name, there in has.items() if there),
+        axis_name=read("axis_name"),
+        axis_index_groups=read("axis_index_groups"),
+        virtual_batch_size=read("virtual_batch_size"),
+    )
+
+
+class Frozen(nnx.Module):
+    """An nnx batch norm that has one mode, and remembers the one that it is asked for."""
+
+    @property
+    def use_running_average(self) -> bool:  # noqa: D102 - the layers document it
+        return True
+
+    @use_running_average.setter
+    def use_running_average(self, asked_for: bool | None) -> None:
+        vars(self)["use_running_average"] = asked_for
+
+
+def own_type(layer: Any) -> type:
+    """The type that a layer was made with."""
+    return next(kind for kind in type(layer).__mro__ if not issubclass(kind, Frozen))

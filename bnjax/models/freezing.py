@@ -1,15 +1,17 @@
 """The batch norms of an nnx model by path, and how they are frozen: freeze, unfreeze."""
 
+import copyreg
+import types
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from bnjax import globs
-from bnjax.models.conventions import NNX
-from bnjax.models.subtypes import subtype
+from bnjax.models.compat import is_pytree
+from bnjax.models.conventions import NNX, Frozen, own_type
+from bnjax.models.visits import listen_to
 
 
 def freeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
@@ -41,9 +43,8 @@ def freeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
     [0.0, 0.0, 0.0]
     """
     for layer in fitting(model, paths):
-        if not is_frozen(layer):
-            frozen = subtype(_Frozen, type(layer), NNX, "Frozen")
-            object.__setattr__(layer, "__class__", frozen)
+        if not isinstance(layer, Frozen):
+            object.__setattr__(layer, "__class__", _frozen(type(layer)))
 
 
 def unfreeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
@@ -54,14 +55,7 @@ def unfreeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
         paths: a glob over attribute paths or several, as for `freeze`, with the same error.
     """
     for layer in fitting(model, paths):
-        if is_frozen(layer):
-            frozen: Any = type(layer)
-            object.__setattr__(layer, "__class__", frozen.kind)
-
-
-def is_frozen(layer: nnx.Module) -> bool:
-    """Whether a batch norm is frozen."""
-    return isinstance(layer, _Frozen)
+        object.__setattr__(layer, "__class__", own_type(layer))
 
 
 def fitting(model: nnx.Module, paths: globs.Paths) -> list[nnx.Module]:
@@ -88,16 +82,23 @@ def batch_norms(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[
             yield from batch_norms(child, f"{path}/{name}" if path else name, (*above, node))
 
 
-class _Frozen(nnx.Module):
-    """A batch norm that has one mode, and remembers the one it is asked for."""
+class _FrozenType(type(nnx.Module)):
+    """The type of the types of frozen layers, so that pickle can make these anew."""
 
-    @property
-    def use_running_average(self) -> bool:
-        return True
+    kind: type[nnx.Module]
 
-    @use_running_average.setter
-    def use_running_average(self, asked_for: bool | None) -> None:
-        vars(self)["use_running_average"] = asked_for
 
-    def __call__(self, x: jax.Array, use_running_average: Any = None, **rest: Any) -> jax.Array:
-        return super().__call__(x, use_running_average=True, **rest)
+def _frozen(kind: type[nnx.Module]) -> _FrozenType:
+    """The frozen subclass of a type of layers, the same each time, as jit compares it."""
+    listen_to(kind)
+    if "_bnjax_frozen" not in vars(kind):
+        fields = {"kind": kind, "__module__": __name__, "__doc__": kind.__doc__}
+        keywords = {"metaclass": _FrozenType, "pytree": is_pytree(kind)}
+        made = types.new_class(
+            f"Frozen{kind.__name__}", (Frozen, kind), keywords, lambda body: body.update(fields)
+        )
+        kind._bnjax_frozen = made  # pyright: ignore[reportAttributeAccessIssue] - a class is open
+    return vars(kind)["_bnjax_frozen"]
+
+
+copyreg.pickle(_FrozenType, lambda made: (_frozen, (made.kind,)))

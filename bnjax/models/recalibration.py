@@ -2,22 +2,25 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from flax.core import FrozenDict, meta, unfreeze
 from jax.sharding import Mesh
 
 from bnjax import globs
+from bnjax.core.moments import Moments
 from bnjax.models import checks
-from bnjax.models.accumulation import Path, accumulating, added, begin, replace, unmeasured
-from bnjax.models.batches import Batch, counting, named, on_all, pad_batch, shardings, split_over
-from bnjax.models.conventions import NNX, Call, describe
-from bnjax.models.nnx_copies import Bridge, intercepting, path_of, variables_of, without_devices
-from bnjax.models.overrides import override
+from bnjax.models.accumulation import begin, population, run_and_add
+from bnjax.models.batches import Batch, named, on_all, pad_batch, shardings, size_of, split_over
+from bnjax.models.nnx_copies import Copy
+from bnjax.models.programs import Program
+from bnjax.models.statistics import Path, layers_of, map_layers
+from bnjax.models.visits import Visit, visiting
 
 Batches = Iterable[Any]
 
@@ -60,47 +63,27 @@ def recalibrate(
         progress: show a progress bar.
 
     Returns:
-        New variables: `batch_stats` has new means and variances, all other values are the same.
+        New variables: batch norms have new means and variances, all other values are the same.
         Of an nnx model the whole `nnx.State`, for `nnx.update(model, state)`.
 
     Raises:
-        ValueError: no batch, no batch norm, variables of another model, or a channel without a
-            finite mean and variance.
+        ValueError: no batch, no batch norm, one that fits the paths and is not called, variables of
+            another model, or a channel without a finite mean and variance.
     """
     checks.flax_model(model)
     checks.several_batches(batches)
-    settings = (dict(apply_kwargs or {}), mesh, paths, sequential, progress)
     if isinstance(model, nnx.Module):
-        bridge = Bridge(model, variables)
-        checks.some_batch_norm("batch_stats" in bridge.variables)
-        return bridge.state(_recalibrated(bridge, bridge.variables, batches, *settings))
+        copy = Copy(model, variables)
+        checks.some_batch_norm(bool(copy.norms), copy.strangers)
+        stats = _Measurement(copy, copy.variables, paths, apply_kwargs, mesh)(
+            batches, sequential, progress
+        )
+        return copy.state({**copy.variables, "batch_stats": stats})
     checks.has_statistics(variables)
-    return _recalibrated(model, variables, batches, *settings)
-
-
-def _recalibrated(
-    model: nn.Module | Bridge,
-    variables: Any,
-    batches: Batches,
-    kwargs: dict[str, Any],
-    mesh: Mesh | None,
-    paths: globs.Paths,
-    sequential: bool,
-    progress: bool,
-) -> dict[str, Any]:
-    """The variables with new statistics, of either library."""
-    measurement = _Measurement(model, variables, kwargs, mesh, paths)
-    stats = variables["batch_stats"]
-    if not sequential:
-        stats = measurement(stats, batches, None, progress, "recalibrating")
-        return {**variables, "batch_stats": stats}
-    checks.iterable_again(batches)
-    order = measurement.order(stats, batches)
-    checks.some_batch(bool(order))
-    for number, path in enumerate(order, 1):
-        label = f"{'/'.join(path)} ({number} of {len(order)})"
-        stats = measurement(stats, batches, path, progress, label)
-    return {**variables, "batch_stats": stats}
+    held: Any = variables
+    stats = _Measurement(model, held, paths, apply_kwargs, mesh)(batches, sequential, progress)
+    new = {**held, "batch_stats": stats}
+    return FrozenDict(new) if isinstance(variables, FrozenDict) else new
 
 
 class _Measurement:
@@ -108,122 +91,141 @@ class _Measurement:
 
     def __init__(
         self,
-        model: nn.Module | Bridge,
+        model: nn.Module | Copy,
         variables: Mapping[str, Any],
-        kwargs: dict[str, Any],
-        mesh: Mesh | None,
         paths: globs.Paths,
+        kwargs: Mapping[str, Any] | None,
+        mesh: Mesh | None,
     ) -> None:
-        if isinstance(model, Bridge):
-            self.measuring = functools.partial(_measuring_nnx, model.paths(paths))
-            model = model.holding({**variables, "batch_stats": begin(variables["batch_stats"])})
-        else:
-            self.measuring = functools.partial(_measuring_linen, paths)
-        self.model, self.kwargs, self.mesh = model, kwargs, mesh
-        self.others = {name: tree for name, tree in variables.items() if name != "batch_stats"}
-        self.context = contextlib.nullcontext
+        self.model, self.kwargs = model, dict(kwargs or {})
+        self.patterns = globs.as_tuple(paths)
+        self.stats = variables["batch_stats"]
+        self.others = {k: unfreeze(tree) for k, tree in variables.items() if k != "batch_stats"}
+        self.mesh, self.context = mesh, contextlib.nullcontext
         if mesh is not None:
             auto, self.alike, self.split = shardings(mesh)
             self.others = on_all(self.others, self.alike)
             self.context = functools.partial(jax.set_mesh, auto)
-        self.steps: dict[Path | None, tuple[Callable, dict[Path, Any]]] = {}
+        matchers = [globs.matcher(pattern) for pattern in self.patterns]
+        self.fits = lambda path: any(fits("/".join(path)) for fits in matchers)
+        if isinstance(model, Copy):
+            self.fits = model.fitting(paths).__contains__  # by any path of a shared layer
+            self.model = model.holding({**variables, "batch_stats": begin(self.stats)})
 
-    def __call__(
-        self, stats: Any, batches: Batches, path: Path | None, progress: bool, label: str
+    def __call__(self, batches: Batches, sequential: bool, progress: bool) -> Any:
+        """The statistics, with those of the data in each layer that fits."""
+        stats = self.stats
+        if not sequential:
+            return self._pass(None, stats, batches, progress, "recalibrating")
+        checks.iterable_again(batches)
+        order = self._order(stats, batches)
+        for number, path in enumerate(order, 1):
+            label = f"{'/'.join(path)} ({number} of {len(order)})"
+            stats = self._pass(path, stats, batches, progress, label)
+        return stats
+
+    def _pass(
+        self, path: Path | None, stats: Any, batches: Batches, progress: bool, label: str
     ) -> Any:
         """The statistics after one pass that measures the layer at this path, or all."""
-        step, conventions = self._step(path)
-        accumulated, some = begin(stats), False
-        if self.mesh is not None:
-            accumulated = on_all(accumulated, self.alike)
+        program, measured = self._program(path), None
+        held = seen = self._everywhere(begin(stats))
         for batch in _tracked(batches, progress, label):
-            some = True
-            held, batch = {**self.others, "batch_stats": stats}, self._placed(batch)
-            with checks.variables_fit(held, batch["x"]), self.context():
-                accumulated = step(accumulated, self.others, batch)
-        checks.some_batch(some)
-        checks.finite_statistics(unmeasured(accumulated, conventions))
-        return replace(accumulated, conventions)
+            placed = self._placed(batch)
+            with checks.variables_fit({**self.others, "batch_stats": stats}, placed["x"]):
+                with self.context():
+                    new, notes = program(seen, self.others, placed)
+            self._check(notes)
+            measured = {*(measured or ()), *notes["measured"]}
+            # What others keep beside the layers, such as spectral norms, is as it was each time.
+            seen = _with_layers_of(held, new)
+        checks.some_batch(measured is not None)
+        return _with(stats, population(seen, measured or ()))
 
-    def order(self, stats: Any, batches: Batches) -> list[Path]:
+    def _order(self, stats: Any, batches: Batches) -> list[Path]:
         """The paths of the layers, in the order of their first calls."""
-        step, conventions = self._step(None)
         for batch in batches:
-            jax.eval_shape(step, begin(stats), self.others, self._placed(batch))
-            break
-        return list(conventions)
+            notes = self._program(None).trace(begin(stats), self.others, self._placed(batch))
+            self._check(notes)
+            return list(notes["measured"])
+        checks.some_batch(False)
+        return []
+
+    def _program(self, path: Path | None) -> Program:
+        """A pass of one batch: one layer is measured in evaluation, or all together in training."""
+
+        def step(notes: dict[str, Any], stats: Any, others: Any, batch: Batch) -> Any:
+            called, measured = notes.setdefault("called", {}), notes.setdefault("measured", {})
+
+            def norm(visit: Visit) -> Any:
+                together, here = path is None and self.fits(visit.path), visit.path == path
+                called[visit.path] = None
+                visit = visit.where(batch.get("mask"))
+                if not visit.statistics or not (together or here):
+                    return visit.run(running=True, here=True)
+                measured[visit.path] = None
+                return run_and_add(visit, running=not together, here=True)
+
+            with visiting(norm) as strangers:
+                variables = {**others, "batch_stats": stats}
+                _, updates = self.model.apply(
+                    variables, batch["x"], mutable=["batch_stats"], **self.kwargs
+                )
+            notes["strangers"] = strangers
+            return updates["batch_stats"]
+
+        return Program(step)
+
+    def _check(self, notes: Mapping[str, Any]) -> None:
+        """Each pattern fits a layer that is called, and each layer that fits is."""
+        called, unknown = {"/".join(path) for path in notes["called"]}, notes["strangers"]
+        if not isinstance(self.model, Copy):
+            for pattern in self.patterns:
+                fits = any(map(globs.matcher(pattern), called))
+                globs.check_fits(pattern, fits, called, unknown=unknown)
+        fitting = {"/".join(path) for path in layers_of(self.stats) if self.fits(path)}
+        checks.all_called(fitting - called, unknown)
 
     def _placed(self, batch: Any) -> Batch:
         batch = named(batch)
         batch = {name: batch[name] for name in ("x", "mask") if name in batch}
         if self.mesh is None:
             return batch
-        padded = pad_batch(batch, len(self.mesh.local_devices))
-        return split_over(self.split, padded)
+        devices = len(self.mesh.local_devices)
+        if jax.process_count() > 1:
+            return split_over(self.split, pad_batch(batch, devices))
+        # A model may reshape its examples, so none are filled up that a mask would have to hide.
+        return jax.device_put(batch, self.alike if size_of(batch) % devices else self.split)
 
-    def _step(self, path: Path | None) -> tuple[Callable, dict[Path, Any]]:
-        if path in self.steps:
-            return self.steps[path]
-        conventions: dict[Path, Any] = {}
-
-        def step(stats: Any, others: Any, batch: Batch) -> Any:
-            with self.measuring(path, batch.get("mask")) as seen:
-                _, updates = self.model.apply(
-                    {**others, "batch_stats": stats},
-                    batch["x"],
-                    mutable=["batch_stats"],
-                    **self.kwargs,
-                )
-            conventions.update(seen)
-            return updates["batch_stats"]
-
-        self.steps[path] = jax.jit(step), conventions
-        return self.steps[path]
+    def _everywhere(self, stats: Any) -> Any:
+        return stats if self.mesh is None else on_all(stats, self.alike)
 
 
-@contextlib.contextmanager
-def _measuring_linen(
-    paths: globs.Paths, path: Path | None, examples: Any
-) -> Iterator[Mapping[Path, Any]]:
-    """A context in which one layer is measured in evaluation, or all together in training."""
+def _with(stats: Any, seen: Mapping[Path, Moments]) -> Any:
+    """The statistics with mean and biased variance of what was seen."""
+    bad: dict[str, int] = {}
 
-    def measured(at: Path, call: Call) -> bool:
-        return at == path if path is not None else not call.running
+    def replace(path: Path, old: Mapping[str, Any]) -> Mapping[str, Any]:
+        if path not in seen:
+            return old
+        new, moments = dict(old), seen[path]
+        fine = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.m2)
+        if lost := int(jnp.sum(~fine)):
+            bad["/".join(path)] = lost
+        for name, value in (("mean", moments.mean), ("var", moments.variance())):
+            value = value.astype(meta.unbox(old[name]).dtype)
+            new[name] = meta.replace_boxed(old[name], value)
+        return new
 
-    together = override(paths, use_running_average=False)
-    mode = together if path is None else contextlib.nullcontext()
-    alone = {"axis_name": None, "axis_index_groups": None}  # the devices of the training
-    evaluated = override("**", use_running_average=True, **alone)
-    with evaluated, mode, accumulating(measured, examples) as seen:
-        yield seen
+    found = map_layers(replace, stats)
+    checks.finite_statistics(bad)
+    return found
 
 
-@contextlib.contextmanager
-def _measuring_nnx(
-    paths: Collection[Path], path: Path | None, examples: Any
-) -> Iterator[Mapping[Path, Any]]:
-    """The same for the layers of a bridge."""
-    seen: dict[Path, Any] = {}
-
-    def intercept(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
-        layer = context.module
-        if not isinstance(layer, NNX):
-            return call(*args, **kwargs)
-        at, x = path_of(layer), jnp.asarray(args[0] if args else kwargs["x"])
-        mask = counting(kwargs.get("mask"), examples, x.ndim)
-        before = variables_of(layer).get("batch_stats")
-        together = path is None and at in paths
-        with without_devices(layer):
-            y = call(x, use_running_average=not together, mask=mask)
-            if before and (together or at == path):
-                seen[at] = None
-                does = describe(layer, mask=None if mask is None else jnp.asarray(mask, bool))
-                for name, value in added(before, x, does).items():
-                    getattr(layer, name)[...] = value
-        return y
-
-    with intercepting(intercept):
-        yield seen
+def _with_layers_of(tree: Any, other: Any) -> Any:
+    """A collection with the batch norms of another one."""
+    layers = layers_of(other)
+    return map_layers(lambda path, _: layers[path], tree)
 
 
 def _tracked(batches: Batches, progress: bool, label: str) -> Batches:

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 
 from bnjax import globs
-from bnjax.models.accumulation import Path, map_layers
 from bnjax.models.batches import Batch, Metrics, size_of
+from bnjax.models.statistics import Path, map_layers
 from bnjax.training.state import TrainState
 from bnjax.training.steps import Step
 

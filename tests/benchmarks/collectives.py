@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bnjax
-from tests import hlo
+from tests.support import hlo
 
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
 CHANNELS = [64] + [

@@ -14,7 +14,7 @@ import bnjax
 from tests.benchmarks.contenders import OURS, REFERENCE
 from tests.benchmarks.environment import Options
 from tests.benchmarks.network import gradient
-from tests.models import ResNet
+from tests.support.models import ResNet
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
     REFERENCE: nn.BatchNorm,

@@ -17,7 +17,7 @@ from rich.table import Table
 import bnjax
 from tests.benchmarks.environment import settle, touch_heap
 from tests.benchmarks.timing import measure
-from tests.models import ResNet
+from tests.support.models import ResNet
 
 
 def random_variables(model: nn.Module, x: jax.Array) -> Any:

@@ -16,7 +16,7 @@ from tests.benchmarks.contenders import OURS, REFERENCE, affine, available
 from tests.benchmarks.environment import Options
 from tests.benchmarks.timing import compiled, medians, turns
 from tests.benchmarks.timing import measure as timed
-from tests.models import ResNet
+from tests.support.models import ResNet
 
 GROWTH = (1, 2, 4, 8, 16, 32, 64)
 

@@ -10,12 +10,12 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import meta
 
-from bnjax.models.accumulation import map_layers, merge_batch_stats
 from bnjax.models.freezing import batch_norms
-from bnjax.models.nnx_copies import Bridge, Path
+from bnjax.models.nnx_copies import Copy
+from bnjax.models.statistics import Path, map_layers, merge_batch_stats
 
 # The model, for nnx the mode of each layer, its variables, and how far devices differ, by path.
-Reading = tuple[nn.Module | Bridge, dict[str, bool | None], Any, dict[str, float]]
+Reading = tuple[nn.Module | Copy, dict[str, bool | None], Any, dict[str, float]]
 
 
 def readings(model: Any, variables: Any) -> Iterator[Callable[[], Reading]]:
@@ -44,8 +44,8 @@ def _of_nnx(model: nnx.Module, state: Any) -> Iterator[Callable[[], Reading]]:
     modes = {path: _mode(layer) for path, layer in batch_norms(model)}
 
     def read(model: nnx.Module, state: Any) -> Reading:
-        bridge = Bridge(model, state)
-        return bridge, modes, bridge.variables, _replicas(bridge.variables)
+        copy = Copy(model, state)
+        return copy, modes, copy.variables, _replicas(copy.variables)
 
     yield lambda: read(model, state)
     flat = dict(nnx.to_flat_state(nnx.state(model)))

@@ -16,7 +16,8 @@ from bnjax.models import checks
 from bnjax.models.batches import LossFn, counted, named, size_of
 from bnjax.models.diagnosis.devices import readings
 from bnjax.models.diagnosis.passes import Kind, Passes, Seen, compare, passes_of
-from bnjax.models.nnx_copies import Bridge, Path
+from bnjax.models.nnx_copies import Copy
+from bnjax.models.statistics import Path, impossible
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ class Layer:
     @property
     def poisoned(self) -> np.ndarray:
         """Which channels have running statistics that are not finite, or a negative variance."""
-        return ~(np.isfinite(self.mean) & np.isfinite(self.var) & (self.var >= 0))
+        return impossible(self.mean, self.var)
 
     @property
     def compared(self) -> bool:
@@ -179,6 +180,7 @@ class _Run:
     def __init__(self) -> None:
         self.unequal: dict[str, float] = {}
         self.sums: dict[Path, _Sums] = {}
+        self.kinds: dict[Path, Kind] = {}
         self.moved: set[str] = set()
         self.gaps = np.zeros(2)
         self.losses: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
@@ -196,11 +198,11 @@ class _Run:
                 one, modes, self.variables, self.unequal = reading()
                 self.passes = passes_of(one, modes, loss_fn, kwargs)
                 with checks.variables_fit(self.variables, batch["x"]):
-                    jax.eval_shape(self.passes.step, self.variables, batch)
+                    notes = self.passes.step.trace(self.variables, batch)
             except Exception as error:  # of the model, or of a tree that does not fit it
                 failure = failure or error
             else:
-                checks.some_batch_norm(bool(self.passes.kinds))
+                checks.some_batch_norm(bool(notes["kinds"]))
                 return
         if failure is not None:
             raise failure
@@ -208,7 +210,8 @@ class _Run:
     def add(self, batch: Any) -> None:
         """Run one more batch."""
         assert self.passes is not None
-        found = self.passes.step(self.variables, batch)
+        found, notes = self.passes.step(self.variables, batch)
+        self.kinds |= notes["kinds"]
         outputs, size = found.pop("outputs"), size_of(batch)
         if self.first is None and size > 1:
             self.first = batch, jax.device_get(outputs)
@@ -219,7 +222,7 @@ class _Run:
         for path, changed in jax.tree_util.tree_flatten_with_path(found["moved"])[0]:
             if changed:
                 self.moved.add("/".join(str(key.key) for key in path[:-1]))
-        kinds, layers = self.passes.kinds, found["layers"]
+        kinds, layers = self.kinds, found["layers"]
         sums = {path: self.sums.setdefault(path, _Sums(kinds[path].correction)) for path in layers}
         if any([sums[path].lost_in(seen) for path, seen in layers.items()]):
             return  # what other layers made of this batch says nothing about them
@@ -237,7 +240,7 @@ class _Run:
         checks.some_batch(self.passes is not None)
         checks.some_example(self.counts)
         assert self.passes is not None
-        kinds = self.passes.kinds
+        kinds = self.kinds
         losses = {
             mode: {name: total / max(self.used, 1) for name, total in totals.items()}
             for mode, totals in self.losses.items()
@@ -258,7 +261,7 @@ class _Run:
             losses=losses,
             unequal=self.unequal,
             params_norm=float(optax.tree.norm(self.variables.get("params", {}))),
-            nnx=isinstance(self.passes.model, Bridge),
+            nnx=isinstance(self.passes.model, Copy),
             kwargs=self.passes.kwargs,
         )
 

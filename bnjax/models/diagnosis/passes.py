@@ -1,62 +1,40 @@
 """A model in evaluation and in training on one batch, and what its batch norms see in training.
 
-It is one compiled step for each shape of a batch. The layers' own updates bring the statistics of
-the batch out: with a momentum of 1 the new running statistics *are* those of the batch, so no
-activation is read once more, and none leaves the step.
+It is one compiled step for each kind of batch, and no activation leaves it.
 """
 
-import contextlib
-import functools
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import nnx
-from flax.core.scope import in_filter, union_filters
+from flax.core import unfreeze
 
 from bnjax.core.moments import working_dtype
-from bnjax.models import checks, overrides
-from bnjax.models.accumulation import map_layers
-from bnjax.models.batches import Batch, LossFn, counted, counting, size_of, totals_of
-from bnjax.models.conventions import LAYERS, describe
-from bnjax.models.freezing import is_frozen
-from bnjax.models.nnx_copies import (
-    Bridge,
-    Path,
-    intercepting,
-    path_of,
-    variables_of,
-    without_devices,
-)
-from bnjax.models.subtypes import own_type
+from bnjax.models import checks
+from bnjax.models.batches import Batch, LossFn, counted, size_of, totals_of
+from bnjax.models.compat import in_filter, union_filters
+from bnjax.models.conventions import Facts
+from bnjax.models.nnx_copies import Copy
+from bnjax.models.programs import Program, kept_with
+from bnjax.models.statistics import Path, layers_of, map_layers
+from bnjax.models.visits import Visit, settings, visiting
 
 
-class Kind(NamedTuple):
-    """What a batch norm is, as its calls tell it; momentum and correction are PyTorch's.
+@dataclasses.dataclass(frozen=True)
+class Kind(Facts):
+    """What a batch norm is, as its calls tell it.
 
     Attributes:
-        layer: the name of its class.
-        flax: whether its momentum is written in Flax's convention.
-        tracked: whether it keeps running statistics.
+        running: whether it uses its running statistics in evaluation.
         frozen: whether it uses them in training, too.
-        running: whether it uses them in evaluation.
-        momentum: weight of a new batch in the running statistics; None for the average of all.
-        correction: 1 where it keeps the unbiased variance.
-        eps: what it adds to the variance.
         dtype: of its input.
     """
 
-    layer: str
-    flax: bool
-    tracked: bool
     frozen: bool
-    running: bool
-    momentum: float | None
-    correction: int
-    eps: float
     dtype: Any
 
 
@@ -78,166 +56,137 @@ class Seen(NamedTuple):
     values: Any
 
 
+_STATISTICS = ("mean", "var", "count")
 _ROOM = tuple(f"seen_{name}" for name in Seen._fields)
 
 
 class Passes:
-    """The passes of a model, and the kinds of the batch norms that they met.
+    """The passes of a model.
 
     Args:
-        model: a linen model, or the bridge of an nnx model.
+        model: a linen model, or the copy of an nnx model.
         modes: of an nnx model the mode of each layer, by path.
         loss_fn: as for `training.train_step`.
         kwargs: those of the model's call in evaluation.
+
+    Attributes:
+        step: the compiled step; its notes have the `kinds` of the batch norms, by path.
     """
 
     def __init__(
         self,
-        model: nn.Module | Bridge,
+        model: nn.Module | Copy,
         modes: Mapping[str, bool | None],
         loss_fn: LossFn | None,
         kwargs: Mapping[str, Any],
     ) -> None:
         self.model, self.modes, self.loss_fn, self.kwargs = model, modes, loss_fn, dict(kwargs)
-        bridge = ["batch_stats"] if isinstance(model, Bridge) else False  # its layers have modes
-        mutable = self.kwargs.pop("mutable", bridge)
-        self.moves = in_filter(mutable, "batch_stats")
-        self.mutable = bridge or union_filters(mutable, "batch_stats")
-        self.outside = overrides.active()
-        self.kinds: dict[Path, Kind] = {}
-        self.step = jax.jit(self._step)
+        copied = ["batch_stats"] if isinstance(model, Copy) else False  # its layers have modes
+        self.mutable = self.kwargs.pop("mutable", copied)
+        self.moves = in_filter(self.mutable, "batch_stats")
+        self.step = Program(self._step)
 
-    def _step(self, variables: Any, batch: Batch) -> dict[str, Any]:
+    def _step(self, notes: dict[str, Any], variables: Any, batch: Batch) -> dict[str, Any]:
         """Outputs in evaluation, what the layers saw in training, and how the two compare."""
+        variables, kinds = unfreeze(variables), notes.setdefault("kinds", {})
         before = variables.get("batch_stats", {})
-        evaluated, after = self._apply(self.model, variables, batch, self._evaluating)
-        moved = jax.tree.map(lambda a, b: jnp.any((a != b) & ((a == a) | (b == b))), after, before)
+
+        def evaluating(visit: Visit) -> Any:
+            kinds[visit.path] = kind = self._kind(visit)
+            return _evaluated(visit, kind, self.moves)
+
+        evaluated, after = self._apply(self.model, variables, batch, evaluating, self.mutable)
+        moved = {}
+        if self.moves:
+            moved = jax.tree.map(
+                lambda a, b: jnp.any((a != b) & ((a == a) | (b == b))), after, before
+            )
         room = {**variables, "batch_stats": map_layers(_with_room, before)}
-        model = self.model.holding(room) if isinstance(self.model, Bridge) else self.model
-        trained, after = self._apply(model, room, batch, self._training)
-        layers: dict[Path, Seen] = {}
-
-        def collect(path: Path, stats: Mapping[str, Any]) -> None:
-            if path in self.kinds:
-                layers[path] = Seen(*(stats[name] for name in _ROOM))
-
-        map_layers(collect, after)
-        examples = batch.get("mask")
+        model = self.model.holding(room) if isinstance(self.model, Copy) else self.model
+        mutable = union_filters(self.mutable, "batch_stats")
+        trained, after = self._apply(
+            model, room, batch, lambda visit: _trained(visit, self._kind(visit)), mutable
+        )
+        layers = {
+            path: Seen(*(stats[name] for name in _ROOM))
+            for path, stats in layers_of(after).items()
+            if path in kinds
+        }
         return {
             "outputs": evaluated,
             "layers": layers,
-            "moved": moved if self.moves else {},
-            "gap": compare(evaluated, trained, size_of(batch), examples),
+            "moved": moved,
+            "gap": compare(evaluated, trained, size_of(batch), batch.get("mask")),
             "losses": {
                 "train": _means(self.loss_fn, trained, batch),
                 "eval": _means(self.loss_fn, evaluated, batch),
             },
         }
 
-    def _apply(self, model: Any, variables: Any, batch: Batch, called: Callable) -> tuple[Any, Any]:
-        def intercept(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
-            layer = context.module
-            if context.method_name != "__call__" or not isinstance(layer, LAYERS):
-                return call(*args, **kwargs)
-            if "x" in kwargs:
-                args, kwargs = (kwargs["x"],), {k: v for k, v in kwargs.items() if k != "x"}
-            with _here(layer, args, kwargs) as ((x, *others), options):
-                given = others[0] if others else options.get("use_running_average")
-                mask = counting(options.get("mask"), batch.get("mask"), jnp.ndim(x))
-                options = {} if mask is None else {"mask": mask}
-
-                def run(running: bool) -> Any:
-                    if isinstance(layer, nnx.Module):
-                        return call(x, use_running_average=running, **options)
-                    with overrides.setting(layer, use_running_average=running):
-                        return call(x, **options)
-
-                return called(self._kind(layer, given, x), layer, run, jnp.shape(x), mask)
-
-        with intercepting(intercept):
-            y, updates = model.apply(variables, batch["x"], mutable=self.mutable, **self.kwargs)
+    def _apply(
+        self, model: Any, variables: Any, batch: Batch, norm: Callable, mutable: Any
+    ) -> tuple[Any, Any]:
+        with visiting(lambda visit: norm(visit.where(batch.get("mask")))):
+            result = model.apply(variables, batch["x"], mutable=mutable, **self.kwargs)
+        y, updates = result if mutable is not False else (result, {})
         return y, updates.get("batch_stats", {})
 
-    def _kind(self, layer: Any, given: bool | None, x: Any) -> Kind:
-        path, does = path_of(layer), describe(layer)
-        torch = hasattr(layer, "track_running_stats")
-        if isinstance(layer, nn.Module):
-            frozen = (torch and layer.use_running_average is True) or _frozen(path, self.outside)
-            running = layer.use_running_average if given is None else given
-            running = not self.moves if torch and running is None else running
-        else:
-            frozen = is_frozen(layer)
-            running = frozen or (self.modes["/".join(path)] if given is None else given)
+    def _kind(self, visit: Visit) -> Kind:
+        running = visit.running
+        if isinstance(self.model, Copy):
+            mode = self.modes["/".join(visit.path)] if visit.given is None else visit.given
+            running = visit.frozen or mode
         checks.given(running)
-        self.kinds[path] = Kind(
-            layer=(type(layer) if isinstance(layer, nn.Module) else own_type(layer)).__name__,
-            flax=not torch,
-            tracked=getattr(layer, "track_running_stats", True),
-            frozen=frozen,
-            running=bool(running),
-            momentum=does.momentum,
-            correction=does.correction,
-            eps=layer.eps if torch else layer.epsilon,
-            dtype=jnp.asarray(x).dtype,
-        )
-        return self.kinds[path]
-
-    def _evaluating(self, kind: Kind, layer: Any, run: Callable, shape: Any, mask: Any) -> Any:
-        if kind.tracked:
-            held = variables_of(layer).get("batch_stats", {})
-            axes = checks.feature_axes(layer.axis, len(shape))
-            checks.shapes("batch_stats", held, tuple(shape[a] for a in axes))
-        return run(kind.running)
-
-    def _training(self, kind: Kind, layer: Any, run: Callable, shape: Any, mask: Any) -> Any:
-        before = dict(variables_of(layer).get("batch_stats", {}))
-        if not kind.tracked or kind.frozen or _ROOM[0] not in before:
-            return run(kind.tracked)
-        values = _values(layer, shape, mask)
-        room = Seen(*(before[name] for name in _ROOM))
-        room = room._replace(values=jnp.zeros_like(room.values) + values)
-        if not isinstance(values, jax.Array) and values <= kind.correction:
-            _put(layer, dict(zip(_ROOM, room, strict=True)))
-            return run(True)  # it can't train on this, as PyTorch's can't
-        # A channel of which the batch has no finite statistics keeps the negative variance.
-        kept = {"mean": jnp.zeros_like(before["mean"]), "var": -jnp.ones_like(before["var"])}
-        _put(layer, kept)
-        with overrides.setting(layer, momentum=0.0 if kind.flax else 1.0):
-            y = run(False)
-        new = variables_of(layer)["batch_stats"]
-        mean = jnp.where(new["var"] >= 0, new["mean"], jnp.nan)
-        calls, delta = room.calls + 1, mean - room.mean
-        average = room.mean + delta / calls
-        room = room._replace(
-            calls=calls,
-            mean=average,
-            var=room.var + (new["var"] - room.var) / calls,
-            between=room.between + jnp.real(jnp.conj(delta) * (mean - average)),
-        )
-        _put(layer, dict(zip(_ROOM, room, strict=True)))
-        return y
+        facts = {**vars(visit.facts), "running": bool(running)}
+        return Kind(**facts, frozen=visit.frozen, dtype=jnp.asarray(visit.x).dtype)
 
 
 def passes_of(
-    model: nn.Module | Bridge,
+    model: nn.Module | Copy,
     modes: Mapping[str, bool | None],
     loss_fn: LossFn | None,
     kwargs: Mapping[str, Any],
 ) -> Passes:
     """The passes, those of the last diagnoses where they were the same: they are compiled."""
-    try:
-        given = tuple(kwargs.items())
-        hash(given)
-        if isinstance(model, nn.Module):
-            return _cached(model, loss_fn, given, overrides.active())
-    except TypeError:  # a field or an argument without a hash
-        pass
-    return Passes(model, modes, loss_fn, kwargs)
+    if isinstance(model, Copy):
+        return Passes(model, modes, loss_fn, kwargs)
+    around = tuple(frame.key for frame in settings())
+    make = lambda: Passes(model, modes, loss_fn, kwargs)  # noqa: E731 - made only if it is new
+    return kept_with(model, ("diagnosis", loss_fn, tuple(kwargs.items()), around), make)
 
 
-@functools.lru_cache(maxsize=8)
-def _cached(model: nn.Module, loss_fn: LossFn | None, kwargs: Any, outside: Any) -> Passes:
-    return Passes(model, {}, loss_fn, dict(kwargs))
+def _evaluated(visit: Visit, kind: Kind, moves: bool) -> Any:
+    if kind.tracked:
+        shape = tuple(jnp.shape(visit.x)[axis] for axis in visit.axes)
+        held = {name: visit.statistics[name] for name in visit.statistics if name in _STATISTICS}
+        checks.shapes("batch_stats", held, shape)
+        if not kind.running and not moves:
+            return visit.by_batch()  # by the user's own word nothing is mutable
+    return visit.run(running=kind.running, here=True)
+
+
+def _trained(visit: Visit, kind: Kind) -> Any:
+    before = visit.statistics
+    if not kind.tracked or kind.frozen or _ROOM[0] not in before:
+        return visit.run(running=kind.tracked, here=True)
+    values = _values(visit)
+    room = Seen(*(before[name] for name in _ROOM))
+    room = room._replace(values=jnp.zeros_like(room.values) + values)
+    if not isinstance(values, jax.Array) and values <= kind.correction:
+        visit.put(dict(zip(_ROOM, room, strict=True)))
+        return visit.run(running=True, here=True)  # it can't train on this, as PyTorch's can't
+    new = visit.seen()
+    y = visit.run(running=False, here=True)
+    calls, delta = room.calls + 1, new["mean"] - room.mean
+    average = room.mean + delta / calls
+    room = room._replace(
+        calls=calls,
+        mean=average,
+        var=room.var + (new["var"] - room.var) / calls,
+        between=room.between + jnp.real(jnp.conj(delta) * (new["mean"] - average)),
+    )
+    visit.put({**before, **dict(zip(_ROOM, room, strict=True))})
+    return y
 
 
 def compare(a: Any, b: Any, size: int, examples: Any = None) -> tuple[jax.Array, jax.Array]:
@@ -259,36 +208,14 @@ def compare(a: Any, b: Any, size: int, examples: Any = None) -> tuple[jax.Array,
     return differences, deviations
 
 
-@contextlib.contextmanager
-def _here(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[tuple, Any]]:
-    """The layer under the overrides that hold here, and without the devices of the training."""
-    with contextlib.ExitStack() as stack:
-        given = args, kwargs
-        if isinstance(layer, nn.Module):
-            # They act here and not below, where they would undo what is set for a measurement.
-            given = stack.enter_context(overrides.overridden(layer, args, kwargs))
-            stack.enter_context(overrides.none())
-        stack.enter_context(without_devices(layer))
-        yield given
-
-
-def _frozen(path: Path, outside: Any) -> bool:
-    """Whether an override that holds around the diagnosis, the innermost first, freezes a layer."""
-    modes = [
-        dict(one.fields).get("use_running_average") for one in outside if one.fits("/".join(path))
-    ]
-    return next((mode for mode in reversed(modes) if mode is not None), False)
-
-
-def _values(layer: Any, shape: tuple[int, ...], mask: Any) -> Any:
+def _values(visit: Visit) -> Any:
     """How many values per channel a layer normalizes with; of a virtual batch in the smallest."""
-    axes = checks.feature_axes(layer.axis, len(shape))
-    reduced = [a for a in range(len(shape)) if a not in axes]
-    if mask is not None:
-        mask = jnp.broadcast_to(checks.mask(jnp.asarray(mask, bool), shape), shape)
-        return jnp.sum(mask, reduced, dtype=jnp.float32)
-    values = math.prod(shape[a] for a in reduced)
-    group = getattr(layer, "virtual_batch_size", None)
+    shape = jnp.shape(visit.x)
+    reduced = [axis for axis in range(len(shape)) if axis not in visit.axes]
+    if visit.mask is not None:
+        mask = checks.mask(jnp.asarray(visit.mask, bool), shape)
+        return jnp.sum(jnp.broadcast_to(mask, shape), reduced, dtype=jnp.float32)
+    values, group = math.prod(shape[axis] for axis in reduced), visit.facts.virtual_batch_size
     if group is None or not values:
         return values
     examples = shape[reduced[0]]
@@ -302,14 +229,6 @@ def _with_room(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
     mean, real = jnp.zeros_like(wide["mean"]), jnp.zeros_like(wide["var"])
     room = Seen(calls=real, mean=mean, var=real, between=real, values=real)
     return {**stats, **wide, **dict(zip(_ROOM, room, strict=True))}
-
-
-def _put(layer: Any, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(layer, nn.Module):
-            layer.put_variable("batch_stats", name, value)
-        else:
-            getattr(layer, name)[...] = value
 
 
 def _means(loss_fn: LossFn | None, outputs: Any, batch: Batch) -> dict[str, jax.Array]:

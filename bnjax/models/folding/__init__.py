@@ -1,6 +1,5 @@
 """Batch norm folded into the conv or dense layer before it, for evaluation: fold."""
 
-import contextlib
 import dataclasses
 import io
 from collections.abc import Callable, Mapping
@@ -16,10 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from bnjax._words import number_of
-from bnjax.models import checks, overrides
-from bnjax.models.conventions import LAYERS
-from bnjax.models.folding.program import LINEAR, Call, Program, as_context, pair
-from bnjax.models.nnx_copies import Bridge, Path, intercepting, path_of
+from bnjax.models import checks
+from bnjax.models.folding.program import Call, Program, pair
+from bnjax.models.nnx_copies import Copy
+from bnjax.models.visits import (
+    Path,
+    Settings,
+    Visit,
+    applying,
+    path_of,
+    setting,
+    settings,
+    visiting,
+)
 
 
 class Row(NamedTuple):
@@ -76,12 +84,13 @@ class Folded:
 
     variables: dict[str, Any]
     report: Report
-    _model: nn.Module | Bridge = dataclasses.field(repr=False)
+    _model: nn.Module | Copy = dataclasses.field(repr=False)
     _apply_kwargs: Mapping[str, Any] = dataclasses.field(repr=False)
     _layers: frozenset[Path] = dataclasses.field(repr=False)
     # For each path of a folded batch norm, the dtypes of its input and output.
     _norms: Mapping[Path, tuple[Any, Any]] = dataclasses.field(repr=False)
-    _overrides: Any = dataclasses.field(repr=False)
+    _settings: tuple[Settings, ...] = dataclasses.field(repr=False)
+    _key: Any = dataclasses.field(repr=False, default_factory=object)
 
     @property
     def max_difference(self) -> float:
@@ -100,24 +109,19 @@ class Folded:
         """
         held = {key[1:-1] for key in _flat(variables)}
         checks.folded_variables(["/".join(path) for path in self._norms if path in held])
-        again = overrides.again(self._overrides)
-        with again, as_context(self), intercepting(self._intercept):
+        again = [each.again() for each in self._settings]
+        with applying(*again, outermost=True), visiting(self._norm, self._linear, key=self._key):
             return self._model.apply(variables, x, **self._apply_kwargs)
 
-    def _intercept(self, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module = context.module
-        if context.method_name != "__call__" or not isinstance(module, LAYERS + LINEAR):
-            return call(*args, **kwargs)
-        path = path_of(module)
-        if path in self._norms:
-            x = args[0] if args else kwargs["x"]
-            before, after = self._norms[path]
-            return x.astype(after) if x.dtype == before else x
-        with (
-            overrides.setting(module, use_bias=True)
-            if path in self._layers
-            else contextlib.nullcontext()
-        ):
+    def _norm(self, visit: Visit) -> Any:
+        if visit.path not in self._norms:
+            return visit.run()
+        before, after = self._norms[visit.path]
+        return visit.x.astype(after) if visit.x.dtype == before else visit.x
+
+    def _linear(self, layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        fields = {"use_bias": True} if path_of(layer) in self._layers else {}
+        with setting(layer, **fields):
             return call(*args, **kwargs)
 
 
@@ -167,14 +171,14 @@ def fold(
     """
     checks.flax_model(model)
     if isinstance(model, nnx.Module):
-        bridge = Bridge(model, variables)
-        return _fold(bridge, bridge.variables, example_x, dict(apply_kwargs or {}))
+        copy = Copy(model, variables)
+        return _fold(copy, copy.variables, example_x, dict(apply_kwargs or {}))
     return _fold(model, variables, example_x, dict(apply_kwargs or {}))
 
 
-def _fold(model: nn.Module | Bridge, variables: Any, x: Any, kwargs: dict[str, Any]) -> Folded:
+def _fold(model: nn.Module | Copy, variables: Any, x: Any, kwargs: dict[str, Any]) -> Folded:
     program = Program(model, variables, x, kwargs)
-    checks.some_batch_norm(any(call.norm for call in program.calls))
+    checks.some_batch_norm(any(call.norm for call in program.calls), program.strangers)
     pairs, reasons = pair(program)
     rows = tuple(Row("/".join(layer), "/".join(norm), why) for layer, norm, why in reasons)
     checks.something_folded(rows)
@@ -191,11 +195,11 @@ def _fold(model: nn.Module | Bridge, variables: Any, x: Any, kwargs: dict[str, A
     folded = Folded(
         new,
         Report(rows, 0, 0, tolerance),
-        model.holding(new) if isinstance(model, Bridge) else model,
+        model.holding(new) if isinstance(model, Copy) else model,
         kwargs,
         layers,
         norms,
-        overrides.active(),
+        settings(),
     )
     difference, scale = _difference(folded, model, variables, x)
     checks.same_outputs(difference, scale, tolerance)

@@ -19,13 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from bnjax.models import checks
-from bnjax.models import nnx_copies as bridge
-from bnjax.models.conventions import LAYERS, describe
-from bnjax.models.nnx_copies import Bridge, Path, path_of, variables_of
-from bnjax.models.subtypes import own_type
+from bnjax.models.conventions import LINEAR, own_type
+from bnjax.models.nnx_copies import Copy
+from bnjax.models.visits import Path, Visit, path_of, variables_of, visiting
 
-_LINEN = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
-LINEAR: tuple[Any, ...] = _LINEN + bridge.LINEAR
 # Equations that run another program once, on the same values; a loop is not among them.
 _CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call"} | {
     "custom_jvp_call",
@@ -36,9 +33,6 @@ _CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_c
 _SAME = {"name", "convert_element_type", "sharding_constraint", "copy", "copy_p"}
 _MARK = "bnjax.fold"
 _OUTPUT = "the model's output"
-# JAX traces a function anew where the value of this context is another one, so a function that was
-# jitted outside neither hides its layers here nor keeps them folded afterwards.
-as_context: Any = jax.make_user_context(None)
 
 
 class Call(NamedTuple):
@@ -83,14 +77,14 @@ class Program:
     """The program of a forward pass, flat, and where in it the layers are."""
 
     def __init__(
-        self, model: nn.Module | Bridge, variables: Any, x: Any, kwargs: dict[str, Any]
+        self, model: nn.Module | Copy, variables: Any, x: Any, kwargs: dict[str, Any]
     ) -> None:
         self.calls: list[Call] = []
         self.steps: list[_Step] = []
         self.lost: dict[int, str] = {}  # calls that can't be followed, and why
-        with checks.variables_fit(variables, x), as_context(object()):
-            with bridge.intercepting(self._intercept):
-                traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, **kwargs))(variables, x)
+        with checks.variables_fit(variables, x), visiting(self._norm, self._linear) as strangers:
+            traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, **kwargs))(variables, x)
+        self.strangers = strangers
         leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
         self.inputs = [tuple(k.key for k in keys if hasattr(k, "key")) for keys, _ in leaves]
         self._count = len(traced.jaxpr.invars)
@@ -106,14 +100,19 @@ class Program:
             self.makers |= dict.fromkeys(step.results, position)
         self.visits = self._find_visits()
 
-    def _intercept(self, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        layer, norm = context.module, isinstance(context.module, LAYERS)
-        if context.method_name != "__call__" or not (norm or isinstance(layer, LINEAR)):
-            return call(*args, **kwargs)
-        name = "x" if norm else "inputs"
-        x = jnp.asarray(args[0] if args else kwargs[name])
-        others = args[1:], {k: v for k, v in kwargs.items() if args or k != name}
-        facts = _norm_facts(layer, x, *others) if norm else _linear_facts(layer)
+    def _norm(self, visit: Visit) -> Any:
+        run = lambda x: visit.run(x=x)  # noqa: E731 - a call with one argument
+        return self._marked(visit.layer, jnp.asarray(visit.x), run, True, _norm_facts(visit))
+
+    def _linear(self, layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        rest = {name: value for name, value in kwargs.items() if args or name != "inputs"}
+        x = jnp.asarray(args[0] if args else kwargs["inputs"])
+        run = lambda x: call(x, *args[1:], **rest)  # noqa: E731 - a call with one argument
+        return self._marked(layer, x, run, False, _linear_facts(layer))
+
+    def _marked(
+        self, layer: Any, x: jax.Array, run: Callable, norm: bool, facts: dict[str, Any]
+    ) -> Any:
         number, shapes = len(self.calls), {}
         self.calls.append(
             Call(path_of(layer), norm, dtypes=(x.dtype, None), shapes=shapes, **facts)
@@ -127,7 +126,7 @@ class Program:
         for collection, tree in variables_of(layer).items():
             for leaf, value in tree.items():
                 mark(meta.unbox(value), f"{collection}/{leaf}")
-        y = mark(call(x, *others[0], **others[1]), "exit")
+        y = mark(run(x), "exit")
         self.calls[number] = self.calls[number]._replace(dtypes=(x.dtype, y.dtype))
         return y
 
@@ -279,19 +278,16 @@ def _lines(
     return lines
 
 
-def _norm_facts(layer: Any, x: jax.Array, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    does = describe(layer, *args, **kwargs)
-    checks.evaluating(does.running, path_of(layer))
+def _norm_facts(visit: Visit) -> dict[str, Any]:
+    does = visit.facts
+    checks.evaluating(bool(visit.running) or not does.tracked, visit.path)
     reason = None
-    if not getattr(layer, "track_running_stats", True):
+    if not does.tracked:
         reason = "the batch norm has no running statistics"
-    elif does.mask is not None:
+    elif visit.mask is not None:
         reason = "the batch norm is given a mask, which it does not need in evaluation"
-    flags = {"scale": ("affine", "use_scale"), "bias": ("affine", "use_bias")}
-    affine = tuple(k for k, names in flags.items() if any(getattr(layer, n, 0) for n in names))
-    eps = layer.eps if hasattr(layer, "eps") else layer.epsilon
-    axes = checks.feature_axes(does.axis, x.ndim)
-    return {"reason": reason, "affine": affine, "axes": axes, "eps": eps}
+    axes = checks.feature_axes(does.axis, jnp.ndim(visit.x))
+    return {"reason": reason, "affine": does.affine, "axes": axes, "eps": does.eps}
 
 
 def _linear_facts(layer: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
@@ -116,3 +117,27 @@ class NnxResNet(nnx.Module):
         for block in (*self.blocks, self.shared, self.shared):
             x = nnx.remat(lambda block, x: block(x))(block, x)
         return self.head(self.dropout(x.mean((1, 2))))
+
+
+class Branches(nnx.Module):
+    """Dropout, remat, a layer used twice and one that is also in a list, in no mode as yet."""
+
+    def __init__(self, rngs: nnx.Rngs, norm: Any = nnx.BatchNorm) -> None:
+        self.first = norm(3, rngs=rngs)
+        self.dense = nnx.Linear(3, 6, rngs=rngs)
+        self.norms = nnx.List([norm(6, rngs=rngs), norm(6, rngs=rngs)])
+        self.twice = self.norms[1]
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.inputs: Any = None
+
+    def look(self, name: str, x: Any) -> Any:
+        if self.inputs is not None:
+            self.inputs.setdefault(name, []).append(np.asarray(x, np.float64))
+        return x
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.first(self.look("first", x))
+        h = nnx.remat(lambda dense, x: dense(x))(self.dense, x)
+        h = self.dropout(nnx.relu(self.norms[0](self.look("norms/0", h))))
+        h = self.twice(self.look("norms/1", h))
+        return self.twice(self.look("norms/1", h * 2 + 1))

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
+from bnjax.diagnosis import Report
 from bnjax.training import Step, TrainState, init_state, train_step
 
 CLASSES, SIZE, STEPS = 4, 8, 80
@@ -116,3 +117,15 @@ def train(
         state, _ = step(state, batch)
         each(state)
     return state
+
+
+NET = Net()
+DATA = list(batches(8, seed=7))
+
+
+def found(report: Report) -> list[tuple[str, str]]:
+    return [(finding.severity, finding.kind) for finding in report.findings]
+
+
+def diagnose(variables: Any, data: Any = DATA, model: Any = NET, **options: Any) -> Report:
+    return bnjax.diagnose(model, variables, data, loss_fn=loss_fn, **options)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tests.cases import Outcome
+from tests.support.cases import Outcome
 
 
 def batch_norm(

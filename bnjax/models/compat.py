@@ -1,0 +1,43 @@
+"""The private or moving parts of flax, and of jax beyond the core, that the tools stand on."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.core.scope import in_filter, union_filters
+
+__all__ = [
+    "in_filter",
+    "is_pytree",
+    "is_tracing",
+    "modules_of",
+    "plain_arrays",
+    "union_filters",
+    "user_context",
+]
+
+
+def user_context(default: Any) -> Any:
+    """A value by which JAX's caches tell programs apart: `context(value).__enter__()` sets it."""
+    return jax.make_user_context(default)
+
+
+def plain_arrays(model: nnx.Module) -> nnx.Module:
+    """The model with arrays instead of references, which a copy would share."""
+    return nnx.with_vars(model, ref=False)
+
+
+def modules_of(model: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Module]]:
+    """All modules with their paths; a shared one has the first of its paths."""
+    graph = list(nnx.iter_graph(model))
+    return [(path, node) for path, node in graph if isinstance(node, nnx.Module)]
+
+
+def is_tracing() -> bool:
+    """Whether a program is being traced here, rather than run."""
+    return isinstance(jax.lax.add(0, 0), jax.core.Tracer)
+
+
+def is_pytree(kind: type[nnx.Module]) -> bool:
+    """Whether modules of a type are pytrees, as they are unless made with `pytree=False`."""
+    return kind._pytree__is_pytree

@@ -1,0 +1,86 @@
+"""What holds inside a `with` block: for the thread and the task that entered it, and for no other.
+
+JAX caches what it has traced, so it must trace anew where something else holds. A user context of
+JAX's does that, but belongs to a thread, where a `ContextVar` belongs to a task. So the variable
+has the truth, and JAX is told a key of it at each entrance and exit.
+"""
+
+import asyncio
+import collections
+import contextlib
+import threading
+from collections.abc import Hashable, Iterator
+from contextvars import ContextVar
+
+from bnjax.models.compat import user_context
+
+
+class Frame:
+    """Something that holds inside one `with` block.
+
+    Args:
+        key: stands for it in JAX's caches, which keep it: equal keys mean equal programs.
+
+    Attributes:
+        strangers: classes, by path, of modules that were called, keep a mean and a variance, and
+            are no batch norms that are known.
+    """
+
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+        self.thread: int | None = None
+        self.strangers: dict[str, str] = {}
+
+
+_frames: ContextVar[tuple[Frame, ...]] = ContextVar("bnjax.frames", default=())
+_open: collections.Counter[int] = collections.Counter()  # frames by thread
+_turns: collections.Counter[int] = collections.Counter()  # blocks that were left and come back to
+_key = user_context(())
+
+
+def active() -> tuple[Frame, ...]:
+    """The frames that hold here, the innermost last."""
+    here = threading.get_ident()
+    return tuple(frame for frame in _frames.get() if frame.thread == here)
+
+
+@contextlib.contextmanager
+def holding(*frames: Frame, outermost: bool = False) -> Iterator[None]:
+    """A context in which frames hold, inside of those that do or outside; tasks inherit them.
+
+    Where it awaits, other tasks run while JAX knows this frame's key. What they trace by then is
+    not believed after the block, but it is inside: a jitted function that two tasks share must not
+    be called in both under different frames.
+    """
+    thread, around = threading.get_ident(), _frames.get()
+    for frame in frames:
+        frame.thread = thread
+    _open[thread] += len(frames)
+    _frames.set((*frames, *around) if outermost else (*around, *frames))
+    _tell_jax(thread)
+    awaited = _others_run()
+    try:
+        yield
+    finally:
+        for frame in frames:
+            frame.thread = None
+        _open[thread] -= len(frames)
+        if awaited:
+            _turns[thread] += 1
+        _frames.set(tuple(each for each in _frames.get() if each not in frames))
+        _tell_jax(thread)
+
+
+def _others_run() -> list[None]:
+    """A list that is empty until the event loop of this thread, if any, has its next turn."""
+    turns: list[None] = []
+    with contextlib.suppress(RuntimeError):
+        asyncio.get_running_loop().call_soon(turns.append, None)
+    return turns
+
+
+def _tell_jax(thread: int) -> None:
+    frames = active()
+    key: Hashable = (_turns[thread], *(frame.key for frame in frames)) if frames else ()
+    # While other tasks of this thread hold frames of their own, nothing cached is believed.
+    _key(key if _open[thread] == len(frames) else object()).__enter__()

@@ -1,0 +1,69 @@
+"""Compiled programs, with what was noted in Python while they were traced."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+
+_NAME = "_bnjax_kept"
+
+
+class Program:
+    """A function that is compiled once for each kind of arguments, and whose notes stay with that.
+
+    Args:
+        function: `function(notes, *args)` gives the results; it may write into the dict `notes`
+            what it learns while it is traced.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._compiled: dict[Any, tuple[Callable, dict[str, Any]]] = {}
+
+    def __call__(self, *args: Any) -> tuple[Any, dict[str, Any]]:
+        """The results, and the notes."""
+        compiled, notes = self._of(args)
+        return compiled(*args), notes
+
+    def trace(self, *args: Any) -> dict[str, Any]:
+        """The notes alone."""
+        compiled, notes = self._of(args)
+        jax.eval_shape(compiled, *args)
+        return notes
+
+    def _of(self, args: tuple) -> tuple[Callable, dict[str, Any]]:
+        leaves, tree = jax.tree.flatten(args)
+        kind = tree, tuple(map(jax.typeof, leaves))
+        if kind not in self._compiled:
+            notes: dict[str, Any] = {}
+            function = self._function
+            self._compiled[kind] = jax.jit(lambda *args: function(notes, *args)), notes
+        return self._compiled[kind]
+
+
+class _Kept(OrderedDict):
+    """What is kept with a model: it goes when the model goes, and not along with its copies."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Kept, ()
+
+    def __deepcopy__(self, memo: Any) -> "_Kept":
+        return _Kept()
+
+
+def kept_with(model: Any, key: Hashable, make: Callable[[], Any], at_most: int = 8) -> Any:
+    """What was made for a model and a key, made if it is not there or the key can't be compared."""
+    try:
+        hash(key)
+    except TypeError:
+        return make()
+    kept = vars(model).get(_NAME)
+    if kept is None:
+        kept = _Kept()
+        object.__setattr__(model, _NAME, kept)
+    if key not in kept:
+        kept[key] = make()
+        while len(kept) > at_most:
+            kept.popitem(last=False)
+    return kept[key]

@@ -1,0 +1,372 @@
+"""One way to meet each call of a batch norm in a model, whoever wrote the model and the layer.
+
+What is met is the call of the library's own code, below whatever a subclass wraps around it: by
+Flax's interceptors in linen, and in nnx by a look at the frames that the layers' `__call__` takes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from flax.core import meta
+
+from bnjax import globs
+from bnjax.core.batch_norm import batch_norm
+from bnjax.core.moments import working_dtype
+from bnjax.models import checks
+from bnjax.models.compat import is_tracing
+from bnjax.models.contexts import Frame, active, holding
+from bnjax.models.conventions import (
+    BATCH_NORMS,
+    LINEN_CALLS,
+    NNX_CALLS,
+    Facts,
+    Frozen,
+    facts,
+)
+
+Path = tuple[str, ...]
+
+_COLLECTION = "batch_stats"
+_PATH = "_bnjax_path"
+_AS_GIVEN: Any = object()
+
+
+class Settings(Frame):
+    """Fields that batch norms take while it holds, those whose path fits.
+
+    Attributes:
+        met: the paths of the batch norms that were called.
+        traced: those of which a compiled function may run without being met again.
+    """
+
+    def __init__(self, key: Hashable, patterns: tuple[str, ...], fields: Mapping[str, Any]) -> None:
+        super().__init__(key)
+        self.fields = fields
+        self.matchers = {pattern: globs.matcher(pattern) for pattern in patterns}
+        self.met: set[str] = set()
+        self.traced: set[str] = set()
+
+    def again(self) -> "Settings":
+        """The same, to hold elsewhere."""
+        return Settings(self.key, tuple(self.matchers), self.fields)
+
+    def meet(self, path: str) -> Mapping[str, Any]:
+        """The fields for a batch norm that is called."""
+        self.met.add(path)
+        if is_tracing():
+            self.traced.add(path)
+        return self.fields if any(fits(path) for fits in self.matchers.values()) else {}
+
+
+class Visitor(Frame):
+    """A function that gets each call of a batch norm, and one that gets those of linear layers."""
+
+    def __init__(self, norm: Callable, linear: Callable | None, key: Hashable) -> None:
+        super().__init__(key)
+        self.norm, self.linear = norm, linear
+
+
+@dataclasses.dataclass
+class Visit:
+    """One call of a batch norm.
+
+    Attributes:
+        layer: the layer, of linen or nnx.
+        path: where it is in the model.
+        facts: what it does, under the settings that hold.
+        x: its input.
+        mask: as it was given; None if all positions count.
+        running: whether it normalizes with its running statistics, as it was asked to; None if
+            nobody said.
+        given: what the call said of that.
+    """
+
+    layer: Any
+    path: Path
+    facts: Facts
+    x: Any
+    mask: chex.Array | None
+    running: bool | None
+    given: bool | None
+    _call: Callable
+    _fields: dict[str, Any]
+
+    def run(
+        self,
+        *,
+        x: Any = _AS_GIVEN,
+        running: bool | None = None,
+        here: bool = False,
+    ) -> jax.Array:
+        """What the layer makes of the call.
+
+        Args:
+            x: another input.
+            running: the mode, whatever the layer, the call and the settings say.
+            here: pool over the axes alone that are mapped here, and no other devices.
+        """
+        fields, options = dict(self._fields), {}
+        if here:
+            fields |= self._devices_here()
+        if self.mask is not None:
+            options["mask"] = self.mask
+        forced = fields.pop("use_running_average", None)
+        mode = forced if running is None else running
+        if mode is None:
+            options |= {} if self.given is None else {"use_running_average": self.given}
+        elif isinstance(self.layer, nn.Module):
+            fields["use_running_average"] = mode
+        else:
+            options["use_running_average"] = mode
+        with setting(self.layer, **fields):
+            return self._call(self.x if x is _AS_GIVEN else x, **options)
+
+    def where(self, examples: chex.Array | None) -> "Visit":
+        """The same call, of which these examples count: bool (N,), or None for all."""
+        if examples is None:
+            return self
+        mask = examples.reshape(-1, *(1,) * (jnp.ndim(self.x) - 1))
+        if self.mask is not None:
+            mask = mask & jnp.asarray(self.mask, bool)
+        return dataclasses.replace(self, mask=mask)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it uses its running statistics whatever the call says."""
+        fixed = self.facts.by_mutability and self.facts.running
+        return bool(self._fields.get("use_running_average") or fixed)
+
+    @property
+    def statistics(self) -> dict[str, chex.Array]:
+        """What the layer keeps in `batch_stats`, by name."""
+        return dict(variables_of(self.layer).get(_COLLECTION, {}))
+
+    def put(self, values: Mapping[str, chex.Array]) -> None:
+        """Write statistics of the layer."""
+        for name, value in values.items():
+            if isinstance(self.layer, nn.Module):
+                self.layer.put_variable(_COLLECTION, name, value)
+            else:
+                getattr(self.layer, name)[...] = value
+
+    @property
+    def devices(self) -> tuple[Any, Any]:
+        """`axis_name` and `axis_index_groups`, of the axes that are mapped here."""
+        names = self.facts.axis_name
+        names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+        here = tuple(name for name in names if _mapped(name))
+        return (here or None), (self.facts.axis_index_groups if here and here == names else None)
+
+    def seen(self) -> dict[str, jax.Array]:
+        """`mean` and `var` of this call as the running ones take them in; NaN where there is none.
+
+        They are those of the batch, with the layer's mask, correction, axes and virtual batches.
+        """
+        axes = self.axes
+        shape = [jnp.shape(self.x)[a] for a in axes]
+        unknown = jnp.full(shape, jnp.nan, working_dtype(jnp.result_type(self.x)))
+        stats = {"mean": unknown, "var": jnp.real(unknown)}
+        return self._core({}, stats, momentum=1.0, correction=self.facts.correction)[1]
+
+    def by_batch(self) -> jax.Array:
+        """The input normalized by the batch, as in training, where nothing may be written."""
+        dtype = jax.eval_shape(lambda: self.run(running=True, here=True)).dtype
+        params = meta.unbox(variables_of(self.layer).get("params", {}))
+        return self._core(params, {}, eps=self.facts.eps, dtype=dtype)[0]
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The feature axes of x."""
+        return checks.feature_axes(self.facts.axis, jnp.ndim(self.x))
+
+    def _core(self, params: Any, stats: Any, **settings: Any) -> tuple[jax.Array, dict[str, Any]]:
+        axis_name, groups = self.devices
+        return batch_norm(
+            params,
+            stats,
+            self.x,
+            mutable=True,
+            axis=self.axes,
+            mask=None if self.mask is None else jnp.asarray(self.mask, bool),
+            axis_name=axis_name,
+            axis_index_groups=groups,
+            virtual_batch_size=self.facts.virtual_batch_size,
+            **settings,
+        )
+
+    def _devices_here(self) -> dict[str, Any]:
+        found = dict(zip(("axis_name", "axis_index_groups"), self.devices, strict=True))
+        return {} if found["axis_name"] == self.facts.axis_name else found
+
+
+@contextlib.contextmanager
+def visiting(
+    norm: Callable[[Visit], Any],
+    linear: Callable[[Any, Callable, tuple, dict[str, Any]], Any] | None = None,
+    *,
+    key: Hashable = None,
+) -> Iterator[dict[str, str]]:
+    """A context in which each call of a batch norm is a visit.
+
+    Args:
+        norm: gets the visit, and returns what the caller shall get.
+        linear: gets layer, call, args and kwargs of each conv or dense layer, alike.
+        key: tells this context from others for JAX, which keeps it. The default is unlike any.
+
+    Yields:
+        The classes, by path, of modules that keep a mean and a variance, and are not known.
+    """
+    visitor = Visitor(norm, linear, object() if key is None else key)
+    with applying(visitor):
+        yield visitor.strangers
+
+
+@contextlib.contextmanager
+def applying(*frames: Frame, outermost: bool = False) -> Iterator[None]:
+    """A context in which frames hold for the layers that are called."""
+    with holding(*frames, outermost=outermost), nn.intercept_methods(_intercept):
+        yield
+
+
+def settings() -> tuple[Settings, ...]:
+    """The settings that hold here, the innermost last."""
+    return tuple(frame for frame in active() if isinstance(frame, Settings))
+
+
+@contextlib.contextmanager
+def setting(layer: Any, **fields: Any) -> Iterator[None]:
+    """A context in which a layer, of linen or nnx, has other fields."""
+    before = {name: getattr(layer, name) for name in fields}
+    try:
+        # A linen module is frozen for good reasons, but here it is put back before anyone looks.
+        for name, value in fields.items():
+            object.__setattr__(layer, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(layer, name, value)
+
+
+def listen_to(kind: type[nnx.Module]) -> None:
+    """Let the library code that layers of an nnx type run ask what holds at each of its calls.
+
+    `nnx.tabulate` leaves a copy of an inherited method in each class that it has seen.
+    """
+    for each in kind.__mro__:
+        call = vars(each).get("__call__")
+        if call in NNX_CALLS:
+            each.__call__ = _asking(call)
+
+
+def path_of(layer: Any) -> Path:
+    """The path of a layer in its model; of an nnx layer as `mark` has noted it."""
+    if isinstance(layer, nn.Module):
+        return layer.path
+    path = getattr(layer, _PATH, "")
+    return tuple(path.split("/")) if path else ()
+
+
+def mark(layer: nnx.Module, path: Path) -> None:
+    """Note the path of a layer, and listen to it."""
+    listen_to(type(layer))
+    setattr(layer, _PATH, "/".join(path))
+
+
+def variables_of(layer: Any) -> Mapping[str, Mapping[str, Any]]:
+    """The variables of a layer by collection and name."""
+    if isinstance(layer, nn.Module):
+        return layer.variables
+    found: dict[str, dict[str, Any]] = {"params": {}, _COLLECTION: {}}
+    for name, leaf in vars(layer).items():
+        if isinstance(leaf, nnx.Param | nnx.BatchStat):
+            found["params" if isinstance(leaf, nnx.Param) else _COLLECTION][name] = leaf[...]
+    return found
+
+
+# The layer whose call is being met: Flax asks once for each frame, and one meets it for all.
+_met_now: ContextVar[Any] = ContextVar("bnjax.met_now", default=None)
+
+
+def _intercept(
+    call: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext
+) -> Any:
+    layer, function = context.module, getattr(context.orig_method, "func", None)
+    if function in LINEN_CALLS:
+        return _meet(layer, call, args, kwargs)
+    y = call(*args, **kwargs)
+    if context.method_name == "__call__" and not isinstance(layer, BATCH_NORMS):
+        if all(layer.has_variable(_COLLECTION, name) for name in ("mean", "var")):
+            for frame in active():
+                frame.strangers["/".join(layer.path)] = type(layer).__name__
+    return y
+
+
+@functools.cache
+def _asking(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def asking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _meet(self, functools.partial(function, self), args, kwargs)
+
+    return asking
+
+
+def _meet(layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Bring the call of a layer to the innermost visitor."""
+    # What holds is for copies that have their paths, not for what a user calls beside.
+    frames = active() if isinstance(layer, nn.Module) or hasattr(layer, _PATH) else ()
+    if _met_now.get() is layer or not (frames or isinstance(layer, Frozen)):
+        return call(*args, **kwargs)
+    visitor = next((each for each in reversed(frames) if isinstance(each, Visitor)), None)
+    before = _met_now.set(layer)
+    try:
+        if isinstance(layer, BATCH_NORMS):
+            visit = _visit(layer, call, frames, *args, **kwargs)
+            return visit.run() if visitor is None else visitor.norm(visit)
+        if visitor is None or visitor.linear is None:
+            return call(*args, **kwargs)
+        return visitor.linear(layer, call, args, kwargs)
+    finally:
+        _met_now.reset(before)
+
+
+def _visit(
+    layer: Any,
+    call: Callable,
+    frames: tuple[Frame, ...],
+    x: Any,
+    use_running_average: bool | None = None,
+    *,
+    mask: Any = None,
+) -> Visit:
+    path, fields = path_of(layer), {}
+    for frame in frames:
+        if isinstance(frame, Settings) and isinstance(layer, nn.Module):
+            fields |= frame.meet("/".join(path))
+    checks.layer_has_fields(layer, fields, "/".join(path))
+    if "momentum" in fields:
+        checks.overriding_momentum(fields["momentum"], hasattr(layer, "track_running_stats"))
+    if isinstance(layer, Frozen):
+        fields["use_running_average"] = True
+    does = facts(layer, fields)
+    given = use_running_average
+    running = does.running if given is None or "use_running_average" in fields else given
+    if running is None and does.by_mutability:
+        running = layer.is_initializing() or not layer.is_mutable_collection(_COLLECTION)
+    return Visit(layer, path, does, x, mask, running, given, call, fields)
+
+
+def _mapped(name: str) -> bool:
+    try:
+        jax.lax.axis_size(name)
+    except NameError:
+        return False
+    return True
