@@ -18,18 +18,9 @@ from bnjax.checkpoints import inspection
 
 pytest.importorskip("typer", reason="the command line is in the extra `tools`")
 
-from typer.testing import CliRunner
-
-from bnjax.cli import app
+from tests.support.command_line import run
 
 F32 = np.float32
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """The exit code and all output, on a wide terminal."""
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
 
 
 def layer(name: str, **changes: Any) -> dict[str, np.ndarray]:

@@ -15,7 +15,9 @@ from bnjax.checkpoints import files
 
 pytest.importorskip("typer", reason="the command line is in the extra `tools`")
 
-from tests.test_cli import F32, run
+from tests.support.command_line import run
+
+F32 = np.float32
 
 
 def trained_dense() -> nn.Module:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.experimental import checkify
 
 import bnjax
-from tests.oracle import assert_close
+from tests.support.oracle import assert_close
 
 KEY = jax.random.key(0)
 SHAPES = {"BatchNorm1d": (8, 3), "BatchNorm2d": (4, 2, 2, 3), "BatchNorm3d": (2, 2, 2, 1, 3)}

@@ -14,7 +14,7 @@ from flax.nnx import bridge
 
 import bnjax
 from bnjax.core import checks
-from tests.oracle import assert_close
+from tests.support.oracle import assert_close
 
 KEY = jax.random.key(0)
 X = jnp.asarray(np.random.default_rng(0).normal(3, 2, (8, 3)), jnp.float32)
