@@ -47,6 +47,9 @@ def check_fits(
         what: what they are paths of.
         unknown: classes, by path, of what keeps statistics and is no batch norm that is known.
     """
+    unseen = {path: kind for path, kind in (unknown or {}).items() if matcher(pattern)(path)}
+    if unseen and what == "batch norm":
+        raise ValueError(f"The pattern {pattern!r} fits what can't be seen: {strangers(unseen)}.")
     if fits:
         return
     there = sorted(paths)

@@ -19,8 +19,8 @@ from flax.core import meta, unfreeze
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
-from bnjax.core.devices import pool
 from bnjax.core.batch_norm import move, weights
+from bnjax.core.devices import pool
 from bnjax.core.moments import Moments, measure, merge, working_dtype
 from bnjax.core.sharding import on_auto_axes
 from bnjax.models import checks
@@ -41,6 +41,9 @@ def accumulating() -> Iterator[dict[Path, Facts]]:
     Yields:
         A dict that has, once a model was traced, the path and facts of each measured layer, in the
         order of their first calls.
+
+    Raises:
+        ValueError: a module that is not known keeps a mean and a variance.
     """
     measured: dict[Path, Facts] = {}
 
@@ -50,8 +53,9 @@ def accumulating() -> Iterator[dict[Path, Facts]]:
         measured[visit.path] = visit.facts
         return run_and_add(visit)
 
-    with visiting(norm):
+    with visiting(norm) as strangers:
         yield measured
+    checks.none_unknown(strangers)
 
 
 def run_and_add(visit: Visit, **how: Any) -> Any:

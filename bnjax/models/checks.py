@@ -149,6 +149,14 @@ def some_batch_norm(some: bool, unknown: Mapping[str, str] | None = None) -> Non
         )
 
 
+def none_unknown(unknown: Mapping[str, str]) -> None:
+    """All that keeps statistics is known, where each statistic must be exact."""
+    if unknown:
+        raise ValueError(
+            f"{strangers(unknown)}. So there are no exact statistics of micro-batches."
+        )
+
+
 def all_called(missing: Collection[str], unknown: Mapping[str, str]) -> None:
     """What is measured must be called."""
     silent = sorted(set(missing) - unknown.keys())

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.core.scope import in_filter, union_filters
+from jax.core import Tracer
 
 __all__ = [
     "in_filter",
@@ -35,7 +36,7 @@ def modules_of(model: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Module]]:
 
 def is_tracing() -> bool:
     """Whether a program is being traced here, rather than run."""
-    return isinstance(jax.lax.add(0, 0), jax.core.Tracer)
+    return isinstance(jax.lax.add(0, 0), Tracer)
 
 
 def is_pytree(kind: type[nnx.Module]) -> bool:

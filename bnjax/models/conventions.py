@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import chex
 from flax import linen as nn
 from flax import nnx
 from flax.typing import Axes
@@ -49,8 +48,8 @@ class Facts:
     layer: str
     flax: bool
     axis: Axes
-    eps: chex.Numeric
-    momentum: chex.Numeric | None
+    eps: Any
+    momentum: Any
     correction: int
     tracked: bool
     running: bool | None

@@ -14,8 +14,8 @@ from bnjax.models import checks
 from bnjax.models.conventions import LINEN
 from bnjax.models.visits import Settings, applying
 
-# Patterns, and names of fields, that fitted a batch norm while a program was traced. When it is called
-# again nothing is traced, and nothing met. They are the user's own words, so they are few.
+# Patterns, and names of fields, that fitted a batch norm while a program was traced. Called again,
+# it is not traced, and nothing is met. They are the user's own words, so they are few.
 _fitted: set[tuple[str, frozenset[str]]] = set()
 _entered: ContextVar[tuple[tuple[Any, Settings, Any], ...]] = ContextVar(
     "bnjax.entered", default=()

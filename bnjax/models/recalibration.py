@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import jax
@@ -18,9 +18,9 @@ from bnjax.models import checks
 from bnjax.models.accumulation import begin, population, run_and_add
 from bnjax.models.batches import Batch, named, on_all, pad_batch, shardings, size_of, split_over
 from bnjax.models.nnx_copies import Copy
-from bnjax.models.programs import Program
+from bnjax.models.programs import Program, kept_with
 from bnjax.models.statistics import Path, layers_of, map_layers
-from bnjax.models.visits import Visit, visiting
+from bnjax.models.visits import Visit, settings, visiting
 
 Batches = Iterable[Any]
 
@@ -152,33 +152,17 @@ class _Measurement:
         return []
 
     def _program(self, path: Path | None) -> Program:
-        """A pass of one batch: one layer is measured in evaluation, or all together in training."""
-
-        def step(notes: dict[str, Any], stats: Any, others: Any, batch: Batch) -> Any:
-            called, measured = notes.setdefault("called", {}), notes.setdefault("measured", {})
-
-            def norm(visit: Visit) -> Any:
-                together, here = path is None and self.fits(visit.path), visit.path == path
-                called[visit.path] = None
-                visit = visit.where(batch.get("mask"))
-                if not visit.statistics or not (together or here):
-                    return visit.run(running=True, here=True)
-                measured[visit.path] = None
-                return run_and_add(visit, running=not together, here=True)
-
-            with visiting(norm) as strangers:
-                variables = {**others, "batch_stats": stats}
-                _, updates = self.model.apply(
-                    variables, batch["x"], mutable=["batch_stats"], **self.kwargs
-                )
-            notes["strangers"] = strangers
-            return updates["batch_stats"]
-
-        return Program(step)
+        make = lambda: _program(self.model, self.kwargs, self.fits, path)  # noqa: E731 - if new
+        if isinstance(self.model, Copy):
+            return make()
+        around = tuple(frame.key for frame in settings())
+        key = ("recalibration", self.patterns, path, tuple(self.kwargs.items()), around)
+        return kept_with(self.model, key, make)
 
     def _check(self, notes: Mapping[str, Any]) -> None:
         """Each pattern fits a layer that is called, and each layer that fits is."""
-        called, unknown = {"/".join(path) for path in notes["called"]}, notes["strangers"]
+        called, unknown = {"/".join(path) for path in notes["called"]}, dict(notes["strangers"])
+        unknown |= getattr(self.model, "strangers", {})
         if not isinstance(self.model, Copy):
             for pattern in self.patterns:
                 fits = any(map(globs.matcher(pattern), called))
@@ -199,6 +183,31 @@ class _Measurement:
 
     def _everywhere(self, stats: Any) -> Any:
         return stats if self.mesh is None else on_all(stats, self.alike)
+
+
+def _program(
+    model: nn.Module | Copy, kwargs: dict[str, Any], fits: Callable[[Path], bool], path: Path | None
+) -> Program:
+    """A pass of one batch: one layer is measured in evaluation, or all together in training."""
+
+    def step(notes: dict[str, Any], stats: Any, others: Any, batch: Batch) -> Any:
+        called, measured = notes.setdefault("called", {}), notes.setdefault("measured", {})
+
+        def norm(visit: Visit) -> Any:
+            together, here = path is None and fits(visit.path), visit.path == path
+            called[visit.path] = None
+            visit = visit.where(batch.get("mask"))
+            if not visit.statistics or not (together or here):
+                return visit.run(running=True, here=True)
+            measured[visit.path] = None
+            return run_and_add(visit, running=not together, here=True)
+
+        variables = {**others, "batch_stats": stats}
+        with visiting(norm) as notes["strangers"]:
+            _, updates = model.apply(variables, batch["x"], mutable=["batch_stats"], **kwargs)
+        return updates["batch_stats"]
+
+    return Program(step)
 
 
 def _with(stats: Any, seen: Mapping[Path, Moments]) -> Any:

@@ -115,8 +115,8 @@ class Visit:
             here: pool over the axes alone that are mapped here, and no other devices.
         """
         fields, options = dict(self._fields), {}
-        if here:
-            fields |= self._devices_here()
+        if here and self.devices[0] != self.facts.axis_name:
+            fields["axis_name"], fields["axis_index_groups"] = self.devices
         if self.mask is not None:
             options["mask"] = self.mask
         forced = fields.pop("use_running_average", None)
@@ -164,18 +164,21 @@ class Visit:
         names = self.facts.axis_name
         names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
         here = tuple(name for name in names if _mapped(name))
-        return (here or None), (self.facts.axis_index_groups if here and here == names else None)
+        if here == names:
+            return self.facts.axis_name, self.facts.axis_index_groups
+        return here or None, None
 
     def seen(self) -> dict[str, jax.Array]:
         """`mean` and `var` of this call as the running ones take them in; NaN where there is none.
 
         They are those of the batch, with the layer's mask, correction, axes and virtual batches.
         """
-        axes = self.axes
-        shape = [jnp.shape(self.x)[a] for a in axes]
-        unknown = jnp.full(shape, jnp.nan, working_dtype(jnp.result_type(self.x)))
-        stats = {"mean": unknown, "var": jnp.real(unknown)}
-        return self._core({}, stats, momentum=1.0, correction=self.facts.correction)[1]
+        shape = [jnp.shape(self.x)[axis] for axis in self.axes]
+        none = jnp.full(shape, -1, working_dtype(jnp.result_type(self.x)))
+        stats = {"mean": none, "var": jnp.real(none)}
+        found = self._core({}, stats, momentum=1.0, correction=self.facts.correction)[1]
+        # A channel without finite statistics keeps the variance that none can have.
+        return {name: jnp.where(found["var"] < 0, jnp.nan, found[name]) for name in found}
 
     def by_batch(self) -> jax.Array:
         """The input normalized by the batch, as in training, where nothing may be written."""
@@ -202,10 +205,6 @@ class Visit:
             virtual_batch_size=self.facts.virtual_batch_size,
             **settings,
         )
-
-    def _devices_here(self) -> dict[str, Any]:
-        found = dict(zip(("axis_name", "axis_index_groups"), self.devices, strict=True))
-        return {} if found["axis_name"] == self.facts.axis_name else found
 
 
 @contextlib.contextmanager
@@ -359,7 +358,7 @@ def _visit(
     does = facts(layer, fields)
     given = use_running_average
     running = does.running if given is None or "use_running_average" in fields else given
-    if running is None and does.by_mutability:
+    if running is None and isinstance(layer, nn.Module) and does.by_mutability:
         running = layer.is_initializing() or not layer.is_mutable_collection(_COLLECTION)
     return Visit(layer, path, does, x, mask, running, given, call, fields)
 

@@ -18,6 +18,7 @@ from bnjax.models.diagnosis.report import row_of
 _RULES = (
     findings.poisoned,
     findings.not_finite,
+    findings.not_known,
     findings.devices_disagree,
     findings.statistics_move,
     findings.depends_on_batch,

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax.globs import strangers
 from bnjax.models.diagnosis.evidence import (
     APART,
     FEW_VALUES,
@@ -98,6 +99,23 @@ def near_overflow(evidence: Evidence) -> Finding | None:
         {"reach": reach[worst]},
         "The activations are too large for half precision, and will be inf.",
         "model = Model(dtype=jnp.bfloat16)  # or scale the input, or keep this layer in float32",
+    )
+
+
+def not_known(evidence: Evidence) -> Finding | None:
+    """Modules that look like batch norms, and of which nothing can be said."""
+    unknown = evidence.measured.strangers
+    if not unknown:
+        return None
+    return Finding(
+        "not diagnosed",
+        "warning",
+        min(unknown),
+        tuple(sorted(unknown)),
+        f"{strangers(unknown)}.",
+        {"modules": len(unknown)},
+        "They are classes of their own, so how they use their statistics can't be seen.",
+        "class Norm(flax.linen.BatchNorm): ...  # or flax.nnx.BatchNorm, or bnjax's layers",
     )
 
 

@@ -132,6 +132,7 @@ class Measured:
             their standard deviation over the examples.
         mates: the same for the outputs in evaluation of examples among other batch mates.
         losses: mean loss and metrics in `"train"` and `"eval"`; empty without a loss function.
+        strangers: classes, by path, of modules that keep statistics and are not known.
         unequal: how many standard deviations the statistics of devices differ, by path.
         params_norm: the norm of all parameters together.
         nnx: whether it is an nnx model.
@@ -147,6 +148,7 @@ class Measured:
     gap: float
     mates: float
     losses: dict[str, dict[str, float]]
+    strangers: Mapping[str, str]
     unequal: dict[str, float]
     params_norm: float
     nnx: bool
@@ -202,7 +204,7 @@ class _Run:
             except Exception as error:  # of the model, or of a tree that does not fit it
                 failure = failure or error
             else:
-                checks.some_batch_norm(bool(notes["kinds"]))
+                checks.some_batch_norm(bool(notes["kinds"]), self.passes.strangers)
                 return
         if failure is not None:
             raise failure
@@ -259,6 +261,7 @@ class _Run:
             gap=_ratio(*self.gaps) if self.used else float("nan"),
             mates=self._mates(),
             losses=losses,
+            strangers=self.passes.strangers,
             unequal=self.unequal,
             params_norm=float(optax.tree.norm(self.variables.get("params", {}))),
             nnx=isinstance(self.passes.model, Copy),
@@ -301,7 +304,7 @@ class _Run:
             return np.asarray(leaf)[index] if of_examples else leaf
 
         among = jax.tree.map(mixed, batch)
-        others = jax.device_get(self.passes.step(self.variables, among)["outputs"])
+        others = jax.device_get(self.passes.step(self.variables, among)[0]["outputs"])
 
         def mine(outputs: Any) -> list[Any]:
             leaves = jax.tree.leaves(outputs)

@@ -70,6 +70,7 @@ class Passes:
         kwargs: those of the model's call in evaluation.
 
     Attributes:
+        strangers: classes, by path, of modules that keep a mean and a variance and are not known.
         step: the compiled step; its notes have the `kinds` of the batch norms, by path.
     """
 
@@ -84,6 +85,7 @@ class Passes:
         copied = ["batch_stats"] if isinstance(model, Copy) else False  # its layers have modes
         self.mutable = self.kwargs.pop("mutable", copied)
         self.moves = in_filter(self.mutable, "batch_stats")
+        self.strangers: dict[str, str] = dict(getattr(model, "strangers", {}))
         self.step = Program(self._step)
 
     def _step(self, notes: dict[str, Any], variables: Any, batch: Batch) -> dict[str, Any]:
@@ -126,8 +128,9 @@ class Passes:
     def _apply(
         self, model: Any, variables: Any, batch: Batch, norm: Callable, mutable: Any
     ) -> tuple[Any, Any]:
-        with visiting(lambda visit: norm(visit.where(batch.get("mask")))):
+        with visiting(lambda visit: norm(visit.where(batch.get("mask")))) as strangers:
             result = model.apply(variables, batch["x"], mutable=mutable, **self.kwargs)
+        self.strangers |= strangers
         y, updates = result if mutable is not False else (result, {})
         return y, updates.get("batch_stats", {})
 
