@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -17,17 +18,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import bnjax
 from bnjax._words import number_of
 from bnjax.checkpoints import files, inspection
 from bnjax.checkpoints.conversion import from_torch, to_torch
 from bnjax.models.diagnosis import diagnose as diagnosed
 from bnjax.models.nnx_copies import restored
 
-PROBLEMS, UNREADABLE = 1, 2
+PROBLEMS, FAILED = 1, 2
 
 app = typer.Typer(
     help="Look into checkpoints with batch norm, convert and diagnose them. Exit codes: 0 fine, "
-    "1 problems found, 2 cannot read.",
+    "1 problems found, 2 cannot read, or the model failed.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,12 +44,35 @@ File = Annotated[
 
 @contextmanager
 def failing(code: int) -> Iterator[None]:
-    """Turn an error for the user into a message and an exit code."""
+    """Turn an error for the user into a message and an exit code, a crash into one of its own."""
     try:
         yield
     except (OSError, TypeError, ValueError, ModuleNotFoundError) as error:
-        errors.print(escape(str(error)), style="red", soft_wrap=True, highlight=False)
+        places = (note for note in getattr(error, "__notes__", ()) if note.startswith("In "))
+        text = escape("\n".join((str(error), *places)))
+        errors.print(text, style="red", soft_wrap=True, highlight=False)
         raise typer.Exit(code) from error
+    except (Exception, SystemExit) as error:
+        print(traceback.format_exc(), end="", file=sys.stderr)
+        text = f"{type(error).__name__}: this is a crash, not a problem found in the model."
+        errors.print(text, style="red", soft_wrap=True, highlight=False)
+        raise typer.Exit(FAILED) from error
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        print(f"bnjax {bnjax.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Look into checkpoints with batch norm, convert and diagnose them."""
 
 
 @app.command()
@@ -56,7 +81,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show the batch norms in a checkpoint, one row for each, and a verdict."""
-    with failing(UNREADABLE):
+    with failing(FAILED):
         layers = inspection.inspect(files.load(file, only=inspection.relevant))
     problems = inspection.problems(layers)
     if as_json:
@@ -137,7 +162,7 @@ def convert(
     and Flax's it takes --like FILE, a checkpoint of the model in the other framework (of any
     values): a weight alone does not say whether it is of a linear layer or an embedding.
     """
-    with failing(UNREADABLE):
+    with failing(FAILED):
         tree = files.load(source)
         template = None if like is None else files.load(like)
     with failing(PROBLEMS):
@@ -172,7 +197,7 @@ def diagnose(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say why a model is good in training and bad in evaluation: layer, cause and repair."""
-    with failing(UNREADABLE):
+    with failing(FAILED):
         made, tree, x = made_by(model), files.load(variables), inputs(data)
         if isinstance(made, nnx.Module):
             made.eval()

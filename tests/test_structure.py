@@ -27,7 +27,7 @@ FLOORS = {
         {"devices", "partition"},
         {"batch_norm"},
     ),
-    "bnjax.layers": ({"linen", "nnx"},),
+    "bnjax.layers": ({"conventions", "modes"}, {"linen", "nnx"}),
     "bnjax.models": (
         {"checks", "conventions", "subtypes"},
         {"batches", "freezing", "overrides"},

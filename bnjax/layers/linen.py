@@ -1,9 +1,9 @@
 """Flax linen layers: PyTorch's `BatchNorm1d/2d/3d`, and a drop-in for `flax.linen.BatchNorm`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,63 +12,103 @@ from flax.typing import Axes, Dtype, Initializer
 from jax.nn.initializers import ones, zeros
 
 from bnjax.core import checks
-from bnjax.core.batch_norm import batch_norm
 from bnjax.core.devices import AxisName, Groups
-from bnjax.core.moments import working_dtype
+from bnjax.layers import conventions, modes
 
 _COLLECTION = "batch_stats"
-# Between the check and the user: the layer's __post_init__, and two __init__ of dataclasses.
-_FRAMES = 4
 
 
 class _Layer(nn.Module):
-    """What both conventions share: the mode, the variables, and one call of the core."""
+    """What both conventions share: it owns variables and calls the core."""
 
-    def _use_running(self, at_call: bool | None, tracked: bool) -> bool | None:
-        """The mode as given to the constructor or the call; None if it was given to neither."""
-        at_init: bool | None = getattr(self, "use_running_average", None)
-        checks.given_once(at_init, at_call)
-        use_running = at_init if at_call is None else at_call
-        if use_running is False and tracked:
-            checks.mutable_statistics(self.is_mutable_collection(_COLLECTION), self.path)
-        return use_running
+    def __post_init__(self) -> None:
+        conventions.check(self)
+        super().__post_init__()
 
-    def _normalize(
+    @nn.compact
+    def __call__(
         self,
-        x: jax.Array,
-        params: Mapping[str, tuple[Initializer, Dtype]],
-        statistics: Mapping[str, Callable[[tuple[int, ...]], jax.Array]],
+        x: chex.Array,
+        use_running_average: bool | None = None,
         *,
-        running: bool,
-        **settings: Any,
+        mask: chex.Array | None = None,
     ) -> jax.Array:
-        """Normalize x, and move the statistics, if any, unless `running` or initializing."""
-        axes = checks.feature_axes(settings["axis"], x.ndim)
-        shape = tuple(x.shape[a] for a in axes)
-        for collection, expected in (("params", params), (_COLLECTION, statistics)):
-            held = self.variables.get(collection, {})
-            if not self.is_initializing() and (held or not self.is_mutable_collection(collection)):
-                checks.held(collection, held, expected, self.path)
-        stats = {
-            name: self.variable(_COLLECTION, name, make, shape) for name, make in statistics.items()
-        }
-        affine = {
-            name: self.param(name, init, shape, dtype) for name, (init, dtype) in params.items()
-        }
-        values = {name: stat.value for name, stat in stats.items()}
-        if self.is_initializing() and running and not values:
+        """Normalize `x` per channel, and move the running statistics unless they are used.
+
+        Args:
+            x: real floating point input of the rank that a 1d, 2d or 3d layer is named for; any
+                rank and dtype for `BatchNorm`.
+            use_running_average: as the attribute; give it here or there.
+            mask: bool, broadcastable to `x`: statistics are over the True positions only.
+                `BatchNorm` takes numbers too: those that are not zero count.
+
+        Returns:
+            The normalized input, of x's shape, and of x's dtype unless `dtype` says otherwise.
+
+        Raises:
+            ValueError: a wrong rank, axis or channel count, `use_running_average` given twice,
+                missing statistics, `use_running_average=False` with immutable ones, or, in
+                PyTorch's convention, one value per channel in training.
+            TypeError: in PyTorch's convention, an integer or complex input.
+        """
+        with conventions.naming(self, f"at {checks.where(self.path)}"):
+            return _normalize(self, jnp.asarray(x), use_running_average, mask)
+
+
+# Functions, not methods: what Flax calls a method, it tabulates as a call of its own.
+def _normalize(layer: Any, x: jax.Array, at_call: bool | None, mask: Any) -> jax.Array:
+    """Normalize x with the variables of the layer, and move them unless it evaluates."""
+    conventions.check_input(layer, x, any_rank="bnjax.linen.BatchNorm")
+    running = _uses_running(layer, at_call)
+    shape = tuple(x.shape[a] for a in checks.feature_axes(layer.axis, x.ndim))
+    new = layer.is_initializing()
+    names = {"params": conventions.parameters(layer), _COLLECTION: conventions.statistics(layer)}
+    for collection, expected in names.items():
+        held = layer.variables.get(collection, {})
+        if not new and (held or not layer.is_mutable_collection(collection)):
+            checks.held(collection, held, expected, layer.path)
+    stats = {
+        name: layer.variable(
+            _COLLECTION,
+            name,
+            lambda name=name: conventions.first_statistics(layer, shape, x.dtype)[name],
+        )
+        for name in names[_COLLECTION]
+    }
+    params = {
+        name: layer.param(name, getattr(layer, f"{name}_init"), shape, layer.param_dtype)
+        for name in names["params"]
+    }
+    values = {name: stat.value for name, stat in stats.items()}
+    settings: dict[str, Any] = {"dtype": layer.dtype, "mask": mask}
+    if not conventions.is_torch(layer):
+        typed = (jnp.zeros((), layer.param_dtype) for _ in params)
+        settings["dtype"] = canonicalize_dtype(x, *typed, dtype=layer.dtype)
+        settings["mask"] = None if mask is None else jnp.asarray(mask, bool)
+    if new:
+        settings |= {"axis_name": None, "axis_index_groups": None}
+        if running and not values:
             values = {"mean": jnp.zeros(shape), "var": jnp.ones(shape), "count": jnp.array(0)}
-        try:
-            y, moved = batch_norm(affine, values, x, mutable=not running, **settings)
-        except (TypeError, ValueError) as error:
-            error.add_note(f"In {type(self).__name__} at {checks.where(self.path)}.")
-            raise
-        if not running and not self.is_initializing():
-            for name, stat in stats.items():
-                # As in Flax, the mean of complex input is complex.
-                same = jnp.iscomplexobj(moved[name]) or moved[name].dtype == stat.value.dtype
-                stat.value = moved[name] if same else moved[name].astype(stat.value.dtype)
-        return y
+    y, moved = conventions.normalize(layer, params, values, x, mutable=not running, **settings)
+    if not running and not new:
+        for name, stat in stats.items():
+            stat.value = moved[name]
+    return y
+
+
+def _uses_running(layer: Any, at_call: bool | None) -> bool:
+    """The mode: as given to the constructor or the call, or what `mutable` says of it."""
+    checks.given_once(layer.use_running_average, at_call)
+    running = layer.use_running_average if at_call is None else at_call
+    new, torch = layer.is_initializing(), conventions.is_torch(layer)
+    if running is False and (layer.track_running_stats if torch else not new):
+        checks.mutable_statistics(layer.is_mutable_collection(_COLLECTION), layer.path)
+    if not torch:
+        checks.given(running)
+        return bool(running)
+    if new or running is None:
+        return new or not modes.asked_to_train(layer, _COLLECTION)
+    return running
 
 
 class TorchBatchNorm(_Layer):
@@ -92,76 +132,25 @@ class TorchBatchNorm(_Layer):
 
     _spatial: ClassVar[tuple[str, ...]]
 
-    def __post_init__(self) -> None:  # noqa: D105 - flax's name, not ours
-        checks.momentum(self.momentum)
-        checks.eps(self.eps, training=False)
-        checks.torch_momentum_is_plausible(self.momentum, _FRAMES)
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        use_running_average: bool | None = None,
-        *,
-        mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Normalize `x` per channel.
-
-        Args:
-            x: real floating point input of the rank the layer is named for.
-            use_running_average: as the attribute; give it here or there.
-            mask: bool, broadcastable to `x`: statistics are over the True positions only.
-
-        Returns:
-            The normalized input, of x's shape, and of x's dtype unless `dtype` says otherwise.
-
-        Raises:
-            ValueError: a wrong rank or channel count, one value per channel in training, missing
-                statistics, or `use_running_average=False` with immutable ones.
-            TypeError: an integer or complex input.
-        """
-        x = jnp.asarray(x)
-        layer, any_rank = type(self).__name__, "bnjax.linen.BatchNorm"
-        checks.torch_input(x, self._spatial, self.axis, self.num_features, layer, any_rank)
-        running = self._use_running(use_running_average, self.track_running_stats)
-        if running is None or self.is_initializing():
-            running = self.is_initializing() or not self.is_mutable_collection(_COLLECTION)
-        kept = working_dtype(self.param_dtype)
-        statistics: dict[str, Callable] = {}
-        if self.track_running_stats:
-            statistics = {"mean": lambda s: jnp.zeros(s, kept), "var": lambda s: jnp.ones(s, kept)}
-            if self.momentum is None:
-                statistics["count"] = lambda _: jnp.zeros((), jnp.int32)
-        inits = {"scale": self.scale_init, "bias": self.bias_init} if self.affine else {}
-        return self._normalize(
-            x,
-            {name: (init, self.param_dtype) for name, init in inits.items()},
-            statistics,
-            running=running,
-            axis=self.axis,
-            eps=self.eps,
-            momentum=self.momentum,
-            mask=mask,
-            axis_name=None if self.is_initializing() else self.axis_name,
-            axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
-            virtual_batch_size=self.virtual_batch_size,
-            dtype=self.dtype,
-        )
-
 
 class BatchNorm1d(TorchBatchNorm):
     """`torch.nn.BatchNorm1d`, of (N, C) or (N, L, C); mode and attributes as in `BatchNorm2d`."""
 
-    _spatial = ("", "L")
+    _spatial = conventions.SPATIAL[1]
 
 
 class BatchNorm2d(TorchBatchNorm):
     """`torch.nn.BatchNorm2d`, of (N, H, W, C): its signature, meaning and results.
 
-    Whether it trains is Flax's own `mutable` flag: with a mutable `batch_stats` collection it
-    normalizes with the batch and moves the running statistics, otherwise with the running ones.
-    While a model is initialized it uses mean 0 and variance 1 and moves nothing.
+    Whether it trains is Flax's own `mutable` flag: applied with `mutable=["batch_stats"]`, or True,
+    it normalizes with the batch and moves the running statistics, otherwise with the running ones.
+    While a model is initialized it uses mean 0 and variance 1 and moves nothing. A deny-list, which
+    names no statistics, evaluates and warns: give Keras' `FlaxLayer` the mode in
+    `use_running_average`. In an nnx model, `nnx.bridge.ToNNX` needs `mutable` at each call.
+
+    After a training call the statistics are float32 at least, also where a policy has cast all
+    variables to half precision; a `lax.scan` that carries such statistics says that their dtype
+    changes: cast them back to float32 first.
 
     Attributes:
         num_features: number of channels, C; None takes it from the first input.
@@ -183,13 +172,13 @@ class BatchNorm2d(TorchBatchNorm):
         bias_init: initializer of `bias`.
     """
 
-    _spatial = ("HW",)
+    _spatial = conventions.SPATIAL[2]
 
 
 class BatchNorm3d(TorchBatchNorm):
     """`torch.nn.BatchNorm3d`, of (N, D, H, W, C); mode and attributes as in `BatchNorm2d`."""
 
-    _spatial = ("DHW",)
+    _spatial = conventions.SPATIAL[3]
 
 
 class BatchNorm(_Layer):
@@ -197,7 +186,8 @@ class BatchNorm(_Layer):
 
     In a model written for Flax's layer, replacing the name changes nothing but the accuracy: the
     statistics are exact at any mean, whatever `use_fast_variance` and `force_float32_reductions`
-    say, NaN under a mask stays there, and a batch without a finite mean and variance moves nothing.
+    say, NaN under a mask stays there, a batch without a finite mean and variance moves nothing, and
+    the mean of complex input is complex from the start, so that `lax.scan` can carry it.
 
     Attributes:
         use_running_average: use the statistics in `batch_stats` instead of the batch's. Give it
@@ -215,8 +205,8 @@ class BatchNorm(_Layer):
             count, where Flax averages the devices' means.
         axis_index_groups: lists of indices of that axis: statistics pooled within each.
         use_fast_variance: accepted, and without effect: the variance is both fast and exact.
-        force_float32_reductions: False keeps the running statistics in `param_dtype`; the batch
-            statistics are taken in float32 at least all the same.
+        force_float32_reductions: False keeps the running statistics in `param_dtype`, otherwise
+            they are float32 at least; the batch's are taken in float32 at least all the same.
         virtual_batch_size: bnjax's own: groups of this many examples, each normalized by itself.
     """
 
@@ -236,56 +226,3 @@ class BatchNorm(_Layer):
     force_float32_reductions: bool = True
     _: dataclasses.KW_ONLY
     virtual_batch_size: int | None = None
-
-    def __post_init__(self) -> None:  # noqa: D105 - flax's name, not ours
-        checks.momentum(self.momentum)
-        checks.eps(self.epsilon, training=False, name="epsilon")
-        checks.flax_momentum_is_plausible(self.momentum, _FRAMES)
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        use_running_average: bool | None = None,
-        *,
-        mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Normalize `x` per feature.
-
-        Args:
-            x: the input, of any rank and dtype.
-            use_running_average: as the attribute; give it here or there.
-            mask: broadcastable to `x`: statistics are over the positions that are not zero.
-
-        Returns:
-            The normalized input, of x's shape.
-
-        Raises:
-            ValueError: `use_running_average` given twice or not at all, a wrong axis, or
-                `use_running_average=False` with immutable statistics.
-        """
-        x = jnp.asarray(x)
-        running = self._use_running(use_running_average, not self.is_initializing())
-        checks.given(running)
-        inits = {"scale": self.scale_init} if self.use_scale else {}
-        if self.use_bias:
-            inits["bias"] = self.bias_init
-        kept = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        return self._normalize(
-            x,
-            {name: (init, self.param_dtype) for name, init in inits.items()},
-            {"mean": lambda s: jnp.zeros(s, kept), "var": lambda s: jnp.ones(s, kept)},
-            running=bool(running),
-            axis=self.axis,
-            eps=self.epsilon,
-            momentum=1 - self.momentum,
-            correction=0,
-            mask=None if mask is None else jnp.asarray(mask, bool),
-            axis_name=None if self.is_initializing() else self.axis_name,
-            axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
-            virtual_batch_size=self.virtual_batch_size,
-            dtype=canonicalize_dtype(
-                x, *(jnp.zeros((), self.param_dtype) for _ in inits), dtype=self.dtype
-            ),
-        )

@@ -4,6 +4,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,54 +14,27 @@ from jax import lax
 from jax.nn.initializers import ones, zeros
 
 from bnjax.core import checks
-from bnjax.core.batch_norm import batch_norm, init
 from bnjax.core.devices import AxisName, Groups
-
-# Between the check and the user: the layer's __init__, and three of nnx's metaclass.
-_FRAMES = 5
+from bnjax.layers import conventions, modes
 
 
 class _Layer(nnx.Module):
-    """What both conventions share: the variables, the mode, and one call of the core."""
+    """What both conventions share: it owns variables and calls the core."""
 
     num_features: int
-    axis: Any
     use_running_average: bool | None
-    axis_name: AxisName | None
-    axis_index_groups: Any
-
-    def _own(
-        self,
-        statistics: Mapping[str, jax.Array],
-        params: Mapping[str, tuple[bool, Initializer, Mapping[str, Any]]],
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ) -> None:
-        """Make the variables; those that the layer does without are None, as in Flax."""
-        for name in dict.fromkeys(("mean", "var", *statistics)):
-            value = statistics.get(name)
-            setattr(self, name, nnx.data(None if value is None else nnx.BatchStat(value)))
-        for name, (used, make, metadata) in params.items():
-            param = None
-            if used:
-                value = make(rngs.params(), (self.num_features,), param_dtype)
-                param = nnx.Param(value, **metadata)
-            setattr(self, name, nnx.data(param))
-
-    def _held(self, *names: str) -> dict[str, nnx.Variable]:
-        return {
-            name: getattr(self, name) for name in names if getattr(self, name, None) is not None
-        }
-
-    def _settings(self, x: jax.Array) -> dict[str, Any]:
-        raise NotImplementedError
+    # Variables, or None.
+    mean: Any
+    var: Any
+    scale: Any
+    bias: Any
 
     def __call__(
         self,
-        x: jax.Array,
+        x: chex.Array,
         use_running_average: bool | None = None,
         *,
-        mask: jax.Array | None = None,
+        mask: chex.Array | None = None,
     ) -> jax.Array:
         """Normalize `x` per channel, and move the running statistics unless they are used.
 
@@ -75,33 +49,15 @@ class _Layer(nnx.Module):
 
         Raises:
             ValueError: a wrong rank, axis or channel count, a mode of None in the layer and in the
-                call, or, in PyTorch's convention, one value per channel in training.
+                call, statistics that were taken away, or, in PyTorch's convention, one value per
+                channel in training.
             TypeError: a mask that is not boolean, or, in PyTorch's convention, integer input.
         """
-        x = jnp.asarray(x)
-        running = self.use_running_average if use_running_average is None else use_running_average
-        checks.given(running)
-        stats = self._held("mean", "var", "count")
-        params = {name: param[...] for name, param in self._held("scale", "bias").items()}
-        values = {name: stat[...] for name, stat in stats.items()}
-        settings = {
-            "axis": self.axis,
-            "mask": mask,
-            "axis_name": self.axis_name,
-            "axis_index_groups": self.axis_index_groups,
-            **self._settings(x),
-        }
-        try:
-            y, moved = batch_norm(params, values, x, mutable=not running, **settings)
-        except (TypeError, ValueError) as error:
-            what = f"{type(self).__name__} of {self.num_features} features"
-            error.add_note(f"In {what}, where `mutable` is False after .eval().")
-            raise
-        if not running:
-            # As in Flax, no derivative of a statistic: a reference can't be written within grad.
-            for name, stat in stats.items():
-                stat[...] = lax.stop_gradient(moved[name].astype(values[name].dtype))
-        return y
+        with conventions.naming(self, f"of {self.num_features} features"):
+            at_call = use_running_average
+            return _normalize(
+                self, jnp.asarray(x), self.use_running_average if at_call is None else at_call, mask
+            )
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Set the mode of a view of the layer; `nnx.view` calls it.
@@ -111,6 +67,62 @@ class _Layer(nnx.Module):
         """  # Indented by two, as `nnx.view_info` reads it.
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+def _make_variables(layer: Any, rngs: nnx.Rngs, **makers: tuple[Initializer, Any]) -> None:
+    """Make the variables of a checked layer; those that it does without are None, as in Flax."""
+    conventions.check(layer)
+    stats = conventions.first_statistics(layer, (layer.num_features,), layer.param_dtype)
+    made: dict[str, nnx.Variable | None] = {"mean": None, "var": None}
+    made |= {name: nnx.BatchStat(value) for name, value in stats.items()}
+    for name, (make, metadata) in makers.items():
+        made[name] = None
+        if name in conventions.parameters(layer):
+            value = make(rngs.params(), (layer.num_features,), layer.param_dtype)
+            made[name] = nnx.Param(value, **metadata)
+    for name, variable in made.items():
+        setattr(layer, name, nnx.data(variable))
+
+
+def _normalize(layer: Any, x: jax.Array, running: bool | None, mask: Any) -> jax.Array:
+    """Normalize x with the variables of the layer, and move them unless it evaluates."""
+    conventions.check_input(layer, x, any_rank="bnjax.nnx.BatchNorm")
+    checks.given(running)
+    names = conventions.statistics(layer)
+    torch = conventions.is_torch(layer)
+    if names and not running:
+        modes.check_bridge(drop_in=not torch)
+    params, stats = (
+        {name: held for name in group if (held := getattr(layer, name, None)) is not None}
+        for group in (("scale", "bias"), names)
+    )
+    checks.present(names, stats)
+    settings: dict[str, Any] = {"dtype": layer.dtype, "mask": mask}
+    if not torch:
+        settings["dtype"] = _output_dtype(layer, x, {**params, **stats})
+    params, values = (
+        {name: held[...] for name, held in group.items()} for group in (params, stats)
+    )
+    y, moved = conventions.normalize(layer, params, values, x, mutable=not running, **settings)
+    if not running:
+        # As in Flax, no derivative of a statistic: a reference can't be written within grad.
+        for name, new in lax.stop_gradient(moved).items():
+            if new.dtype == values[name].dtype:
+                stats[name][...] = new
+            else:
+                stats[name].set_value(new)
+    return y
+
+
+def _output_dtype(layer: Any, x: jax.Array, held: Mapping[str, nnx.Variable]) -> Dtype:
+    """Flax's rule: x and the variables are promoted together, then x, scale and bias again."""
+
+    def promoted(x: jax.Array, held: Mapping[str, jax.Array]) -> jax.Array:
+        arrays = (x, *map(held.get, ("mean", "var", "scale", "bias")))
+        x, _, _, scale, bias = layer.promote_dtype(arrays, dtype=layer.dtype)
+        return jnp.zeros((), canonicalize_dtype(x, scale, bias, dtype=layer.dtype))
+
+    return jax.eval_shape(promoted, x, {name: each[...] for name, each in held.items()}).dtype
 
 
 class TorchBatchNorm(_Layer):
@@ -137,9 +149,6 @@ class TorchBatchNorm(_Layer):
         bias_init: Initializer = zeros,
         rngs: nnx.Rngs,
     ) -> None:
-        checks.momentum(momentum)
-        checks.eps(eps, training=False)
-        checks.torch_momentum_is_plausible(momentum, _FRAMES)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -152,30 +161,13 @@ class TorchBatchNorm(_Layer):
         self.virtual_batch_size = virtual_batch_size
         self.dtype = dtype
         self.param_dtype = param_dtype
-        _, statistics = init(
-            num_features,
-            track_running_stats=track_running_stats,
-            momentum=momentum,
-            dtype=param_dtype,
-        )
-        params = {"scale": (affine, scale_init, {}), "bias": (affine, bias_init, {})}
-        self._own(statistics, params, param_dtype, rngs)
-
-    def _settings(self, x: jax.Array) -> dict[str, Any]:
-        layer, any_rank = type(self).__name__, "bnjax.nnx.BatchNorm"
-        checks.torch_input(x, self._spatial, self.axis, self.num_features, layer, any_rank)
-        return {
-            "eps": self.eps,
-            "momentum": self.momentum,
-            "virtual_batch_size": self.virtual_batch_size,
-            "dtype": self.dtype,
-        }
+        _make_variables(self, rngs, scale=(scale_init, {}), bias=(bias_init, {}))
 
 
 class BatchNorm1d(TorchBatchNorm):
     """`torch.nn.BatchNorm1d`, of (N, C) or (N, L, C); mode and attributes as in `BatchNorm2d`."""
 
-    _spatial = ("", "L")
+    _spatial = conventions.SPATIAL[1]
 
 
 class BatchNorm2d(TorchBatchNorm):
@@ -184,6 +176,9 @@ class BatchNorm2d(TorchBatchNorm):
     A new layer trains: it normalizes with the batch and moves its running statistics. `.eval()`,
     on the layer or on the whole model, makes it use the running ones, `.train()` turns it back, and
     `nnx.view(model, use_running_average=True)` is a model in the other mode on the same variables.
+    The statistics are float32 at least after each training call, also where a policy has cast all
+    variables to half precision. In a linen model, by `nnx.bridge.ToLinen`, it can train only where
+    `batch_stats` are mutable.
 
     Attributes: those of `bnjax.linen.BatchNorm2d`, with these words to add:
         num_features: number of channels, C; nnx makes a layer before it sees an input.
@@ -197,13 +192,13 @@ class BatchNorm2d(TorchBatchNorm):
     [0.1, 0.1, 0.1]
     """
 
-    _spatial = ("HW",)
+    _spatial = conventions.SPATIAL[2]
 
 
 class BatchNorm3d(TorchBatchNorm):
     """`torch.nn.BatchNorm3d`, of (N, D, H, W, C); mode and attributes as in `BatchNorm2d`."""
 
-    _spatial = ("DHW",)
+    _spatial = conventions.SPATIAL[3]
 
 
 class BatchNorm(_Layer):
@@ -244,9 +239,6 @@ class BatchNorm(_Layer):
         bias_metadata: Mapping[str, Any] = types.MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> None:
-        checks.momentum(momentum)
-        checks.eps(epsilon, training=False, name="epsilon")
-        checks.flax_momentum_is_plausible(momentum, _FRAMES)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -260,30 +252,5 @@ class BatchNorm(_Layer):
         self.axis_index_groups = axis_index_groups
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
-        params = {
-            "scale": (use_scale, scale_init, scale_metadata),
-            "bias": (use_bias, bias_init, bias_metadata),
-        }
-        self._own(init(num_features)[1], params, param_dtype, rngs)
-
-    def _settings(self, x: jax.Array) -> dict[str, Any]:
-        return {
-            "eps": self.epsilon,
-            "momentum": 1 - self.momentum,
-            "correction": 0,
-            "dtype": self._output_dtype(x),
-        }
-
-    def _output_dtype(self, x: jax.Array) -> Dtype:
-        """Flax's rule: x and the variables are promoted together, then x, scale and bias again."""
-        held = {name: variable[...] for name, variable in self._held(*_FLAXS).items()}
-
-        def promoted(x: jax.Array, held: dict[str, jax.Array]) -> jax.Array:
-            arrays = (x, *map(held.get, _FLAXS))
-            x, _, _, scale, bias = self.promote_dtype(arrays, dtype=self.dtype)
-            return jnp.zeros((), canonicalize_dtype(x, scale, bias, dtype=self.dtype))
-
-        return jax.eval_shape(promoted, x, held).dtype
-
-
-_FLAXS = ("mean", "var", "scale", "bias")
+        scale, bias = (scale_init, scale_metadata), (bias_init, bias_metadata)
+        _make_variables(self, rngs, scale=scale, bias=bias)

@@ -1,6 +1,7 @@
 """What a layer is set to: momentum, eps, mode, axis names."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +10,13 @@ import jax
 import numpy as np
 
 _NUMBER = (int, float, np.number)
+# Between the caller's code and a warning there are frames of these alone.
+_OURS = ("bnjax", "flax", "jax", "contextlib", "functools")
 
 
-def momentum(value: Any, name: str = "momentum") -> None:
-    """A momentum is a weight, or None. Traced values are taken as they are."""
-    if value is None or isinstance(value, jax.Array):
+def momentum(value: Any, name: str = "momentum", *, cumulative: bool = True) -> None:
+    """A momentum is a weight, or None if `cumulative`. Traced values are taken as they are."""
+    if (value is None and cumulative) or isinstance(value, jax.Array):
         return
     if not isinstance(value, _NUMBER) or not 0 <= value <= 1:
         raise ValueError(
@@ -48,7 +51,7 @@ def correction(value: Any) -> None:
 
 def num_features(value: Any) -> None:
     """A number of channels."""
-    if not isinstance(value, (int, np.integer)) or value < 0:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 0:
         raise ValueError(f"`num_features` must be an integer and not negative, got {value!r}.")
 
 
@@ -110,36 +113,33 @@ def given(use_running_average: bool | None) -> None:
         )
 
 
-def torch_momentum_is_plausible(value: Any, frames: int) -> None:
-    """Warn of a momentum that looks like Flax's, `frames` above this check."""
-    if isinstance(value, _NUMBER) and value >= 0.5:
-        _warn_once(
-            f"momentum={value} gives the new batch a weight of {value} (PyTorch's convention): the "
-            "running statistics are little more than those of the last batch. If it comes from "
-            f"Flax, Keras or Haiku, write momentum={round(1 - value, 10):g}.",
-            frames,
-        )
-
-
-def flax_momentum_is_plausible(value: Any, frames: int) -> None:
-    """Warn of a momentum that looks like PyTorch's, `frames` above this check."""
-    if isinstance(value, _NUMBER) and value <= 0.5:
-        _warn_once(
-            f"momentum={value} gives the old statistics a weight of {value} (Flax's convention): "
-            "the running statistics are little more than those of the last batch. If it comes "
-            f"from PyTorch, write momentum={round(1 - value, 10):g}.",
-            frames,
-        )
+def plausible_momentum(value: Any, *, torch: bool) -> None:
+    """Warn of a momentum that looks like the other convention's; 0.5 is the same in both."""
+    if not isinstance(value, _NUMBER) or (value <= 0.5 if torch else value >= 0.5):
+        return
+    weighs, convention, other = (
+        ("new batch", "PyTorch", "Flax, Keras or Haiku")
+        if torch
+        else ("old statistics", "Flax", "PyTorch")
+    )
+    warn_once(
+        f"momentum={value} gives the {weighs} a weight of {value} ({convention}'s convention): the "
+        "running statistics are little more than those of the last batch. If it comes from "
+        f"{other}, write momentum={round(1 - value, 10):g}."
+    )
 
 
 def overriding_momentum(value: Any, torch: bool) -> None:
     """A momentum for a layer, of PyTorch's convention or Flax's, that comes from an override."""
     momentum(value)
     if isinstance(value, _NUMBER) and 0 < value < 1:  # nobody mistakes the ends
-        plausible = torch_momentum_is_plausible if torch else flax_momentum_is_plausible
-        plausible(value, 1)
+        plausible_momentum(value, torch=torch)
 
 
 @functools.cache
-def _warn_once(message: str, frames: int) -> None:
-    warnings.warn(message, stacklevel=frames + 2)
+def warn_once(message: str) -> None:
+    """Warn at the line of the caller's own code that led here, however many frames above."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _OURS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

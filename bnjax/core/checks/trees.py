@@ -63,3 +63,13 @@ def held(
             f"{sorted(given) or 'none'}. Pass the collection as `model.init` made it or training "
             "updated it, as in `model.apply({'params': params, 'batch_stats': batch_stats}, x)`."
         )
+
+
+def present(names: Collection[str], held: Collection[str]) -> None:
+    """An nnx layer has the statistics that its settings call for."""
+    missing = sorted(set(names) - set(held))
+    if missing:
+        raise ValueError(
+            f"The layer must have the statistics {sorted(names)}, but {missing} are gone, as after "
+            "`nnx.pop(model, nnx.BatchStat)`. Put them back with `nnx.update(model, statistics)`."
+        )

@@ -1,0 +1,171 @@
+"""`bnjax diagnose`: models and data by name, what it prints, and exit codes."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import bnjax
+from bnjax.checkpoints import files
+
+pytest.importorskip("typer", reason="the command line is in the extra `tools`")
+
+from tests.support.command_line import run
+
+F32 = np.float32
+
+
+def trained_dense() -> nn.Module:
+    return nn.Sequential([nn.Dense(4), bnjax.BatchNorm1d(4)])
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_diagnose_prints_a_report_and_says_by_its_code_whether_all_is_well(tmp_path, healthy):
+    x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
+    model = trained_dense()
+    variables = model.init(jax.random.key(0), x)
+    if healthy:
+        variables = bnjax.recalibrate(model, variables, [x])
+    files.save(tmp_path / "model.msgpack", variables)
+    np.savez(tmp_path / "x.npz", x=x)
+    arguments = ("diagnose", f"{__name__}:trained_dense", "--variables", tmp_path / "model.msgpack")
+    arguments = (*arguments, "--data", tmp_path / "x.npz")
+    code, output = run(*arguments, "--plot", tmp_path / "report.png")
+    assert code == (0 if healthy else 1)
+    assert ("All is well: 1 batch norm fits" if healthy else "never updated, error") in output
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    code, output = run(*arguments, "--json")
+    assert json.loads(output)["healthy"] is healthy
+
+
+def trained_nnx() -> nnx.Module:
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), bnjax.nnx.BatchNorm1d(4, rngs=rngs))
+
+
+@pytest.mark.parametrize("name", ["model.msgpack", "model.safetensors", "model"])
+@pytest.mark.parametrize("healthy", [True, False])
+def test_diagnose_reads_the_checkpoint_of_an_nnx_model(tmp_path, name, healthy):
+    x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
+    model = trained_nnx()
+    state = bnjax.recalibrate(model, None, [x]) if healthy else nnx.state(model)
+    files.save(tmp_path / name, state)
+    np.savez(tmp_path / "x.npz", x=x)
+    paths = ("--variables", tmp_path / name, "--data", tmp_path / "x.npz")
+    code, output = run("diagnose", f"{__name__}:trained_nnx", *paths)
+    assert code == (0 if healthy else 1)
+    assert ("All is well: 1 batch norm fits" if healthy else "never updated, error") in output
+
+
+def test_diagnose_takes_no_checkpoint_of_another_nnx_model(tmp_path):
+    state = nnx.state(nnx.Sequential(nnx.Linear(3, 5, rngs=nnx.Rngs(0))))
+    files.save(tmp_path / "model.msgpack", state)
+    np.savez(tmp_path / "x.npz", x=np.ones((4, 3), F32))
+    paths = ("--variables", tmp_path / "model.msgpack", "--data", tmp_path / "x.npz")
+    code, output = run("diagnose", f"{__name__}:trained_nnx", *paths)
+    assert (code, output.strip()) == (
+        2,
+        "`variables` do not fit the model: missing ['layers/1/bias', 'layers/1/mean', "
+        "'layers/1/scale', 'layers/1/var'], of another shape ['layers/0/bias (5,) not (4,)', "
+        "'layers/0/kernel (3, 5) not (3, 4)']. Are they of another model?",
+    )
+
+
+def test_diagnose_reads_what_orbax_saves_of_nnx_variables(tmp_path):
+    x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
+    state = nnx.to_pure_dict(bnjax.recalibrate(trained_nnx(), None, [x]))
+    files.save(tmp_path / "model", jax.tree.map(lambda array: {"value": array}, state))
+    np.savez(tmp_path / "x.npz", x=x)
+    paths = ("--variables", tmp_path / "model", "--data", tmp_path / "x.npz")
+    code, output = run("diagnose", f"{__name__}:trained_nnx", *paths)
+    assert code == 0, output
+
+
+def test_diagnose_says_what_it_cannot_read(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.ones(2), b=np.ones(2))
+    paths = ("--variables", tmp_path / "no.msgpack", "--data", tmp_path / "x.npz")
+    dotted = "Expected package.module:make_model, with dots as in an import, got"
+    for target, message in (
+        ("tests.test_cli", f"{dotted} 'tests.test_cli'."),
+        ("tests/test_cli.py:trained_dense", f"{dotted} 'tests/test_cli.py:trained_dense'."),
+        (f"{__name__}:absent", "has no 'absent'"),
+        (f"{__name__}:trained_dense", "There is no checkpoint at"),
+    ):
+        code, output = run("diagnose", target, *paths)
+        assert code == 2
+        assert message in output
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("asking", (), "must make the model without arguments, but missing a required argument"),
+        ("trained_dense", ("--apply", "{train"), "--apply must be JSON, got '{train':"),
+        ("trained_dense", ("--apply", "[1]"), "--apply must name arguments, as in"),
+        ("trained_dense", ("--apply", '{"train": true}'), "apply_kwargs"),
+    ],
+)
+def test_diagnose_says_how_a_model_is_made_and_called(tmp_path, target, options, message):
+    x = np.ones((8, 3), F32)
+    np.savez(tmp_path / "x.npz", x=x)
+    files.save(tmp_path / "m.msgpack", trained_dense().init(jax.random.key(0), x))
+    paths = ("--variables", tmp_path / "m.msgpack", "--data", tmp_path / "x.npz")
+    code, output = run("diagnose", f"{__name__}:{target}", *paths, *options)
+    assert code == 2
+    assert message in output
+
+
+def asking(features: int) -> nn.Module:
+    return nn.Dense(features)
+
+
+def crashing() -> nn.Module:
+    raise RuntimeError("no config")
+
+
+def leaving() -> nn.Module:
+    sys.exit(1)
+
+
+class Crashing(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return {"y": x}[f"{bnjax.BatchNorm1d()(x).ndim}"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("crashing", "RuntimeError: no config"),
+        ("leaving", "in leaving"),
+        ("Crashing", "KeyError: '2'"),
+    ],
+)
+def test_a_crash_of_the_model_is_shown_whole_and_is_no_problem_found(tmp_path, target, message):
+    np.savez(tmp_path / "x.npz", x=np.ones((8, 3), F32))
+    variables = bnjax.BatchNorm1d().init(jax.random.key(0), jnp.ones((8, 3)))
+    tree = {name: {"BatchNorm1d_0": part} for name, part in variables.items()}
+    files.save(tmp_path / "m.msgpack", tree)
+    paths = ("--variables", tmp_path / "m.msgpack", "--data", tmp_path / "x.npz")
+    code, output = run("diagnose", f"{__name__}:{target}", *paths)
+    assert code == 2
+    assert "Traceback (most recent call last)" in output
+    assert message in output
+    assert output.endswith(": this is a crash, not a problem found in the model.\n")
+
+
+def test_an_error_of_a_layer_names_it_on_the_command_line(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.ones((8, 5), F32))
+    variables = trained_dense().init(jax.random.key(0), jnp.ones((8, 5)))
+    variables["batch_stats"]["layers_1"].pop("var")
+    files.save(tmp_path / "m.msgpack", variables)
+    paths = ("--variables", tmp_path / "m.msgpack", "--data", tmp_path / "x.npz")
+    code, output = run("diagnose", f"{__name__}:trained_dense", *paths)
+    assert code == 2
+    assert "The batch norm at 'layers_1' misses ['var'] in `batch_stats`" in output
+    assert "In BatchNorm1d at 'layers_1'." in output
