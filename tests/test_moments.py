@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnjax.core.moments import Moments, measure, merge
+from bnjax.core.measuring import measure
+from bnjax.core.moments import Moments, merge
 from tests import oracle
 from tests.cases import each_case
 from tests.oracle import assert_close

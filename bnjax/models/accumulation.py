@@ -18,9 +18,10 @@ from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
-from bnjax.core.batch_norm import move, weights
 from bnjax.core.devices import pool
-from bnjax.core.moments import Moments, measure, merge, working_dtype
+from bnjax.core.measuring import measure
+from bnjax.core.moments import Moments, merge, working_dtype
+from bnjax.core.running import move, weights
 from bnjax.core.sharding import on_auto_axes
 from bnjax.models import checks
 from bnjax.models.batches import counting
@@ -151,7 +152,7 @@ def _added(
 ) -> dict[str, Any]:
     batch = measure(x, checks.feature_axes(does.axis, x.ndim), mask)
     if does.axis_name is not None:
-        batch = pool(batch, does.axis_name, does.axis_index_groups, stats["mean"])
+        batch = pool(batch, does.axis_name, does.axis_index_groups)
     parts = (batch.count, batch.origin, batch.offset, batch.m2)
     one = Moments(*(jnp.broadcast_to(part, batch.m2.shape)[..., None] for part in parts))
     held = [stats[name] for name in _SEEN]
