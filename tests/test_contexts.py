@@ -228,6 +228,7 @@ def test_a_compiled_step_stays_frozen_beside_a_model_that_is_traced():
 
 def use(tool: str, kind: str) -> Any:
     """One use of a tool on a new model; the model."""
+    model: Any
     if kind == "linen":
         model, variables = start()
     else:

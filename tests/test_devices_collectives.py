@@ -44,8 +44,10 @@ from tests.support.ways import (
 )
 
 CHANNELS = CORE.channels
-GATHER = ("all-gather", 2 * CHANNELS + 1)
-IMAGES = Case("images", (32, 4, 4, CHANNELS), -1, bnjax.BatchNorm2d)
+GATHER = ("all-gather", 3 * (CHANNELS + 1))  # origin, offset and m2, each with the count
+# Large enough that a CPU, too, sums one array alone as accelerators do.
+ROWS = Case("rows", (1024, 6, CHANNELS), -1, bnjax.BatchNorm1d)
+IMAGES = Case("images", (1024, 4, 4, CHANNELS), -1, bnjax.BatchNorm2d)
 LAYERS = 3  # of the network
 
 PMAP, VMAP, SHARD_MAP, UNCHECKED = ONE_AXIS_WAYS
@@ -95,16 +97,16 @@ def test_collectives_on_a_condition_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("way", "backward"),
-    [(PMAP, 10), (SHARD_MAP, 15), (UNCHECKED, 10), (TWO_AXES, 15)],
+    ("way", "all_gradients"),
+    [(PMAP, 20), (SHARD_MAP, 10), (UNCHECKED, 20), (TWO_AXES, 10)],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_named_devices_gather_once_forward_and_sum_once_backward(way, backward):
+def test_named_devices_gather_once_forward_and_sum_once_backward(way, all_gradients):
     data, apply = make(), core(way.axis_name)
     assert sent(way, forward(apply), data) == [GATHER]
-    assert sent(way, to_x(apply), data) == [GATHER, ("all-reduce", backward)]
-    # The gradients of scale and bias travel with it.
-    assert sent(way, differentiated(apply), data) == [GATHER, ("all-reduce", 20)]
+    assert sent(way, to_x(apply), data) == [GATHER, ("all-reduce", 10)]
+    # The gradients of scale and bias travel with it; or are it, where JAX knows what is alike.
+    assert sent(way, differentiated(apply), data) == [GATHER, ("all-reduce", all_gradients)]
 
 
 @each_of(JIT_WAYS)
@@ -130,7 +132,7 @@ def test_plain_jit_sums_again_only_if_a_mean_is_far_from_zero(way, masked):
 
 
 @each_of(JIT_WAYS)
-@pytest.mark.parametrize("case", [CORE, IMAGES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [ROWS, IMAGES], ids=lambda case: case.name)
 @pytest.mark.parametrize("masked", [True, False])
 def test_plain_jit_on_accelerators_agrees_on_an_origin_first(way, case, masked):
     data, apply = make(case, SHARES if masked else None), core(None)
@@ -166,13 +168,13 @@ def test_what_a_device_sends_does_not_grow_with_their_number():
     for devices in (2, 4, 8):
         way = a_shard_map("shard_map", True, {AXIS: devices})
         counts.append(sent(way, to_x(core(AXIS)), make()))
-    assert counts == [[GATHER, ("all-reduce", 15)]] * 3
+    assert counts == [[GATHER, ("all-reduce", 10)]] * 3
 
 
 @each_of((PMAP, SHARD_MAP, UNCHECKED))
-def test_named_devices_gather_again_only_if_a_mean_is_far_from_the_running_one(way):
+def test_named_devices_decide_nothing_together(way):
     for step in (forward(core(AXIS)), differentiated(core(AXIS))):
-        assert sent(way, step, make(), conditional=True) == [GATHER]
+        assert sent(way, step, make(mean=1e5), conditional=True) == []
 
 
 @each_of((PMAP, SHARD_MAP, UNCHECKED))

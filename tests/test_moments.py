@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnjax.core.moments import Moments, measure, merge
+from bnjax.core.measuring import measure
+from bnjax.core.moments import Moments, merge
 from tests.support import oracle
 from tests.support.cases import each_case
 from tests.support.oracle import assert_close

@@ -20,6 +20,19 @@ LAYOUTS = (
     Case("NCHW", (16, 64, 16, 16), 1, bnjax.BatchNorm2d),
 )
 MEANS = (0.0, 1e2, 1e3, 1e4, 1e5)
+# Fewer than 4,096 values, one channel, channels first, sizes that no number divides.
+SMALL = (
+    (32, 10, 10, 1),
+    (8, 3, 12, 12),
+    (8, 16, 16, 1),
+    (32, 10, 10, 4),
+    (64, 2, 7, 7),
+    (3, 1, 31, 37),
+    (31, 37, 1),
+    (1000, 7),
+    (4093, 7),
+    (20011, 1),
+)
 NEW = bnjax.init(64)[1]
 each_layout = pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 each_mean = pytest.mark.parametrize("mean", MEANS)
@@ -66,6 +79,24 @@ def test_a_masked_step_is_exact_at_any_mean(rng, case, mean, by_channel):
     largest = np.max(np.abs(params["scale"])), np.max(np.abs(expected.y))
     assert_close(found.y, expected.y, atol=3e-6 * max(largest))
     assert_close((found.dx, found.dparams), (expected.dx, expected.dparams), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_small_arrays_are_exact_at_any_mean(rng, shape, masked):
+    case = Case("small", shape, 1 if shape[1] < 6 else -1, bnjax.BatchNorm2d)
+    params, stats = bnjax.init(case.channels)
+    mask = rng.random(shape) < 0.7 if masked else None
+    noise, dy = case.values(rng, 0, 1.0), case.values(rng)
+    for mean in (0.0, 1e3, 5.34e4, 1.23e6, 3.51e6, 1e7):
+        for std in (1, 10):
+            x = (mean + std * noise.astype(np.float64)).astype(np.float32)
+            settings = {"mutable": True, "axis": case.axis, "mask": mask}
+            found = run(params, stats, x, dy, **settings)
+            expected = oracle.batch_norm(params, stats, x, dy, **settings)
+            largest = max(1.0, np.max(np.abs(expected.y)) / 5)
+            assert_close(found.y, expected.y, atol=3e-6 * largest)
+            assert_close(found.dx, expected.dx, rtol=1e-5)
 
 
 @each_mean

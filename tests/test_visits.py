@@ -117,7 +117,7 @@ def trained(kind: str) -> tuple[Net, Any]:
     return net, net.init(jax.random.key(0), X)
 
 
-def statistics(variables: Any) -> tuple[np.ndarray, np.ndarray]:
+def statistics(variables: Any) -> tuple[np.ndarray, ...]:
     """Mean and variance of the (first) layer."""
     stats = variables["batch_stats"]["layer"]
     stats = stats.get("norm", stats)
@@ -130,7 +130,8 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 @each_kind
 def test_recalibrate_measures_what_the_library_code_of_a_layer_sees(kind):
     net, variables = trained(kind)
-    for settings in ({}, {"sequential": True}, {"apply_kwargs": {"train": True}}):
+    several: Any = ({}, {"sequential": True}, {"apply_kwargs": {"train": True}})
+    for settings in several:
         mean, var = statistics(bnjax.recalibrate(net, variables, PARTS, **settings))
         np.testing.assert_allclose(mean, X.mean(0, np.float64) - KINDS[kind][1], rtol=2e-6)
         np.testing.assert_allclose(var, X.astype(np.float64).var(0), rtol=2e-6)
@@ -189,7 +190,7 @@ class Folding(nn.Module):
 
 @pytest.mark.parametrize("norm", [ByTrain, NotCompact, Activated])
 def test_a_subclass_is_folded_with_what_it_does_around_the_layer(norm):
-    net = Folding(norm)
+    net: Any = Folding(norm)
     variables = bnjax.recalibrate(net, net.init(jax.random.key(0), X), PARTS)
     folded = bnjax.fold(net, variables, X)
     assert [row.reason for row in folded.report.rows] == [None]
@@ -309,7 +310,7 @@ def test_a_batch_norm_that_is_not_known_is_named_by_each_tool(known):
     if known:
         (finding,) = (f for f in bnjax.diagnose(net, variables, PARTS).findings if f.layer == "own")
         assert (finding.kind, finding.severity) == ("not diagnosed", "warning")
-        h = X @ variables["params"]["Dense_0"]["kernel"]
+        h = X @ np.asarray(variables["params"]["Dense_0"]["kernel"])
         new = bnjax.recalibrate(net, variables, PARTS, paths="bn")["batch_stats"]
         np.testing.assert_allclose(new["bn"]["mean"], h.mean(0), rtol=1e-4)
     else:

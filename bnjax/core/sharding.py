@@ -3,13 +3,18 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import chex
 import jax
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bnjax.core.compat import varying_axes
 
-def on_auto_axes(function: Callable[..., Any], args: tuple, x: jax.Array, like: Any) -> Any:
+
+def on_auto_axes(
+    function: Callable[..., Any], args: tuple, x: jax.Array, like: chex.ArrayTree
+) -> Any:
     """`function(*args)`, with its results split over a mesh as the arrays of `like` are.
 
     Types with explicit axes, in which x is split, allow neither to cut nor to fill up an axis that
@@ -32,11 +37,6 @@ def on_auto_axes(function: Callable[..., Any], args: tuple, x: jax.Array, like: 
         on_arrays, axes=mesh.explicit_axes, out_sharding=jax.tree.map(split, like)
     )
     return inside(*(leaves[i] for i in places))
-
-
-def varying_axes(x: jax.Array) -> frozenset[str]:
-    """The axes of a `shard_map` with `check_vma=True` along which `x` differs between devices."""
-    return jax.typeof(x).mat.varying
 
 
 def varying_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:

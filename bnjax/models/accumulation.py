@@ -19,9 +19,10 @@ from flax.core import meta, unfreeze
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
-from bnjax.core.batch_norm import move, weights
 from bnjax.core.devices import pool
-from bnjax.core.moments import Moments, measure, merge, working_dtype
+from bnjax.core.measuring import measure
+from bnjax.core.moments import Moments, merge, working_dtype
+from bnjax.core.running import move, weights
 from bnjax.core.sharding import on_auto_axes
 from bnjax.models import checks
 from bnjax.models.conventions import Facts
@@ -133,7 +134,7 @@ def _with_call(stats: dict[str, Any], visit: Visit) -> dict[str, Any]:
 def _add(stats: dict[str, Any], x: Any, mask: Any, *, axes: Any, devices: Any) -> dict[str, Any]:
     batch, (axis_name, groups) = measure(x, axes, mask), devices
     if axis_name is not None:
-        batch = pool(batch, axis_name, groups, stats["mean"])
+        batch = pool(batch, axis_name, groups)
     shape, last, new = batch.m2.shape, _calls(stats) - 1, {}
     batch = Moments(*(jnp.broadcast_to(part, shape) for part in _parts(batch)))
     for call in range(last + 1):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from flax import nnx
 from flax.typing import Axes
 
 from bnjax.core.devices import AxisName, Groups
+from bnjax.layers import conventions
 from bnjax.layers import linen as linen_layers
 from bnjax.layers import nnx as nnx_layers
 
@@ -60,30 +62,29 @@ class Facts:
     virtual_batch_size: int | None
 
 
-def facts(layer: Any, fields: Mapping[str, Any] | None = None) -> Facts:
+def facts(layer: Any, fields: Mapping[str, Any] = types.MappingProxyType({})) -> Facts:
     """The facts of a batch norm; `fields` are looked at before its own."""
-
-    def read(name: str, default: Any = None) -> Any:
-        return fields[name] if fields and name in fields else getattr(layer, name, default)
-
-    flax = not hasattr(layer, "track_running_stats")
-    has = {name: read("use_" + name) if flax else read("affine") for name in ("scale", "bias")}
-    momentum = read("momentum")
+    told: Any = _Told(layer, fields)
+    torch = conventions.is_torch(layer)
     return Facts(
         layer=own_type(layer).__name__,
-        flax=flax,
-        axis=read("axis"),
-        eps=read("epsilon" if flax else "eps"),
-        momentum=1 - momentum if flax else momentum,
-        correction=0 if flax else 1,
-        tracked=read("track_running_stats", True),
-        running=read("use_running_average"),
-        by_mutability=isinstance(layer, nn.Module) and not flax,
-        affine=tuple(name for name, there in has.items() if there),
-        axis_name=read("axis_name"),
-        axis_index_groups=read("axis_index_groups"),
-        virtual_batch_size=read("virtual_batch_size"),
+        flax=not torch,
+        tracked=bool(conventions.statistics(told)),
+        running=told.use_running_average,
+        by_mutability=torch and isinstance(layer, nn.Module),
+        affine=conventions.parameters(told),
+        **conventions.settings(told),
     )
+
+
+class _Told:
+    """A layer with other fields."""
+
+    def __init__(self, layer: Any, fields: Mapping[str, Any]) -> None:
+        self._layer, self._fields = layer, fields
+
+    def __getattr__(self, name: str) -> Any:
+        return self._fields[name] if name in self._fields else getattr(self._layer, name)
 
 
 class Frozen(nnx.Module):

@@ -5,7 +5,9 @@ Each message says what was expected, what came, and the likely repair.
 
 from bnjax.core.checks.inputs import feature_axes as feature_axes
 from bnjax.core.checks.inputs import features as features
+from bnjax.core.checks.inputs import floating as floating
 from bnjax.core.checks.inputs import mask as mask
+from bnjax.core.checks.inputs import output_dtype as output_dtype
 from bnjax.core.checks.inputs import real_floating as real_floating
 from bnjax.core.checks.inputs import several_values as several_values
 from bnjax.core.checks.inputs import torch_input as torch_input
@@ -25,4 +27,5 @@ from bnjax.core.checks.trees import mutable_statistics as mutable_statistics
 from bnjax.core.checks.trees import present as present
 from bnjax.core.checks.trees import shapes as shapes
 from bnjax.core.checks.trees import tree as tree
+from bnjax.core.checks.trees import trees as trees
 from bnjax.core.checks.trees import where as where

@@ -10,6 +10,26 @@ import numpy as np
 _INTEGER = (int, np.integer)
 
 
+def floating(value: Any) -> jax.Array:
+    """An array with numbers after the point: integers become float32."""
+    x = jnp.asarray(value)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    with jax.numpy_dtype_promotion("standard"):
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def output_dtype(dtype: Any, x: jax.Array) -> jnp.dtype:
+    """The dtype that the output is asked to have, that of the input by default."""
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"`dtype`, that of the output, must be floating point or complex, got {dtype}. None "
+            "gives the output the dtype of the input."
+        )
+    return dtype
+
+
 def feature_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """The feature axes as sorted non-negative numbers."""
     if ndim == 0:

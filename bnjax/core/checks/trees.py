@@ -5,6 +5,21 @@ from typing import Any
 
 import jax.numpy as jnp
 
+_PARAMS = (("scale", "bias"), ("scale",), ("bias",), ())
+_BATCH_STATS = (("mean", "var"), ("mean", "var", "count"), ())
+
+
+def trees(params: Any, batch_stats: Any, features: tuple[int, ...], momentum: Any) -> None:
+    """What `batch_norm` is given has the keys and shapes that it needs."""
+    repair = "bnjax.init makes it."
+    tree("params", params, _PARAMS, repair)
+    tree("batch_stats", batch_stats, _BATCH_STATS, repair)
+    if momentum is None and batch_stats:
+        repair = "The cumulative average needs the count: bnjax.init(..., momentum=None)."
+        tree("batch_stats", batch_stats, _BATCH_STATS[1:2], repair)
+    shapes("params", params, features)
+    shapes("batch_stats", batch_stats, features)
+
 
 def tree(name: str, value: Any, allowed: Sequence[tuple[str, ...]], repair: str) -> None:
     """A flat dict of arrays has exactly the keys of one of the allowed sets."""

@@ -1,0 +1,85 @@
+"""`(x - origin) * scale + shift` per channel, and its derivative."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax.core.compat import varying_axes
+from bnjax.core.moments import Axes, Moments, at_least, deviations
+from bnjax.core.partition import Parts
+from bnjax.core.sums import spread
+
+
+def normalize(
+    parts: Parts,
+    moments: Moments,
+    params: dict[str, jax.Array],
+    eps: chex.Numeric,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """`(x - mean) / sqrt(var + eps) * scale + bias` as `dtype`, by these moments."""
+    scale, shift = _scale_and_shift(params, moments, eps, parts.group)
+    new = varying_axes(parts.x) - varying_axes(scale) - varying_axes(shift)
+    if new:  # alike on all devices, used where x differs: one sum in a backward pass
+        scale, shift = lax.pcast(jnp.stack([scale, shift]), tuple(sorted(new)), to="varying")
+    return _affine(parts, moments.origin, scale, shift, dtype)
+
+
+# What is compiled by itself is traced, differentiated and lowered once for all layers of a shape.
+@functools.partial(jax.jit, static_argnums=3)
+def _scale_and_shift(
+    params: dict[str, jax.Array], moments: Moments, eps: chex.Numeric, group: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """What x minus the origin is multiplied by, and what is added."""
+    params = {key: at_least(moments.m2.dtype, value) for key, value in params.items()}
+    if group is not None:
+        params = {key: jnp.expand_dims(value, group) for key, value in params.items()}
+    # A batch without values is normalized as if it had mean 0 and variance 1.
+    var = jnp.where(moments.count > 0, moments.variance(), 1)
+    # Not rsqrt: its derivative forms var^-1.5, which underflows from a deviation of 1e13 on.
+    scale = params.get("scale", 1) / jnp.sqrt(var + eps)
+    return scale, params.get("bias", 0) - moments.offset * scale
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _affine(
+    parts: Parts,
+    origin: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """`(x - origin) * scale + shift` as `dtype`."""
+    reduced = parts.reduced
+    values = _guard(parts.x, parts.mask, deviations(parts.x, origin, reduced))
+    y = values * jnp.expand_dims(scale, reduced) + jnp.expand_dims(shift, reduced)
+    return y.astype(dtype)
+
+
+@_affine.defjvp
+def _affine_jvp(dtype, primals, tangents):  # pyright: ignore[reportUnusedFunction]
+    parts, origin, scale, shift = primals
+    d_parts, d_origin, d_scale, d_shift = tangents
+    dx, d_shift = d_parts.wide, d_shift - d_origin * scale
+    y = _affine(parts, origin, scale, shift, dtype)
+    return y, _tangent(
+        parts.x, parts.mask, origin, scale, dx, d_scale, d_shift, parts.reduced, dtype
+    )
+
+
+# The plain product rule, arranged for its transpose, where `spread` becomes one reading for both
+# sums. With checkpoint, a backward pass keeps x itself and recomputes the deviations.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(7, 8))
+def _tangent(x, mask, origin, scale, dx, d_scale, d_shift, reduced: Axes, dtype):
+    by_x = _guard(x, mask, dx * jnp.expand_dims(scale, reduced))
+    by_scale, by_shift = spread((d_scale, d_shift), x.shape, reduced)
+    by_scale = _guard(x, mask, deviations(x, origin, reduced)) * by_scale
+    return (by_x + by_scale + by_shift).astype(dtype)
+
+
+def _guard(x: jax.Array, mask: jax.Array | None, values: jax.Array) -> jax.Array:
+    """Zero where a masked x is no number: it must not meet a zero cotangent, 0 * NaN is NaN."""
+    return values if mask is None else jnp.where(mask | jnp.isfinite(x), values, 0)

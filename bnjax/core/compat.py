@@ -1,0 +1,99 @@
+"""Every private or moving part of JAX that bnjax uses; tests/test_compat.py names what goes."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir, partial_eval
+
+Function = Callable[..., Any]
+
+# Whether sums may be primitives of their own, which `linear` makes. Without, they are plain: as
+# exact to differentiate, but two readings where a CPU needs one.
+PRIMITIVES = True
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The axes of a `shard_map` with `check_vma=True` along which `x` differs between devices."""
+    return jax.typeof(x).mat.varying
+
+
+def gathers_at_once(names: Sequence[str]) -> bool:
+    """Whether one all-gather may go over all these mapped axes; over several of vmap it may not."""
+    if len(names) > 1:
+        try:
+            lax.all_gather(0.0, tuple(names))
+        except AssertionError:  # what JAX says where it has no rule
+            return False
+    return True
+
+
+def linear(name: str, function: Function, on_cpu: Function) -> Primitive:
+    """A primitive for a linear function of several arrays to several.
+
+    Args:
+        name: its name in a program.
+        function: what it does, from arrays and static keywords.
+        on_cpu: what it does on a CPU.
+    """
+    made = Primitive(name)
+    made.multiple_results = True
+
+    def plain(*arrays: jax.Array, **static: Any) -> Any:
+        cpu, default = (functools.partial(f, **static) for f in (on_cpu, function))
+        return lax.platform_dependent(*arrays, cpu=cpu, default=default)
+
+    made.def_impl(jax.jit(plain, static_argnames=("reduced", "shape")))
+    made.def_abstract_eval(
+        lambda *avals, **static: list(
+            jax.make_jaxpr(functools.partial(function, **static))(*avals).out_avals
+        )
+    )
+    mlir.register_lowering(made, mlir.lower_fun(function, multiple_results=True))
+    mlir.register_lowering(made, mlir.lower_fun(on_cpu, multiple_results=True), platform="cpu")
+    return made
+
+
+def transposed(made: Primitive, transpose: Function, batched: Function) -> None:
+    """Teach a primitive of `linear` its derivatives and `vmap`.
+
+    Args:
+        made: the primitive.
+        transpose: `transpose(cotangents, shape, **static)` gives those of the arrays, which have
+            that shape.
+        batched: `batched(arrays, **static)` for arrays with one more axis in front.
+    """
+
+    def transpose_rule(cotangents: Sequence[Any], *arrays: Any, **static: Any) -> list[Any]:
+        unknown = [ad.is_undefined_primal(array) for array in arrays]
+        shape = jax.numpy.shape(arrays[0].aval if unknown[0] else arrays[0])
+        results = transpose(tuple(map(ad.instantiate_zeros, cotangents)), shape, **static)
+        return [r if asked else None for r, asked in zip(results, unknown, strict=True)]
+
+    def batching_rule(arrays: Sequence[Any], dims: Sequence[int | None], **static: Any) -> Any:
+        pairs = list(zip(arrays, dims, strict=True))
+        size = next(array.shape[dim] for array, dim in pairs if dim is not None)
+        fronted = [
+            jax.numpy.broadcast_to(array, (size, *array.shape))
+            if dim is None
+            else jax.numpy.moveaxis(array, dim, 0)
+            for array, dim in pairs
+        ]
+        results = batched(fronted, **static)
+        return results, [0] * len(results)
+
+    ad.deflinear2(made, transpose_rule)
+    batching.primitive_batchers[made] = batching_rule
+
+
+def needed(traced: Any, outputs: Sequence[bool]) -> tuple[Function, list[bool]]:
+    """What is left of a traced function when only these outputs matter, and the inputs it needs."""
+    part, inputs = partial_eval.dce_jaxpr(traced.jaxpr, list(outputs))
+    return jaxpr_as_fun(ClosedJaxpr(part, traced.consts)), list(inputs)
+
+
+# A setting of this thread, by whose value JAX keys its caches; called, it is a context.
+context = jax.make_user_context

@@ -1,0 +1,90 @@
+"""Count, mean and variance of each part of a batch, without cancellation at any mean."""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from bnjax.core import origins
+from bnjax.core.moments import Axes, Moments, deviations, kept, where, working_dtype
+from bnjax.core.partition import Parts, whole
+from bnjax.core.sums import sums
+
+
+def measure(x: chex.Array, axes: Axes, mask: chex.Array | None = None) -> Moments:
+    """Moments of `x` over all axes but the feature axes.
+
+    It reads x once, and once or twice more where a mean is far from zero; on accelerators, instead,
+    once more under a mask or where an example has fewer than nine positions.
+
+    Args:
+        x: values of any shape and dtype; integers and half precision are taken as float32.
+        axes: the feature axes, non-negative and sorted.
+        mask: bool, of x's rank (sizes 1 broadcast); only True positions are seen.
+
+    Returns:
+        Moments in float32 at least, of the shape of the feature axes; zeros if no value is seen.
+    """
+    return moments_of(whole(jnp.asarray(x), None if mask is None else jnp.asarray(mask), axes))
+
+
+def moments_of(parts: Parts) -> Moments:
+    """The moments of each part; those of virtual batches may be on devices that do not talk."""
+    working = working_dtype(parts.x.dtype)
+    real = jnp.finfo(working).dtype
+    if parts.x.size == 0:
+        empty = jnp.zeros(parts.features, working)
+        return Moments(jnp.zeros((), real), empty, empty, jnp.zeros(parts.features, real))
+    count = _count(parts, real)
+    return _moments(count, *_centred(parts, count))
+
+
+@jax.jit
+def _moments(
+    count: jax.Array, origin: jax.Array, offset: jax.Array, variance: jax.Array
+) -> Moments:
+    finite = variance < jnp.inf  # by an infinite one, all would be normal: 0
+    return Moments(count, origin, offset, jnp.where(finite, variance, jnp.nan) * count)
+
+
+def _count(parts: Parts, dtype: jnp.dtype) -> jax.Array:
+    """How many positions count: a number, or one per channel where the mask differs by channel."""
+    shape, mask, reduced = parts.x.shape, parts.mask, parts.reduced
+    if mask is None:
+        return jnp.asarray(math.prod(shape[a] for a in reduced), dtype)
+    unseen = math.prod(shape[a] for a in reduced if mask.shape[a] == 1)
+    count = jnp.sum(mask, reduced, dtype=dtype) * unseen
+    return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, parts.features)
+
+
+@jax.custom_jvp
+def _centred(parts: Parts, count: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Origin, mean minus origin, and biased variance.
+
+    The rule for derivatives is written out because it is so much simpler than what happens above:
+    however the origin was chosen, it does not move, and d mean = mean(dx),
+    d var = 2 mean(Re(conj(x - mean) dx)).
+    """
+    n, apart = jnp.maximum(count, 1), parts.group is not None
+    return origins.centred(parts.x, parts.mask, n, parts.reduced, apart)
+
+
+@_centred.defjvp
+def _centred_jvp(primals, tangents):  # pyright: ignore[reportUnusedFunction]
+    parts, count = primals
+    # Named here, not inside a jit: there, a policy of jax 0.12 does not see it.
+    origin, offset, var = map(kept, _centred(parts, count))
+    n, dx = jnp.maximum(count, 1), tangents[0].wide
+    d_offset, d_var = _tangent(parts.x, parts.mask, n, origin, offset, dx, parts.reduced)
+    return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)
+
+
+# With checkpoint, a backward pass keeps x itself, not a float32 copy of its deviations.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=6)
+def _tangent(x, mask, n, origin, offset, dx, reduced: Axes):
+    dx = where(mask, dx)
+    from_mean = where(mask, deviations(x, origin, reduced) - jnp.expand_dims(offset, reduced))
+    d_sum, d_squares = sums((dx, jnp.real(jnp.conj(from_mean) * dx)), reduced)
+    return d_sum / n, 2 * d_squares / n
