@@ -19,13 +19,18 @@ def map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) ->
     def visit(path: Path, node: Any) -> Any:
         if not isinstance(node, Mapping):
             return node
-        if {"mean", "var"} <= {*node} and not isinstance(node["mean"], Mapping):
+        if is_layer(node):
             new = function(path, node)
         else:
             new = {name: visit((*path, name), child) for name, child in node.items()}
         return FrozenDict(new) if isinstance(node, FrozenDict) and isinstance(new, dict) else new
 
     return visit((), tree)
+
+
+def is_layer(node: Mapping[str, Any]) -> bool:
+    """Whether a node of a collection has the statistics of a batch norm, not modules so named."""
+    return {"mean", "var"} <= {*node} and not isinstance(node["mean"], Mapping)
 
 
 def layers_of(tree: Any) -> dict[Path, Mapping[str, Any]]:

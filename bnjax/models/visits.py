@@ -32,8 +32,7 @@ from bnjax.models.conventions import (
     Frozen,
     facts,
 )
-
-Path = tuple[str, ...]
+from bnjax.models.statistics import Path, is_layer
 
 _COLLECTION = "batch_stats"
 _PATH = "_bnjax_path"
@@ -303,7 +302,7 @@ def _intercept(
         return _meet(layer, call, args, kwargs)
     y = call(*args, **kwargs)
     if context.method_name == "__call__" and not isinstance(layer, BATCH_NORMS):
-        if all(layer.has_variable(_COLLECTION, name) for name in ("mean", "var")):
+        if is_layer(layer.variables.get(_COLLECTION, {})):
             for frame in active():
                 frame.strangers["/".join(layer.path)] = type(layer).__name__
     return y
