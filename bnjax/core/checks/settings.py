@@ -11,8 +11,19 @@ import numpy as np
 _NUMBER = (int, float, np.number)
 
 
+def _scalar(name: str, value: Any) -> Any:
+    """A number; an array of one, as a schedule gives it, is none the less."""
+    if np.ndim(value):
+        raise ValueError(
+            f"`{name}` must be one number, got an array of shape {np.shape(value)}. It is the same "
+            "for all channels."
+        )
+    return value.item() if isinstance(value, np.ndarray) else value
+
+
 def momentum(value: Any, name: str = "momentum") -> None:
     """A momentum is a weight, or None. Traced values are taken as they are."""
+    value = _scalar(name, value)
     if value is None or isinstance(value, jax.Array):
         return
     if not isinstance(value, _NUMBER) or not 0 <= value <= 1:
@@ -24,6 +35,7 @@ def momentum(value: Any, name: str = "momentum") -> None:
 
 def eps(value: Any, *, training: bool, name: str = "eps") -> None:
     """Epsilon keeps the reciprocal of a zero variance finite."""
+    value = _scalar(name, value)
     if isinstance(value, jax.Array):
         return
     if not isinstance(value, _NUMBER) or not value >= 0:
@@ -48,7 +60,7 @@ def correction(value: Any) -> None:
 
 def num_features(value: Any) -> None:
     """A number of channels."""
-    if not isinstance(value, (int, np.integer)) or value < 0:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 0:
         raise ValueError(f"`num_features` must be an integer and not negative, got {value!r}.")
 
 
@@ -83,9 +95,10 @@ def virtual_batch_size(size: int | None, groups: Sequence[Sequence[int]] | None)
     """A virtual batch has at least one example, and is a division of its own."""
     if size is None:
         return
-    if size < 1:
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
         raise ValueError(
-            f"`virtual_batch_size` must be at least 1, got {size}. None takes the whole batch."
+            f"`virtual_batch_size` must be an integer and at least 1, got {size!r}. None takes the "
+            "whole batch."
         )
     if groups is not None:
         raise ValueError(
