@@ -265,7 +265,10 @@ def test_groups_without_an_axis_are_an_error():
 
 @pytest.mark.parametrize("size", [0, -4])
 def test_a_virtual_batch_without_examples_is_an_error(size):
-    message = f"`virtual_batch_size` must be at least 1, got {size}. None takes the whole batch."
+    message = (
+        f"`virtual_batch_size` must be an integer and at least 1, got {size}. None takes the whole "
+        "batch."
+    )
     with refused(re.escape(message)):
         mapped(axis_name=None, virtual_batch_size=size)
 

@@ -1,6 +1,7 @@
 """`init` and `batch_norm` against the float64 oracle, and what they promise beyond it."""
 
 import copy
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -209,3 +210,68 @@ def test_an_input_of_channels_alone_is_normalized_to_the_bias():
     bias, x = jnp.array([3.0, -4.0]), jnp.array([1.0, 2.0])
     y, _ = bnjax.batch_norm({"bias": bias}, {}, x, mutable=True, correction=0)
     assert_close(y, bias)
+
+
+def test_a_channel_without_a_finite_batch_averages_its_first_one_with_nothing():
+    params, stats = bnjax.init(2, momentum=None)
+    for batch in ([[1.0, np.nan], [3.0, 5.0]], [[1.0, 10.0], [3.0, 14.0]]):
+        _, stats = bnjax.batch_norm(params, stats, np.array(batch), mutable=True, momentum=None)
+    expected = {"mean": np.array([2.0, 12.0]), "var": np.array([2.0, 8.0]), "count": np.int32(2)}
+    assert_close(stats, expected, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", [float, np.float64, np.array, jnp.asarray, jnp.float32], ids=str)
+def test_a_momentum_of_any_kind_leaves_the_statistics_their_dtype(rng, kind):
+    x = rng.standard_normal((4, 3)).astype(np.float32)
+    y, stats = bnjax.batch_norm(*bnjax.init(3), x, mutable=True, momentum=kind(0.1))
+    assert {leaf.dtype for leaf in (y, *stats.values())} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int4", "uint4"])
+@pytest.mark.parametrize("mutable", [True, False])
+def test_values_of_few_bits_are_normalized_as_the_same_in_float32(dtype, mutable):
+    x = jnp.asarray(np.arange(12).reshape(4, 3) % 7, "float32").astype(dtype)
+    y, stats = bnjax.batch_norm(*bnjax.init(3), x, mutable=mutable)
+    wide, expected = bnjax.batch_norm(*bnjax.init(3), x.astype("float32"), mutable=mutable)
+    assert_close((y, stats), (wide.astype(y.dtype), expected), rtol=1e-6)
+    assert y.dtype == (dtype if dtype.startswith("float") else "float32")
+
+
+def test_complex_statistics_keep_their_dtypes_in_a_scan(rng):
+    params, stats = bnjax.init(3, dtype=jnp.complex64)
+    batches = jnp.asarray(rng.standard_normal((2, 8, 3)) + 1j, "complex64")
+
+    def step(stats, x):
+        return bnjax.batch_norm(params, stats, x, mutable=True)[1], None
+
+    moved, _ = jax.lax.scan(step, stats, batches)
+    assert [moved[key].dtype for key in ("mean", "var")] == ["complex64", "float32"]
+
+
+@pytest.mark.parametrize("size", [2.5, "3", True])
+def test_a_virtual_batch_size_that_is_no_integer_is_an_error(size):
+    message = f"`virtual_batch_size` must be an integer and at least 1, got {size!r}. None takes"
+    with pytest.raises(ValueError, match=message):
+        bnjax.batch_norm(*bnjax.init(3), jnp.ones((4, 3)), mutable=True, virtual_batch_size=size)
+
+
+@pytest.mark.parametrize("number", [True, "3", 3.0])
+def test_a_number_of_features_that_is_no_integer_is_an_error(number):
+    message = f"`num_features` must be an integer and not negative, got {number!r}"
+    with pytest.raises(ValueError, match=message):
+        bnjax.init(number)
+
+
+def test_an_output_of_integers_is_an_error():
+    message = "`dtype`, that of the output, must be floating point or complex, got int32. None"
+    with pytest.raises(TypeError, match=message):
+        bnjax.batch_norm(*bnjax.init(3), jnp.ones((4, 3)), mutable=True, dtype="int32")
+
+
+@pytest.mark.parametrize("name", ["momentum", "eps"])
+def test_a_setting_for_each_channel_is_an_error(name):
+    message = f"`{name}` must be one number, got an array of shape"
+    setting: dict[str, Any] = {name: jnp.ones(2)}
+    with pytest.raises(ValueError, match=message):
+        bnjax.batch_norm(*bnjax.init(3), jnp.ones((4, 3)), mutable=True, **setting)

@@ -252,6 +252,21 @@ def test_a_call_is_exported_for_any_batch_size(call):
         assert_close(exported.call(params, stats, batch), call(params, stats, batch), rtol=1e-6)
 
 
+@pytest.mark.parametrize("spec", ["b", "4*b"])
+def test_virtual_batches_are_exported_for_any_batch_size(spec):
+    params, stats, x = CALLS[2].arrays()
+
+    @jax.jit
+    def call(x):
+        return bnjax.batch_norm(params, stats, x, mutable=True, momentum=None, virtual_batch_size=4)
+
+    shape = export.symbolic_shape(f"{spec}, {x.shape[1]}")
+    exported = export.export(call)(jax.ShapeDtypeStruct(shape, x.dtype))
+    sizes = (4, 8) if spec == "4*b" else (3, 6, 8)
+    for batch in (x[:size] for size in sizes):
+        assert_close(exported.call(batch), call(batch), rtol=1e-5)
+
+
 class Block(nn.Module):
     """One layer of the models below."""
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax.core.compat import varying_axes
+from bnjax.core import compat
 from bnjax.core.moments import Axes, Moments, at_least, deviations
 from bnjax.core.partition import Parts
 from bnjax.core.sums import spread
@@ -22,10 +22,11 @@ def normalize(
 ) -> jax.Array:
     """`(x - mean) / sqrt(var + eps) * scale + bias` as `dtype`, by these moments."""
     scale, shift = _scale_and_shift(params, moments, eps, parts.group)
-    new = varying_axes(parts.x) - varying_axes(scale) - varying_axes(shift)
+    new = compat.varying_axes(parts.x) - compat.varying_axes(scale) - compat.varying_axes(shift)
     if new:  # alike on all devices, used where x differs: one sum in a backward pass
         scale, shift = lax.pcast(jnp.stack([scale, shift]), tuple(sorted(new)), to="varying")
-    return _affine(parts, moments.origin, scale, shift, dtype)
+    apply = _affine.fun if compat.plain.value else _affine
+    return apply(parts, moments.origin, scale, shift, dtype)
 
 
 # What is compiled by itself is traced, differentiated and lowered once for all layers of a shape.

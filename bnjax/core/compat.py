@@ -11,9 +11,13 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 
 Function = Callable[..., Any]
 
-# Whether sums may be primitives of their own, which `linear` makes. Without, they are plain: as
-# exact to differentiate, but two readings where a CPU needs one.
-PRIMITIVES = True
+# A setting of this thread, by whose value JAX keys its caches; called, it is a context.
+context = jax.make_user_context
+
+# With `plain(True)`, batch norm is plain jnp: no primitives, no derivatives, no decisions of its
+# own. It reads x more often, and is for what knows no rules, such as `jax.experimental.jet`, which
+# in jax 0.10 fails at any `custom_jvp`, that of `jax.nn.relu` too.
+plain: Any = context(False)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -93,7 +97,3 @@ def needed(traced: Any, outputs: Sequence[bool]) -> tuple[Function, list[bool]]:
     """What is left of a traced function when only these outputs matter, and the inputs it needs."""
     part, inputs = partial_eval.dce_jaxpr(traced.jaxpr, list(outputs))
     return jaxpr_as_fun(ClosedJaxpr(part, traced.consts)), list(inputs)
-
-
-# A setting of this thread, by whose value JAX keys its caches; called, it is a context.
-context = jax.make_user_context

@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from bnjax.core import origins
+from bnjax.core import compat, origins
 from bnjax.core.moments import Axes, Moments, deviations, kept, where, working_dtype
 from bnjax.core.partition import Parts, whole
 from bnjax.core.sums import sums
@@ -38,7 +38,8 @@ def moments_of(parts: Parts) -> Moments:
         empty = jnp.zeros(parts.features, working)
         return Moments(jnp.zeros((), real), empty, empty, jnp.zeros(parts.features, real))
     count = _count(parts, real)
-    return _moments(count, *_centred(parts, count))
+    find = _centred.fun if compat.plain.value else _centred
+    return _moments(count, *find(parts, count))
 
 
 @jax.jit

@@ -111,10 +111,8 @@ def abs2(x: jax.Array) -> jax.Array:
 
 def working_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype in which statistics of `dtype` are taken: float32 at least."""
-    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
-        return jnp.dtype(jnp.float32)  # of 8 bits, too, which JAX promotes to nothing
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(dtype, jnp.float32)
+    exact = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
+    return jnp.dtype(dtype if exact else jnp.float32)
 
 
 def at_least(dtype: jax.typing.DTypeLike, value: chex.Array) -> jax.Array:

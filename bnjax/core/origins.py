@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bnjax.core import compat
 from bnjax.core.moments import Axes, abs2, deviations, where, working_dtype
 from bnjax.core.sums import SMALL, sums
 
@@ -33,6 +34,9 @@ def centred(
 
     With `apart`, the channels may be on devices that should not talk: nothing is decided for all.
     """
+    if compat.plain.value:
+        mean = jnp.sum(where(mask, x.astype(working_dtype(x.dtype))), reduced) / n
+        return _from(lax.stop_gradient(mean), x, mask, n, reduced)
     anywhere = functools.partial(_from_typical, reduced=reduced)
     if apart:
         return anywhere(x, mask, n)

@@ -25,7 +25,7 @@ SMALL = 2**12  # values, up to which XLA's CPU compiler adds one after the other
 
 def sums(values: Sequence[jax.Array], reduced: Axes) -> tuple[jax.Array, ...]:
     """The sum of each of several arrays of one shape over the axes `reduced`."""
-    if not compat.PRIMITIVES:
+    if compat.plain.value:
         return tuple(_each_by_itself(*values, reduced=reduced))
     return tuple(_sums.bind(*values, reduced=tuple(reduced)))
 
@@ -37,7 +37,7 @@ def spread(vectors: Sequence[jax.Array], shape: Axes, reduced: Axes) -> tuple[ja
     add up the gradients of a vector, not those of its copies.
     """
     vectors = varying_alike(vectors)
-    if not compat.PRIMITIVES:
+    if compat.plain.value:
         return tuple(_repeated(*vectors, shape=shape, reduced=reduced))
     return tuple(_spread.bind(*vectors, shape=tuple(shape), reduced=tuple(reduced)))
 

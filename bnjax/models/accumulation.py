@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta, unfreeze
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.interpreters import partial_eval
 
+from bnjax.core import compat
 from bnjax.core.devices import pool
 from bnjax.core.measuring import measure
 from bnjax.core.moments import Moments, merge, working_dtype
@@ -26,7 +25,7 @@ from bnjax.core.running import move, weights
 from bnjax.core.sharding import on_auto_axes
 from bnjax.models import checks
 from bnjax.models.conventions import Facts
-from bnjax.models.statistics import Path, map_layers
+from bnjax.models.statistics import Path, layers_of, map_layers
 from bnjax.models.visits import Visit, visiting
 
 _PARTS = ("count", "origin", "offset", "m2")
@@ -108,18 +107,15 @@ def rehearse(
     traced, shapes = jax.make_jaxpr(forward, return_shape=True)(accumulated)
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     counters = [path[-1:] == (jax.tree_util.DictKey(_CALLS),) for path, _ in leaves]
-    part, needed = partial_eval.dce_jaxpr(traced.jaxpr, counters)
+    count, needed = compat.needed(traced, counters)
     inputs = zip(traced.in_avals, needed, strict=True)
     with jax.ensure_compile_time_eval():
-        zeros = [np.zeros(each.shape, each.dtype) for each, needs in inputs if needs]
-        counts = iter(jaxpr_as_fun(ClosedJaxpr(part, traced.consts))(*zeros))
+        counts = iter(count(*(np.zeros(each.shape, each.dtype) for each, needs in inputs if needs)))
     counted = tree.unflatten(next(counts) if counter else None for counter in counters)
-    calls: dict[Path, int] = {}
-
-    def count(path: Path, stats: Mapping[str, Any]) -> None:
-        calls[path] = checks.number_of_calls(stats[_CALLS], "/".join(path))
-
-    map_layers(count, counted[0])
+    calls = {
+        path: checks.number_of_calls(stats[_CALLS], "/".join(path))
+        for path, stats in layers_of(counted[0]).items()
+    }
     return calls, shapes[1]
 
 
@@ -188,14 +184,8 @@ def finish(accumulated: Any, measured: Mapping[Path, Facts]) -> Any:
 
 def population(accumulated: Any, measured: Collection[Path]) -> dict[Path, Moments]:
     """The moments of all that each measured layer has seen since `begin`, in all its calls."""
-    found: dict[Path, Moments] = {}
-
-    def look(path: Path, stats: Mapping[str, Any]) -> None:
-        if path in measured:
-            found[path] = functools.reduce(merge, _by_call(stats))
-
-    map_layers(look, accumulated)
-    return found
+    layers = layers_of(accumulated)
+    return {path: functools.reduce(merge, _by_call(layers[path])) for path in measured}
 
 
 def _by_call(stats: Mapping[str, Any]) -> list[Moments]:

@@ -1,4 +1,4 @@
-"""The private or moving parts of flax, and of jax beyond the core, that the tools stand on."""
+"""The private or moving parts of flax that the tools stand on."""
 
 from typing import Any
 
@@ -14,13 +14,7 @@ __all__ = [
     "modules_of",
     "plain_arrays",
     "union_filters",
-    "user_context",
 ]
-
-
-def user_context(default: Any) -> Any:
-    """A value by which JAX's caches tell programs apart: `context(value).__enter__()` sets it."""
-    return jax.make_user_context(default)
 
 
 def plain_arrays(model: nnx.Module) -> nnx.Module:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 
-from bnjax.models.compat import user_context
+from bnjax.core.compat import context
 
 
 class Frame:
@@ -35,7 +35,7 @@ class Frame:
 _frames: ContextVar[tuple[Frame, ...]] = ContextVar("bnjax.frames", default=())
 _open: collections.Counter[int] = collections.Counter()  # frames by thread
 _turns: collections.Counter[int] = collections.Counter()  # blocks that were left and come back to
-_key = user_context(())
+_key = context(())
 
 
 def active() -> tuple[Frame, ...]:

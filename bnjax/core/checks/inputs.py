@@ -13,10 +13,7 @@ _INTEGER = (int, np.integer)
 def floating(value: Any) -> jax.Array:
     """An array with numbers after the point: integers become float32."""
     x = jnp.asarray(value)
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return x
-    with jax.numpy_dtype_promotion("standard"):
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 
 def output_dtype(dtype: Any, x: jax.Array) -> jnp.dtype:

@@ -14,8 +14,19 @@ _NUMBER = (int, float, np.number)
 _OURS = ("bnjax", "flax", "jax", "contextlib", "functools")
 
 
+def _scalar(name: str, value: Any) -> Any:
+    """A number; an array of one, as a schedule gives it, is none the less."""
+    if np.ndim(value):
+        raise ValueError(
+            f"`{name}` must be one number, got an array of shape {np.shape(value)}. It is the same "
+            "for all channels."
+        )
+    return value.item() if isinstance(value, np.ndarray) else value
+
+
 def momentum(value: Any, name: str = "momentum", *, cumulative: bool = True) -> None:
     """A momentum is a weight, or None if `cumulative`. Traced values are taken as they are."""
+    value = _scalar(name, value)
     if (value is None and cumulative) or isinstance(value, jax.Array):
         return
     if not isinstance(value, _NUMBER) or not 0 <= value <= 1:
@@ -27,6 +38,7 @@ def momentum(value: Any, name: str = "momentum", *, cumulative: bool = True) -> 
 
 def eps(value: Any, *, training: bool, name: str = "eps") -> None:
     """Epsilon keeps the reciprocal of a zero variance finite."""
+    value = _scalar(name, value)
     if isinstance(value, jax.Array):
         return
     if not isinstance(value, _NUMBER) or not value >= 0:
@@ -86,9 +98,10 @@ def virtual_batch_size(size: int | None, groups: Sequence[Sequence[int]] | None)
     """A virtual batch has at least one example, and is a division of its own."""
     if size is None:
         return
-    if size < 1:
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
         raise ValueError(
-            f"`virtual_batch_size` must be at least 1, got {size}. None takes the whole batch."
+            f"`virtual_batch_size` must be an integer and at least 1, got {size!r}. None takes the "
+            "whole batch."
         )
     if groups is not None:
         raise ValueError(
