@@ -11,12 +11,12 @@ import pytest
 from jax.experimental import checkify, jet
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from tests.cases import NC, NCHW, NHWC, as_on_accelerators
-from tests.oracle import assert_close
 
 import bnjax
 from bnjax.core import compat
 from bnjax.core.sums import spread, sums
+from tests.support.cases import NC, NCHW, NHWC, as_on_accelerators
+from tests.support.oracle import assert_close
 
 MESH = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
 CALLS = {

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from tests.oracle import assert_close
 
 import bnjax
+from tests.support.oracle import assert_close
 
 DEVICES = 8
 AXIS = "devices"
