@@ -1,13 +1,17 @@
 """Each private or moving part of JAX that bnjax uses is there, and does what bnjax expects."""
 
 import functools
+import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
 from jax.experimental import checkify, jet
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -15,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import bnjax
 from bnjax.core import compat
 from bnjax.core.sums import spread, sums
+from bnjax.models import compat as flax_parts
 from tests.support.cases import NC, NCHW, NHWC, as_on_accelerators
 from tests.support.oracle import assert_close
 
@@ -238,3 +243,60 @@ def test_what_moves_in_jax_is_used_in_one_module_of_the_core_alone():
         name for name, file in files.items() if any(p in Path(file).read_text() for p in parts)
     }
     assert users == {"bnjax.core.compat"}
+
+
+def test_flax_tells_an_interceptor_which_function_runs_below_a_subclass():
+    class Sub(nn.BatchNorm):
+        @nn.compact
+        def __call__(self, x):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().__call__(x, use_running_average=True)
+
+    heard: list[tuple[Any, type]] = []
+
+    def listen(call, args, kwargs, context):
+        heard.append((context.orig_method.func, type(context.module)))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(listen):
+        Sub().init(jax.random.key(0), jnp.ones((2, 3)))
+    library = inspect.unwrap(nn.BatchNorm.__call__)
+    assert [function is library for function, _ in heard] == [False, True]
+    assert {kind for _, kind in heard} == {Sub}
+
+
+def test_flax_has_the_parts_of_nnx_that_the_tools_stand_on():
+    class Plain(nnx.Module, pytree=False):
+        pass
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.first = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+            self.again = self.first
+
+    model = Model()
+    assert [flax_parts.is_pytree(kind) for kind in (Model, Plain)] == [True, False]
+    paths = [path for path, node in flax_parts.modules_of(model) if node is model.first]
+    assert paths == [("again",)]
+    plain = flax_parts.plain_arrays(nnx.clone(model))
+    assert isinstance(plain.first.kernel.get_raw_value(), jax.Array)
+
+
+def test_flax_reads_filters_of_collections():
+    assert flax_parts.in_filter(["batch_stats"], "batch_stats")
+    assert not flax_parts.in_filter(False, "batch_stats")
+    assert flax_parts.in_filter(flax_parts.union_filters("cache", "batch_stats"), "batch_stats")
+
+
+def test_a_program_that_is_traced_is_told_from_one_that_runs():
+    found: list[bool] = [flax_parts.is_tracing()]
+    jax.jit(lambda: found.append(flax_parts.is_tracing()))()
+    assert found == [False, True]
+
+
+def test_a_value_set_for_jax_decides_what_its_caches_believe():
+    context, traced = compat.context(()), []
+    step = jax.jit(lambda x: traced.append(None) or x)
+    for value in ((), (1,), (1,), ()):
+        context(value).__enter__()
+        step(1.0)
+    assert len(traced) == 2

@@ -455,3 +455,13 @@ def test_layers_that_a_bridge_hides_are_named():
 
     with pytest.raises(ValueError, match="must call a batch norm"):
         bnjax.recalibrate(Hides(), None, PARTS)
+
+
+def test_statistics_that_are_not_stacked_are_not_merged():
+    _, variables = trained("flax")
+    message = (
+        "`batch_stats` must hold several sets, stacked along axis 0, but the mean at 'layer' has "
+        "shape (3,). One set needs no merging."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bnjax.merge_batch_stats(variables["batch_stats"])

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
+from bnjax.core.checks import where
+
 Path = tuple[str, ...]
 
 
@@ -59,12 +61,20 @@ def merge_batch_stats(batch_stats: Any, axis: int = 0) -> Any:
     Returns:
         The collection without that axis.
 
+    Raises:
+        ValueError: the statistics have no such axis.
+
     >>> stats = {"bn": {"mean": jnp.array([[0.0], [10.0]]), "var": jnp.array([[1.0], [1.0]])}}
     >>> float(merge_batch_stats(stats)["bn"]["var"][0])
     26.0
     """
 
     def merged(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
+        if jnp.ndim(stats["mean"]) < 2:
+            raise ValueError(
+                f"`batch_stats` must hold several sets, stacked along axis {axis}, but the mean at "
+                f"{where(path)} has shape {jnp.shape(stats['mean'])}. One set needs no merging."
+            )
         mean = jnp.mean(stats["mean"], axis)
         var = jnp.mean(stats["var"], axis) + jnp.var(stats["mean"], axis)
         others = {name: jnp.take(value, 0, axis) for name, value in stats.items()}
