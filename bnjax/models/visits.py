@@ -21,6 +21,7 @@ from flax.core import meta
 from bnjax import globs
 from bnjax.core.batch_norm import batch_norm
 from bnjax.core.moments import working_dtype
+from bnjax.layers.modes import asked_to_train
 from bnjax.models import checks
 from bnjax.models.compat import is_tracing
 from bnjax.models.contexts import Frame, active, holding
@@ -358,7 +359,7 @@ def _visit(
     given = use_running_average
     running = does.running if given is None or "use_running_average" in fields else given
     if running is None and isinstance(layer, nn.Module) and does.by_mutability:
-        running = layer.is_initializing() or not layer.is_mutable_collection(_COLLECTION)
+        running = layer.is_initializing() or not asked_to_train(layer, _COLLECTION)
     return Visit(layer, path, does, x, mask, running, given, call, fields)
 
 
