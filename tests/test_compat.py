@@ -277,7 +277,7 @@ def test_flax_has_the_parts_of_nnx_that_the_tools_stand_on():
     assert [flax_parts.is_pytree(kind) for kind in (Model, Plain)] == [True, False]
     paths = [path for path, node in flax_parts.modules_of(model) if node is model.first]
     assert paths == [("again",)]
-    plain = flax_parts.plain_arrays(nnx.clone(model))
+    plain: Any = flax_parts.plain_arrays(nnx.clone(model))
     assert isinstance(plain.first.kernel.get_raw_value(), jax.Array)
 
 

@@ -1,0 +1,15 @@
+"""Values that layers see in parts, and what is said of a layer that can't be seen."""
+
+import jax.numpy as jnp
+import numpy as np
+
+X = np.random.default_rng(0).normal(3, 2, (32, 3)).astype(np.float32)
+PARTS = [jnp.asarray(X[:20]), jnp.asarray(X[20:])]
+
+
+def stranger(path: str, kind: str) -> str:
+    """The words for a module that keeps a mean and a variance, and is no batch norm."""
+    return (
+        f"'{path}' ({kind}) keep a mean and a variance, but are neither bnjax's nor Flax's batch "
+        "norms, nor subclasses of these"
+    )
