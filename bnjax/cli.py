@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console, errors = Console(), Console(stderr=True)
+console, errors = Console(highlight=False), Console(stderr=True, highlight=False, style="red")
 
 File = Annotated[
     Path, typer.Argument(help="A .safetensors, .pth, .pt or .msgpack file, or an orbax folder.")
@@ -49,13 +49,12 @@ def failing(code: int) -> Iterator[None]:
         yield
     except (OSError, TypeError, ValueError, ModuleNotFoundError) as error:
         places = (note for note in getattr(error, "__notes__", ()) if note.startswith("In "))
-        text = escape("\n".join((str(error), *places)))
-        errors.print(text, style="red", soft_wrap=True, highlight=False)
+        errors.print(escape("\n".join((str(error), *places))), soft_wrap=True)
         raise typer.Exit(code) from error
     except (Exception, SystemExit) as error:
-        print(traceback.format_exc(), end="", file=sys.stderr)
+        traceback.print_exc()
         text = f"{type(error).__name__}: this is a crash, not a problem found in the model."
-        errors.print(text, style="red", soft_wrap=True, highlight=False)
+        errors.print(text, soft_wrap=True)
         raise typer.Exit(FAILED) from error
 
 
@@ -107,7 +106,10 @@ def show(layers: list[inspection.Layer], problems: list[str], title: str) -> Non
     for layer in layers:
         numbers = (layer.updates, layer.dead, layer.nearly_dead, layer.not_finite)
         cells = ("-" if n is None else str(n) for n in numbers)
-        ranges = map(written, (layer.scale, layer.mean, layer.var))
+        ranges = (
+            "-" if limits is None else f"{limits[0]:.2g}..{limits[1]:.2g}"
+            for limits in (layer.scale, layer.mean, layer.var)
+        )
         style = "red" if layer.problems else None
         name = escape(layer.name or "top")
         table.add_row(name, str(layer.channels), *ranges, *cells, style=style)
@@ -115,22 +117,15 @@ def show(layers: list[inspection.Layer], problems: list[str], title: str) -> Non
         # In a file or a pipe, the paths in one piece.
         console.print(table, width=None if console.is_terminal else max(console.width, 100))
     for problem in problems:
-        console.print(f"[red]problem[/]  {escape(problem)}", highlight=False, soft_wrap=True)
-    quiet = sum(layer.dead + layer.nearly_dead for layer in layers)
-    if quiet:
+        console.print(f"[red]problem[/]  {escape(problem)}", soft_wrap=True)
+    if quiet := sum(layer.dead + layer.nearly_dead for layer in layers):
         console.print(
             f"note: {quiet} channels are dead or weak: their output has a standard deviation of 0 "
             f"or below {inspection.NEARLY_DEAD}, so they could be pruned",
-            highlight=False,
             soft_wrap=True,
         )
     verdict = "fine" if not problems else f"{len(problems)} problems found"
-    console.print(f"verdict: {verdict} ({number_of(len(layers), 'batch norm')})", highlight=False)
-
-
-def written(limits: inspection.Range) -> str:
-    """A range as text."""
-    return "-" if limits is None else f"{limits[0]:.2g}..{limits[1]:.2g}"
+    console.print(f"verdict: {verdict} ({number_of(len(layers), 'batch norm')})")
 
 
 @app.command()
@@ -172,13 +167,12 @@ def convert(
             "flatten": {layer: shape(text) for layer, text in map(pair, flatten or ())},
             "transposed": transposed,
         }
-        if template is None:
-            if any(options.values()):
-                raise ValueError("These options are for a change of names: add --like FILE.")
-        else:
+        if template is not None:
             tree = renamed(tree, template, options)
+        elif any(options.values()):
+            raise ValueError("These options are for a change of names: add --like FILE.")
         files.save(target, tree)
-    console.print(f"wrote {escape(str(target))}", soft_wrap=True, highlight=False)
+    console.print(f"wrote {escape(str(target))}", soft_wrap=True)
 
 
 @app.command()
@@ -252,10 +246,10 @@ def inputs(path: Path) -> np.ndarray:
     if isinstance(file, np.ndarray):
         return file
     with file:
-        names = list(file.files)
-        if "x" not in names and len(names) != 1:
+        names = ["x"] if "x" in file else list(file)
+        if len(names) != 1:
             raise ValueError(f"{path} must hold the inputs as `x`, or alone, got {names}.")
-        return file["x" if "x" in names else names[0]]
+        return file[names[0]]
 
 
 def renamed(tree: dict[str, Any], template: dict[str, Any], options: dict[str, Any]) -> Any:

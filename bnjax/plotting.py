@@ -82,7 +82,7 @@ def plot_layers(
     figure = Figure(figsize=(width + narrow, 6.4), dpi=120, layout="constrained")
     ratios = [width, narrow] if modes else [width]
     wide, *right = figure.subfigures(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
-    figure.suptitle("\n".join(textwrap.wrap(title, int(9 * (width + narrow)))))
+    figure.suptitle(textwrap.fill(title, int(9 * (width + narrow))))
     means, variances = wide.subplots(2, 1, sharex=True)
     _draw_layers(means, rows, "mean")
     _draw_layers(variances, rows, "var")
@@ -112,7 +112,7 @@ def plot_layers(
             panel.bar_label(bars, [f"{value:.3g}".replace("nan", "NaN") for value in values])
             panel.margins(y=0.12 * (1 + len(modes)))  # room for the numbers
             panel.set(yticks=[])
-            panel.set_title("\n".join(textwrap.wrap(f"{name}, by mode", 28)), fontsize="medium")
+            panel.set_title(textwrap.fill(f"{name}, by mode", 28), fontsize="medium")
     figure.savefig(path)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import importlib
 import os
 import pickle
 import shutil
@@ -11,20 +12,23 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, traverse_util
+from flax import nnx, serialization, traverse_util
 from flax.core import meta
 
 from bnjax._files import folder_of
 from bnjax.checkpoints.tensors import SHARED, as_numpy, as_tensor
 
-_FORMATS = (
+_KNOWN = (
     "Formats are .safetensors, .pth and .pt (PyTorch), .msgpack (Flax), and a folder without a "
     "suffix (orbax)."
 )
 
 Only = Callable[[str, tuple[int, ...]], bool]
+# The name of a format, and what reads and writes it.
+_Format = tuple[str, Callable[[Path, Only], Any], Callable[[Path, dict[str, Any]], None]]
 
 
 def load(path: str | Path, *, only: Only | None = None) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def load(path: str | Path, *, only: Only | None = None) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
-    read, what = _format(path, _READERS)
+    what, read, _ = _format(path, bare=path.is_dir())
     wanted: Only = only or (lambda name, shape: True)
     try:
         return _tree(read(path, wanted), lambda value, name: _plain(value, name, wanted))
@@ -103,7 +107,7 @@ def save(path: str | Path, tree: Any) -> None:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"`path` comes first, as in save(path, tree), got {type(path).__name__}.")
     path = Path(path)
-    write, _ = _format(path, _WRITERS)
+    *_, write = _format(path, bare=True)
     if path.suffix:  # orbax makes its folders
         folder_of(path)
     wrong: list[str] = []
@@ -111,8 +115,9 @@ def save(path: str | Path, tree: Any) -> None:
 
     def array(value: Any, name: str) -> Any:
         found = as_numpy(np.asarray(value) if isinstance(value, (bool, int, float)) else value)
-        if found is None or not _of_numbers(found):
-            wrong.append(f"{name} ({type(value).__name__ if found is None else found.dtype})")
+        dtype = type(value).__name__ if found is None else found.dtype
+        if found is None or not any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_)):
+            wrong.append(f"{name} ({dtype})")
             return None
         found = found.astype(found.dtype.newbyteorder("="), copy=False)  # msgpack has no other
         if not _holds(path.suffix.lower(), found.dtype):
@@ -135,10 +140,6 @@ def save(path: str | Path, tree: Any) -> None:
             "Convert them, or save as .msgpack, which has all."
         )
     write(path, tree)
-
-
-def _of_numbers(array: np.ndarray) -> bool:
-    return any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_))
 
 
 def _holds(suffix: str, dtype: np.dtype) -> bool:
@@ -196,28 +197,28 @@ def _plain(value: Any, name: str, wanted: Only) -> Any:
     return array if wanted(name, array.shape) else _UNWANTED
 
 
-def _format(path: Path, formats: Mapping[str, tuple[Callable, str]]) -> tuple[Callable, str]:
+def _format(path: Path, *, bare: bool) -> _Format:
+    """The row of a suffix, or of none where the path may be `bare`."""
     suffix = "" if path.is_dir() else path.suffix.lower()
-    if suffix not in formats or (formats is _READERS and not suffix and not path.is_dir()):
-        raise ValueError(f"The suffix of {path} says of no format what it is. {_FORMATS}")
-    return formats[suffix]
+    if suffix not in _FORMATS or not (suffix or bare):
+        raise ValueError(f"The suffix of {path} says of no format what it is. {_KNOWN}")
+    return _FORMATS[suffix]
 
 
-@contextlib.contextmanager
-def _needed(package: str, extra: str) -> Iterator[None]:
+def _needed(module: str, extra: str) -> Any:
     try:
-        yield
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
         raise ModuleNotFoundError(
             f"This format needs {package}, which is not installed: `pip install {extra}`."
         ) from error
 
 
 def _read_safetensors(path: Path, wanted: Only) -> dict[str, Any]:
-    with _needed("safetensors", "'bnjax[tools]'"):
-        from safetensors import safe_open
+    safetensors = _needed("safetensors", "'bnjax[tools]'")
     tree: dict[str, Any] = {}
-    with safe_open(path, framework="numpy") as file:
+    with safetensors.safe_open(path, framework="numpy") as file:
         for name in file.keys():
             *parents, last = name.split("/")
             if {"", ".", ".."} & {*parents, last}:
@@ -239,79 +240,60 @@ def _read_safetensors(path: Path, wanted: Only) -> dict[str, Any]:
 
 
 def _write_safetensors(path: Path, tree: dict[str, Any]) -> None:
-    with _needed("safetensors", "'bnjax[tools]'"):
-        from safetensors.numpy import save_file
-    flat = dict(_flat(tree, path))
+    safetensors = _needed("safetensors.numpy", "'bnjax[tools]'")
+    arrays = {}
+    for names, value in traverse_util.flatten_dict(tree).items():
+        name = "/".join(names)
+        if any("/" in part for part in names):
+            raise ValueError(
+                f"Cannot save to {path}: the name {name!r} has a '/', which stands between the "
+                "names of nested dicts here. Rename it, or save as .msgpack."
+            )
+        arrays[name] = np.asarray(value, order="C")
     kind = "flax" if any(isinstance(value, dict) for value in tree.values()) else "pt"
     with _appearing(path) as temporary:
-        arrays = {name: np.asarray(value, order="C") for name, value in flat.items()}
-        save_file(arrays, temporary, metadata={"format": kind})
-
-
-def _flat(tree: dict[str, Any], path: Path, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    for key, value in tree.items():
-        if "/" in key:
-            raise ValueError(
-                f"Cannot save to {path}: the name {prefix + key!r} has a '/', which stands between "
-                "the names of nested dicts here. Rename it, or save as .msgpack."
-            )
-        if isinstance(value, dict):
-            yield from _flat(value, path, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
+        safetensors.save_file(arrays, temporary, metadata={"format": kind})
 
 
 def _read_torch(path: Path, _: Only) -> Any:
-    with _needed("torch", "torch"):
-        import torch
+    torch = _needed("torch", "torch")
     size = path.stat().st_size
 
-    def bounded(tree: Any) -> None:
+    def bounded(value: Any, _: str) -> None:
         # A view that repeats one number can be larger than any memory.
-        if isinstance(tree, Mapping):
-            tree = list(tree.values())
-        if isinstance(tree, (list, tuple)):
-            for item in tree:
-                bounded(item)
-        elif isinstance(tree, torch.Tensor) and tree.numel() * tree.element_size() > size:
-            raise _ContentError(f"a tensor of shape {tuple(tree.shape)} is larger than the file.")
+        if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > size:
+            raise _ContentError(f"a tensor of shape {tuple(value.shape)} is larger than the file.")
 
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise _ContentError(f"the checksum of its part {damaged} is wrong. Copy it again.")
     tree = torch.load(path, map_location="cpu", weights_only=True)
-    bounded(tree)
+    _nested(tree, bounded, "")
     return tree
 
 
 def _write_torch(path: Path, tree: dict[str, Any]) -> None:
-    with _needed("torch", "torch"):
-        import torch
+    torch = _needed("torch", "torch")
     # A file object, as torch writes the name of a path into it.
     with _appearing(path) as temporary, temporary.open("wb") as file:
         torch.save(_nested(tree, lambda value, _: as_tensor(value), ""), file)
 
 
 def _read_msgpack(path: Path, _: Only) -> Any:
-    from flax.serialization import msgpack_restore
-
-    return msgpack_restore(path.read_bytes())
+    return serialization.msgpack_restore(path.read_bytes())
 
 
 def _write_msgpack(path: Path, tree: dict[str, Any]) -> None:
-    from flax.serialization import msgpack_serialize
-
     with _appearing(path) as temporary:
-        temporary.write_bytes(msgpack_serialize(tree))
+        temporary.write_bytes(serialization.msgpack_serialize(tree))
 
 
 def _read_orbax(path: Path, _: Only) -> Any:
     if not (path / "_METADATA").is_file():
         inside = sorted(str(found.parent) for found in path.rglob("_METADATA"))
-        there = f"These are some: {', '.join(inside)}." if inside else _FORMATS
+        there = f"These are some: {', '.join(inside)}." if inside else _KNOWN
         raise _ContentError(f"the folder itself is no checkpoint. {there}")
-    import jax
     import orbax.checkpoint as ocp
 
     as_array = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -366,17 +348,11 @@ def _appearing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-_READERS: dict[str, tuple[Callable[[Path, Only], Any], str]] = {
-    ".safetensors": (_read_safetensors, "safetensors"),
-    ".pth": (_read_torch, "a PyTorch checkpoint"),
-    ".pt": (_read_torch, "a PyTorch checkpoint"),
-    ".msgpack": (_read_msgpack, "Flax's msgpack"),
-    "": (_read_orbax, "an orbax checkpoint"),
-}
-_WRITERS: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
-    ".safetensors": (_write_safetensors, "safetensors"),
-    ".pth": (_write_torch, "a PyTorch checkpoint"),
-    ".pt": (_write_torch, "a PyTorch checkpoint"),
-    ".msgpack": (_write_msgpack, "Flax's msgpack"),
-    "": (_write_orbax, "an orbax checkpoint"),
+_TORCH = "a PyTorch checkpoint", _read_torch, _write_torch
+_FORMATS: dict[str, _Format] = {
+    ".safetensors": ("safetensors", _read_safetensors, _write_safetensors),
+    ".pth": _TORCH,
+    ".pt": _TORCH,
+    ".msgpack": ("Flax's msgpack", _read_msgpack, _write_msgpack),
+    "": ("an orbax checkpoint", _read_orbax, _write_orbax),
 }

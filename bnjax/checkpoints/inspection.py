@@ -12,7 +12,6 @@ import numpy as np
 NEARLY_DEAD = 1e-2
 _EPS = 1e-5
 
-_COLLECTIONS = ("params", "batch_stats")
 _NAMES = {
     "weight": "scale",
     "scale": "scale",
@@ -105,7 +104,7 @@ def _arrays(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, np.nda
             yield from _arrays(value, path if key == "value" else (*path, key))
     elif isinstance(tree, np.ndarray) and path and jnp.issubdtype(tree.dtype, jnp.number):
         inner, _, leaf = path[-1].rpartition(".")
-        parts = [part for part in path[:-1] if part not in _COLLECTIONS]
+        parts = [part for part in path[:-1] if part not in ("params", "batch_stats")]
         if leaf in _NAMES:
             yield "/".join([*parts, inner] if inner else parts), leaf, tree
 

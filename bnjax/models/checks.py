@@ -94,21 +94,12 @@ def batch(value: Any) -> None:
         )
 
 
-def some_batch(some: bool) -> None:
-    """An iterator of batches is not empty."""
+def some_batch(some: bool | float, what: str = "batch") -> None:
+    """An iterator of batches is not empty, or some of its examples count."""
     if not some:
         raise ValueError(
-            "`batches` must hold at least one batch, got none. An iterator that was used before is "
-            "empty: pass a list, or make it anew."
-        )
-
-
-def some_example(count: float) -> None:
-    """Of the examples in all batches some count."""
-    if not count:
-        raise ValueError(
-            "`batches` must hold at least one example that counts, got none. An iterator that was "
-            "used before is empty: pass a list, or make it anew."
+            f"`batches` must hold at least one {what}, got none. An iterator that was used before "
+            "is empty: pass a list, or make it anew."
         )
 
 
@@ -159,10 +150,9 @@ def none_unknown(unknown: Mapping[str, str]) -> None:
 
 def all_called(missing: Collection[str], unknown: Mapping[str, str]) -> None:
     """What is measured must be called."""
-    silent = sorted(set(missing) - unknown.keys())
-    found = (
-        [f"{silent} were not called: pass what turns them on in `apply_kwargs`"] if silent else []
-    )
+    found = []
+    if silent := sorted(set(missing) - unknown.keys()):
+        found.append(f"{silent} were not called: pass what turns them on in `apply_kwargs`")
     if not_known := {path: kind for path, kind in unknown.items() if path in missing}:
         found.append(strangers(not_known))
     if found:
@@ -227,14 +217,16 @@ def nnx_state(variables: Any) -> None:
 
 def tree_fits(given: Mapping[str, Any], there: Mapping[str, Any], *, part: bool = False) -> None:
     """Shapes by path are those of the model, or some of them."""
-    missing = [] if part else sorted(there.keys() - given)
-    unknown = sorted(given.keys() - there)
     common = sorted(given.keys() & there)
-    shapes = [f"{k} {given[k]} not {there[k]}" for k in common if given[k] != there[k]]
-    found = {"missing": missing, "unknown": unknown, "of another shape": shapes}
-    if any(found.values()):
-        what = ", ".join(f"{what} {paths}" for what, paths in found.items() if paths)
-        raise ValueError(f"`variables` do not fit the model: {what}. Are they of another model?")
+    wrong = {
+        "missing": [] if part else sorted(there.keys() - given),
+        "unknown": sorted(given.keys() - there),
+        "of another shape": [
+            f"{k} {given[k]} not {there[k]}" for k in common if given[k] != there[k]
+        ],
+    }
+    if found := ", ".join(f"{what} {paths}" for what, paths in wrong.items() if paths):
+        raise ValueError(f"`variables` do not fit the model: {found}. Are they of another model?")
 
 
 def has_statistics(variables: Any) -> None:

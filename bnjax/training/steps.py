@@ -137,7 +137,7 @@ def evaluate(
         for name, value in step(state, batch).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     count = sums.pop("count", 0.0)
-    checks.some_example(count)
+    checks.some_batch(count, "example that counts")
     return {name: total / count for name, total in sums.items()}
 
 

@@ -8,17 +8,8 @@ import numpy as np
 from flax import nnx
 
 from bnjax import globs
-from bnjax.checkpoints.conversion.layouts import Layout
 from bnjax.checkpoints.conversion.names import COUNTER, Name, Rename
-from bnjax.checkpoints.conversion.plan import (
-    Options,
-    Plan,
-    impossible,
-    layouts,
-    plan,
-    state_arrays,
-    without,
-)
+from bnjax.checkpoints.conversion.plan import Options, exported, plan, state_arrays, without
 from bnjax.checkpoints.conversion.trees import Leaf, tree
 from bnjax.checkpoints.tensors import as_tensor
 from bnjax.core.moments import working_dtype
@@ -88,8 +79,7 @@ def from_torch(
     made = tree(model, variables)
     arrays = state_arrays(state_dict, "state_dict")
     planned = plan(arrays, made.leaves, Options(rename, flatten, transposed, ignore), model)
-    planned.problems += impossible({k: (n, arrays[k]) for k, (n, _) in planned.pairs.items()})
-    planned.check()
+    planned.check(arrays)
     return made.replaced(
         {
             name: placed.to_flax(arrays[key]).astype(_dtype(name, made.leaves[name]), copy=False)
@@ -142,9 +132,18 @@ def to_torch(
     leaves = tree(model, state).leaves
     options = Options(rename, flatten, transposed, ignore)
     if like is None:
-        arrays = _exported(leaves, options, model)
+        leaves, arrays = without(leaves, ignore), {}
+        planned = exported(leaves, options, model)
     else:
-        arrays = _replaced(state_arrays(like, "like"), leaves, options, model)
+        arrays = state_arrays(like, "like")
+        planned = plan(arrays, leaves, options, model)
+    for key, (name, placed) in planned.pairs.items():
+        array = placed.to_torch(np.asarray(leaves[name].value))
+        arrays[key] = array.astype(np.int64) if name.in_torch.endswith(COUNTER) else array
+    planned.check(arrays)
+    for name in leaves if like is None else ():
+        if name.statistic and name.leaf == "mean":
+            arrays.setdefault(name._replace(leaf="count").exported, np.zeros((), np.int64))
     convert = (lambda array: np.array(array, order="C")) if numpy else as_tensor
     return {key: convert(array) for key, array in arrays.items()}
 
@@ -152,49 +151,5 @@ def to_torch(
 def _dtype(name: Name, leaf: Leaf) -> Any:
     """The dtype of the model, but float32 at least for a running mean or variance."""
     dtype = leaf.value.dtype
-    if name.statistic and jnp.issubdtype(dtype, jnp.inexact):
-        return working_dtype(dtype)
-    return dtype
-
-
-def _in_torch(name: Name, leaf: Leaf, layout: Layout) -> np.ndarray:
-    """The array as PyTorch has it; it counts in int64."""
-    array = layout.to_torch(np.asarray(leaf.value))
-    return array.astype(np.int64) if name.in_torch.endswith(COUNTER) else array
-
-
-def _exported(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> dict[str, np.ndarray]:
-    """A state dict whose names are made of the paths."""
-    if options.rename is not None:
-        raise ValueError(
-            "`rename` goes from names of PyTorch to those of Flax, so it needs those of PyTorch: "
-            "pass `like=torch_model.state_dict()`."
-        )
-    kept = without(leaves, options.ignore)
-    planned = Plan({}, [])
-    for name, placed in layouts(kept, options, model).items():
-        if name.exported in planned.pairs:
-            both = [kept[other].path for other in (planned.pairs[name.exported][0], name)]
-            planned.problems.append(f"ambiguous: {name.exported} for {', '.join(both)}")
-        planned.pairs[name.exported] = name, placed
-    arrays = {
-        key: _in_torch(name, kept[name], placed) for key, (name, placed) in planned.pairs.items()
-    }
-    planned.problems += impossible({k: (n, arrays[k]) for k, (n, _) in planned.pairs.items()})
-    planned.check()
-    for name in [name for name in kept if name.statistic and name.leaf == "mean"]:
-        arrays.setdefault(name._replace(leaf="count").exported, np.zeros((), np.int64))
-    return arrays
-
-
-def _replaced(
-    like: Mapping[str, np.ndarray], leaves: Mapping[Name, Leaf], options: Options, model: Any
-) -> dict[str, np.ndarray]:
-    """The state dict with the values of the leaves."""
-    planned = plan(like, leaves, options, model)
-    placed = {
-        key: _in_torch(name, leaves[name], layout) for key, (name, layout) in planned.pairs.items()
-    }
-    planned.problems += impossible({k: (n, placed[k]) for k, (n, _) in planned.pairs.items()})
-    planned.check()
-    return {**like, **placed}
+    statistic = name.statistic and jnp.issubdtype(dtype, jnp.inexact)
+    return working_dtype(dtype) if statistic else dtype

@@ -2,8 +2,10 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from bnjax import globs
 
 Rename = Mapping[str, str] | Callable[[str], str]
 
@@ -44,22 +46,24 @@ class Matching(NamedTuple):
     flax_only: list[Name]
 
 
-def renamed(names: Iterable[str], rename: Rename | None) -> dict[str, str]:
+def renamed(names: Sequence[str], rename: Rename | None) -> dict[str, str]:
     """Each PyTorch name with the name to look for. Of a mapping, the longest prefix counts."""
     if rename is None:
         return {name: name for name in names}
     if callable(rename):
         return {name: rename(name).replace("/", ".") for name in names}
+    for old in rename:
+        globs.check_fits(old, any(_prefix_of(old, name) for name in names), names, "name to rename")
     return {name: _by_prefix(name, rename) for name in names}
 
 
-def prefix_of(prefix: str, name: str) -> bool:
+def _prefix_of(prefix: str, name: str) -> bool:
     """Whether this is the name, or that of a module which it is in."""
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
 def _by_prefix(name: str, rename: Mapping[str, str]) -> str:
-    found = max((old for old in rename if prefix_of(old, name)), key=len, default=None)
+    found = max((old for old in rename if _prefix_of(old, name)), key=len, default=None)
     if found is None:
         return name
     rest = name.removeprefix(found).removeprefix(".")
@@ -93,10 +97,6 @@ def match(wanted: Mapping[str, str], names: Iterable[Name]) -> Matching:
     return Matching(pairs, sorted(ambiguous), torch, flax)
 
 
-def _as_it_is(name: str) -> str:
-    return name
-
-
 def _tokens(name: str) -> tuple[str, ...]:
     return tuple(re.split(r"[._]", name))
 
@@ -108,8 +108,8 @@ def _without_layers(name: str) -> tuple[str, ...]:
 # First the names in Flax, which `rename` may give in full; then those in PyTorch: `layer1.0.bn1` is
 # `layer1/0/bn1`; then `layer1_0/bn1`; and the `0` of a PyTorch `Sequential` is Flax's `layers_0`.
 _PASSES: tuple[tuple[Callable[[Name], str], Callable[[str], Any]], ...] = (
-    (lambda name: ".".join((*name.module, name.leaf)), _as_it_is),
-    (lambda name: name.in_torch, _as_it_is),
+    (lambda name: ".".join((*name.module, name.leaf)), str),
+    (lambda name: name.in_torch, str),
     (lambda name: name.in_torch, _tokens),
     (lambda name: name.in_torch, _without_layers),
 )

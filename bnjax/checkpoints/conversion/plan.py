@@ -12,7 +12,7 @@ from flax import nnx
 
 from bnjax import globs
 from bnjax.checkpoints.conversion.layouts import Layout, layout
-from bnjax.checkpoints.conversion.names import COUNTER, Name, Rename, match, prefix_of, renamed
+from bnjax.checkpoints.conversion.names import COUNTER, Name, Rename, match, renamed
 from bnjax.checkpoints.conversion.trees import Leaf, flipped_layers, mentions_conv_transpose
 from bnjax.checkpoints.tensors import as_numpy
 
@@ -37,10 +37,13 @@ class Plan:
     pairs: dict[str, tuple[Name, Layout]]
     problems: list[str]
 
-    def check(self) -> None:
-        """Raise one error with all problems."""
-        if self.problems:
-            lines = "".join(f"\n  {line}" for line in self.problems)
+    def check(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raise one error with all problems, those of the values by PyTorch's names among them."""
+        problems = list(self.problems)
+        for key, (name, _) in self.pairs.items():
+            problems += _impossible(key, name, arrays[key])
+        if problems:
+            lines = "".join(f"\n  {line}" for line in problems)
             raise ValueError(
                 f"PyTorch's state dict and the `variables` do not fit, so nothing was converted. "
                 f"Match names with `rename`, or leave them out with `ignore`.{lines}"
@@ -69,15 +72,22 @@ def state_arrays(state_dict: Any, argument: str) -> dict[str, np.ndarray]:
 def layouts(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> dict[Name, Layout]:
     """The layout of each array of a Flax model."""
     kernels = {
-        "/".join(name.module): len(leaf.value.shape)
+        "/".join(name.module): leaf.value.shape
         for name, leaf in leaves.items()
         if name.leaf == "kernel"
     }
-    convs = {path for path, ndim in kernels.items() if ndim > 2}
+    convs = {path for path, shape in kernels.items() if len(shape) > 2}
+    dense = {path for path, shape in kernels.items() if len(shape) == 2}
     flipped = _flipped(convs, options.transposed, model)
     flatten = {path.replace(".", "/"): shape for path, shape in (options.flatten or {}).items()}
     for path, shape in flatten.items():
-        _flattened(path, shape, kernels, leaves)
+        globs.check_fits(path, path in dense, dense, "dense layer")
+        inputs = kernels[path][0]
+        if len(shape) < 2 or np.prod(shape) != inputs:
+            raise ValueError(
+                f"`flatten[{path!r}]` must be the shape (C, H, W) that PyTorch flattens into the "
+                f"{inputs} inputs of this layer, got {tuple(shape)}."
+            )
     return {
         name: layout(
             name.leaf,
@@ -107,19 +117,6 @@ def _flipped(convs: set[str], transposed: globs.Paths | None, model: Any) -> set
     return set()
 
 
-def _flattened(
-    path: str, shape: Sequence[int], kernels: Mapping[str, int], leaves: Mapping[Name, Leaf]
-) -> None:
-    dense = sorted(path for path, ndim in kernels.items() if ndim == 2)
-    globs.check_fits(path, path in dense, dense, "dense layer")
-    kernel = leaves[Name(tuple(path.split("/")) if path else (), "kernel")].value
-    if len(shape) < 2 or np.prod(shape) != kernel.shape[0]:
-        raise ValueError(
-            f"`flatten[{path!r}]` must be the shape (C, H, W) that PyTorch flattens into the "
-            f"{kernel.shape[0]} inputs of this layer, got {tuple(shape)}."
-        )
-
-
 def _fitting(patterns: globs.Paths, paths: Iterable[str], what: str) -> set[str]:
     """The paths that fit one of the patterns; each pattern fits one."""
     there, found = set(paths), set()
@@ -141,13 +138,10 @@ def plan(
     there = layouts(leaves, options, model)
     as_path = {name: name.replace(".", "/") for name in torch}
     ignored = _fitting(options.ignore, {*as_path.values(), *map(str, leaves)}, "name")
-    wanted = _renamed([name for name in torch if as_path[name] not in ignored], options.rename)
+    wanted = renamed([name for name in torch if as_path[name] not in ignored], options.rename)
     matching = match(wanted, [name for name in leaves if str(name) not in ignored])
-    pairs = {
-        key: (matching.pairs[key], there[matching.pairs[key]])
-        for key in wanted
-        if key in matching.pairs
-    }
+    found = {key: matching.pairs[key] for key in wanted if key in matching.pairs}
+    pairs = {key: (name, there[name]) for key, name in found.items()}
     counters = [name for name in matching.torch_only if _counts_batches(name, pairs)]
     lost = [name for name in matching.torch_only if name not in counters]
     alone = matching.flax_only
@@ -156,36 +150,41 @@ def plan(
         for keys, names in matching.ambiguous
     ]
     problems += _prefix({wanted[name] for name in lost}, alone)
-    by_name = {name.in_torch: leaves[name].path for name in alone or leaves}
-    near = _nearest([wanted[name] for name in lost], by_name)
-    problems += [
-        f"only in PyTorch: {name} {torch[name].shape}{near.get(wanted[name], '')}" for name in lost
-    ]
-    by_key = {wanted[key]: key for key in lost or [k for k in wanted if k not in counters]}
-    near = _nearest([name.in_torch for name in alone], by_key)
-    problems += [
-        f"only in Flax: {leaves[name].path} {tuple(leaves[name].value.shape)}"
-        f"{near.get(name.in_torch, '')}"
-        for name in alone
-    ]
+    problems += _only_in(
+        "PyTorch",
+        [(wanted[name], f"{name} {torch[name].shape}") for name in lost],
+        {name.in_torch: leaves[name].path for name in alone or leaves},
+    )
+    problems += _only_in(
+        "Flax",
+        [(n.in_torch, f"{leaves[n].path} {tuple(leaves[n].value.shape)}") for n in alone],
+        {wanted[key]: key for key in lost or wanted if key not in counters},
+    )
     for key, (name, placed) in pairs.items():
         problems += _misfits(key, torch[key], leaves[name], placed)
     return Plan(pairs, problems)
+
+
+def exported(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> Plan:
+    """Each array of a Flax model under a name for PyTorch that is made of its path."""
+    if options.rename is not None:
+        raise ValueError(
+            "`rename` goes from names of PyTorch to those of Flax, so it needs those of PyTorch: "
+            "pass `like=torch_model.state_dict()`."
+        )
+    planned = Plan({}, [])
+    for name, placed in layouts(leaves, options, model).items():
+        if name.exported in planned.pairs:
+            both = [leaves[other].path for other in (planned.pairs[name.exported][0], name)]
+            planned.problems.append(f"ambiguous: {name.exported} for {', '.join(both)}")
+        planned.pairs[name.exported] = name, placed
+    return planned
 
 
 def without(leaves: Mapping[Name, Leaf], ignore: globs.Paths) -> dict[Name, Leaf]:
     """The arrays of a Flax model that are not ignored."""
     ignored = _fitting(ignore, map(str, leaves), "name")
     return {name: leaf for name, leaf in leaves.items() if str(name) not in ignored}
-
-
-def _renamed(names: Sequence[str], rename: Rename | None) -> dict[str, str]:
-    if isinstance(rename, Mapping):
-        for old in rename:
-            globs.check_fits(
-                old, any(prefix_of(old, name) for name in names), names, "name to rename"
-            )
-    return renamed(names, rename)
 
 
 def _counts_batches(name: str, pairs: Mapping[str, tuple[Name, Layout]]) -> bool:
@@ -195,14 +194,17 @@ def _counts_batches(name: str, pairs: Mapping[str, tuple[Name, Layout]]) -> bool
     return leaf == COUNTER and mean in pairs and pairs[mean][0].statistic
 
 
-def _nearest(names: Sequence[str], there: Mapping[str, str]) -> dict[str, str]:
-    """For each of the first names, those that it may be meant to be."""
-    found = {}
-    for name in names[:_SEARCHED]:
-        near = difflib.get_close_matches(name, there, n=2, cutoff=0.5)
-        if near:
-            found[name] = f"; nearest: {', '.join(there[other] for other in near)}"
-    return found
+def _only_in(
+    side: str, names: Sequence[tuple[str, str]], there: Mapping[str, str]
+) -> Iterator[str]:
+    """Names without a counterpart, and those of the other side that they may be meant to be.
+
+    Names are compared as PyTorch writes them, and shown as the text beside each.
+    """
+    for number, (name, shown) in enumerate(names):
+        near = difflib.get_close_matches(name, there, 2, 0.5) if number < _SEARCHED else ()
+        nearest = ", ".join(there[other] for other in near)
+        yield f"only in {side}: {shown}{nearest and '; nearest: '}{nearest}"
 
 
 def _prefix(lost: set[str], alone: Sequence[Name]) -> Iterator[str]:
@@ -246,20 +248,14 @@ def _reason(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
     return ""
 
 
-def impossible(arrays: Mapping[str, tuple[Name, np.ndarray]]) -> list[str]:
+def _impossible(key: str, name: Name, array: np.ndarray) -> Iterator[str]:
     """What running statistics can't be."""
-    problems = []
-    for key, (name, array) in arrays.items():
-        if not name.statistic or name.leaf not in ("mean", "var"):
-            continue
-        what = "variance" if name.leaf == "var" else "mean"
-        counts = {"non-finite": (~np.isfinite(array)).sum()}
-        if what == "variance":
-            with np.errstate(invalid="ignore"):  # NaN in bfloat16
-                counts["negative"] = (array < 0).sum()
-        found = [f"{count} {kind}" for kind, count in counts.items() if count]
-        if found:
-            problems.append(
-                f"impossible {what}: {key} has {' and '.join(found)} of {array.size} values"
-            )
-    return problems
+    what = {"mean": "mean", "var": "variance"}.get(name.leaf)
+    if what is None or not name.statistic:
+        return
+    counts = {"non-finite": (~np.isfinite(array)).sum()}
+    if what == "variance":
+        with np.errstate(invalid="ignore"):  # NaN in bfloat16
+            counts["negative"] = (array < 0).sum()
+    if found := " and ".join(f"{count} {kind}" for kind, count in counts.items() if count):
+        yield f"impossible {what}: {key} has {found} of {array.size} values"

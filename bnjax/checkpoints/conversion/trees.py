@@ -1,5 +1,6 @@
 """The arrays of linen variables or an nnx state by name, and the tree with new ones."""
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -87,15 +88,14 @@ def _nnx_tree(state: nnx.State) -> Tree:
 
     def replaced(arrays: Mapping[Name, Any]) -> Any:
         # A state shares its variables with the model, so each is made anew.
-        def new(path: tuple, variable: Any) -> Any:
-            if not isinstance(variable, nnx.Variable):
-                return variable
-            if path not in names or names[path] not in arrays:
-                return variable.copy()
-            name = names[path]
-            return variable.replace(_like(arrays[name], leaves[name].value))
-
-        return nnx.from_flat_state([(path, new(path, variable)) for path, variable in flat])
+        new = dict(flat)
+        for path, variable in flat:
+            if path in names and names[path] in arrays:
+                name = names[path]
+                new[path] = variable.replace(_like(arrays[name], leaves[name].value))
+            elif isinstance(variable, nnx.Variable):
+                new[path] = variable.copy()
+        return nnx.from_flat_state(list(new.items()))
 
     return Tree(leaves, replaced)
 
@@ -145,12 +145,14 @@ def _reached(item: Any) -> Iterator[Any]:
         yield from item
     elif isinstance(item, Mapping):
         yield from item.values()
-    elif isinstance(item, types.FunctionType) and not _of_library(item):
+    elif isinstance(item, types.FunctionType) and not _of_library(item.__module__):
         yield from _named(item.__code__, item.__globals__)
-        yield from (cell.cell_contents for cell in item.__closure__ or () if _filled(cell))
+        for cell in item.__closure__ or ():
+            with contextlib.suppress(ValueError):  # it is empty
+                yield cell.cell_contents
         yield from (getattr(item, "__wrapped__", None), item.__defaults__, item.__kwdefaults__)
     elif isinstance(item, type) and issubclass(item, nn.Module):
-        yield from (vars(base) for base in item.__mro__ if not _of_library(base))
+        yield from (vars(base) for base in item.__mro__ if not _of_library(base.__module__))
     elif isinstance(item, (staticmethod, classmethod)):
         yield item.__func__
     elif isinstance(item, property):
@@ -160,7 +162,9 @@ def _reached(item: Any) -> Iterator[Any]:
         for name in type(item).__dataclass_fields__:
             value = getattr(item, name, None)
             yield value
-            if hasattr(value, "__dict__") and not _of_library(type(value)):  # a configuration
+            if hasattr(value, "__dict__") and not _of_library(
+                type(value).__module__
+            ):  # a configuration
                 yield dict(vars(value))
 
 
@@ -170,25 +174,13 @@ def _named(code: types.CodeType, scope: Mapping[str, Any]) -> Iterator[Any]:
     reached = [scope[name] for name in code.co_names if name in scope]
     yield from reached
     for module in (item for item in reached if isinstance(item, types.ModuleType)):
-        if not _of_library(types.SimpleNamespace(__module__=module.__name__)):
+        if not _of_library(module.__name__):
             yield from (getattr(module, name, None) for name in code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _named(constant, scope)
 
 
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
-def _of_library(item: Any) -> bool:
-    return (item.__module__ or "").partition(".")[0] in (
-        "flax",
-        "jax",
-        "jaxlib",
-        "numpy",
-        "builtins",
-    )
+def _of_library(module: str | None) -> bool:
+    root = (module or "").partition(".")[0]
+    return root in ("flax", "jax", "jaxlib", "numpy", "builtins")

@@ -1,6 +1,6 @@
 """The variables of one device, where those of several were kept: stacked, or as bad replicas."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from flax.core import meta
 
 from bnjax.models.freezing import batch_norms
 from bnjax.models.nnx_copies import Copy
-from bnjax.models.statistics import Path, map_layers, merge_batch_stats
+from bnjax.models.statistics import Path, layers_of, merge_batch_stats
 
 # The model, for nnx the mode of each layer, its variables, and how far devices differ, by path.
 Reading = tuple[nn.Module | Copy, dict[str, bool | None], Any, dict[str, float]]
@@ -30,9 +30,9 @@ def readings(model: Any, variables: Any) -> Iterator[Callable[[], Reading]]:
     if not isinstance(variables, Mapping) or not _stacked(variables.get("batch_stats")):
         return
     stats = meta.unbox(variables["batch_stats"])
+    others = {name: tree for name, tree in variables.items() if name != "batch_stats"}
     for first in (lambda tree: tree, _first):
-        others = {name: tree for name, tree in variables.items() if name != "batch_stats"}
-        yield lambda first=first, others=others: (
+        yield lambda first=first: (
             model,
             {},
             {**first(others), "batch_stats": merge_batch_stats(stats)},
@@ -41,7 +41,8 @@ def readings(model: Any, variables: Any) -> Iterator[Callable[[], Reading]]:
 
 
 def _of_nnx(model: nnx.Module, state: Any) -> Iterator[Callable[[], Reading]]:
-    modes = {path: _mode(layer) for path, layer in batch_norms(model)}
+    norms: Iterator[tuple[str, Any]] = batch_norms(model)
+    modes = {path: layer.use_running_average for path, layer in norms}
 
     def read(model: nnx.Module, state: Any) -> Reading:
         copy = Copy(model, state)
@@ -60,35 +61,25 @@ def _of_nnx(model: nnx.Module, state: Any) -> Iterator[Callable[[], Reading]]:
     for first in (lambda tree: tree, _first):
 
         def unstacked(first: Callable = first) -> Reading:
-            merged, others = merge_batch_stats(stats), first(arrays)
-            leaves = [
-                (key, leaf.replace(merged["/".join(map(str, key[:-1]))][key[-1]]))
-                if isinstance(leaf, nnx.BatchStat)
-                else (key, leaf.replace(others[key]))
-                for key, leaf in flat.items()
-            ]
+            merged, values = merge_batch_stats(stats), dict(first(arrays))
+            for key, leaf in flat.items():
+                if isinstance(leaf, nnx.BatchStat):
+                    values[key] = merged["/".join(map(str, key[:-1]))][key[-1]]
             single = nnx.clone(model)
+            leaves = [(key, leaf.replace(values[key])) for key, leaf in flat.items()]
             nnx.update(single, nnx.from_flat_state(leaves))
             return *read(single, None)[:3], _differences(stats)
 
         yield unstacked
 
 
-def _mode(layer: Any) -> bool | None:
-    return layer.use_running_average
-
-
 def _stacked(stats: Any) -> bool:
     """Whether all means and variances have a leading axis of one size."""
-    sizes: set[int] = set()
-
-    def look(path: Path, layer: Mapping[str, Any]) -> None:
-        sizes.update(
-            jnp.shape(layer[name])[0] if jnp.ndim(layer[name]) > 1 else 0
-            for name in ("mean", "var")
-        )
-
-    map_layers(look, meta.unbox(stats or {}))
+    sizes = {
+        jnp.shape(layer[name])[0] if jnp.ndim(layer[name]) > 1 else 0
+        for layer in layers_of(meta.unbox(stats or {})).values()
+        for name in ("mean", "var")
+    }
     return len(sizes) == 1 and 0 not in sizes
 
 
@@ -99,27 +90,24 @@ def _first(tree: Any) -> Any:
 def _replicas(variables: Any) -> dict[str, float]:
     """How far the copies differ of what JAX believes to be the same on all devices."""
     stats = variables.get("batch_stats", {}) if isinstance(variables, Mapping) else {}
-    copies: dict[str, float] = {}
-
-    def look(path: Path, layer: Mapping[str, Any]) -> None:
+    copies = {}
+    for path, layer in layers_of(stats).items():
         both = [meta.unbox(layer[name]) for name in ("mean", "var")]
         if all(isinstance(x, jax.Array) and x.is_fully_replicated for x in both):
-            rows = [np.stack([np.asarray(s.data) for s in x.addressable_shards]) for x in both]
-            copies["/".join(path)] = _apart(*rows)
-
-    map_layers(look, stats)
-    return {path: apart for path, apart in copies.items() if apart}
+            copies[path] = [
+                np.stack([np.asarray(shard.data) for shard in x.addressable_shards]) for x in both
+            ]
+    return _unequal(copies)
 
 
 def _differences(stats: Any) -> dict[str, float]:
     """How far the rows of stacked statistics differ, by path."""
-    rows: dict[str, float] = {}
+    return _unequal({path: [x["mean"], x["var"]] for path, x in layers_of(stats).items()})
 
-    def look(path: Path, layer: Mapping[str, Any]) -> None:
-        rows["/".join(path)] = _apart(np.asarray(layer["mean"]), np.asarray(layer["var"]))
 
-    map_layers(look, stats)
-    return {path: apart for path, apart in rows.items() if apart}
+def _unequal(rows: Mapping[Path, Sequence[Any]]) -> dict[str, float]:
+    apart = {"/".join(path): _apart(*map(np.asarray, both)) for path, both in rows.items()}
+    return {path: distance for path, distance in apart.items() if distance}
 
 
 def _apart(mean: np.ndarray, var: np.ndarray) -> float:

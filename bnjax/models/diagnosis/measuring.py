@@ -240,7 +240,7 @@ class _Run:
     def end(self) -> Measured:
         """All that was measured."""
         checks.some_batch(self.passes is not None)
-        checks.some_example(self.counts)
+        checks.some_batch(self.counts, "example that counts")
         assert self.passes is not None
         kinds = self.kinds
         losses = {

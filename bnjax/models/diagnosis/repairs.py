@@ -5,46 +5,32 @@ from typing import Any, NamedTuple
 
 
 class Repairs(NamedTuple):
-    """What to write; `model`, `variables`, `batches` and `batch` are the user's own.
+    """What to write for linen; `model`, `variables`, `batches` and `batch` are the user's own."""
 
-    Attributes:
-        train: trains so that updates are kept.
-        evaluate: evaluates by running statistics, where the batch norms say so.
-        stay: evaluates so that no statistic moves.
-        recalibrate: measures the statistics anew.
-        widen: makes statistics float32.
-        merge: makes one set of statistics of those of several devices.
-        finite: shows which arrays are not finite.
-        freeze: normalizes by running statistics in training, too.
-        left_on: how a model comes to train while it is evaluated.
-        thrown_away: how updates are lost.
-    """
+    # Trains so that updates are kept.
+    train: str = (
+        "logits, updates = model.apply(variables, x, mutable=['batch_stats'])"
+        "; variables = {**variables, **updates}"
+    )
+    # Evaluates by running statistics, where the batch norms say so.
+    evaluate: str = "model.apply(variables, x, train=False)"
+    # Evaluates so that no statistic moves.
+    stay: str = "model.apply(variables, x)  # without mutable, without train=True"
+    # Measures the statistics anew.
+    recalibrate: str = "variables = bnjax.recalibrate(model, variables, batches)"
+    # Makes them float32.
+    widen: str = "variables['batch_stats'] = jax.tree.map(jnp.float32, variables['batch_stats'])"
+    # Makes one set of those of several devices.
+    merge: str = "variables['batch_stats'] = bnjax.merge_batch_stats(variables['batch_stats'])"
+    # Shows which arrays are not finite.
+    finite: str = "jax.tree.map(lambda a: bool(jnp.isfinite(a).all()), (variables, batch))"
+    # Normalizes by running statistics in training, too.
+    freeze: str = "with bnjax.freeze('**'):"
+    # How a model comes to train while it is evaluated, and how updates are lost.
+    left_on: str = "with mutable statistics"
+    thrown_away: str = "`mutable` was not given, or its result not kept"
 
-    train: str
-    evaluate: str
-    stay: str
-    recalibrate: str
-    widen: str
-    merge: str
-    finite: str
-    freeze: str
-    left_on: str
-    thrown_away: str
 
-
-LINEN = Repairs(
-    train="logits, updates = model.apply(variables, x, mutable=['batch_stats'])"
-    "; variables = {**variables, **updates}",
-    evaluate="model.apply(variables, x, train=False)",
-    stay="model.apply(variables, x)  # without mutable, without train=True",
-    recalibrate="variables = bnjax.recalibrate(model, variables, batches)",
-    widen="variables['batch_stats'] = jax.tree.map(jnp.float32, variables['batch_stats'])",
-    merge="variables['batch_stats'] = bnjax.merge_batch_stats(variables['batch_stats'])",
-    finite="jax.tree.map(lambda a: bool(jnp.isfinite(a).all()), (variables, batch))",
-    freeze="with bnjax.freeze('**'):",
-    left_on="with mutable statistics",
-    thrown_away="`mutable` was not given, or its result not kept",
-)
 NNX = Repairs(
     train="model.train(); logits = model(x)  # in nnx.jit and nnx.grad, not in jax.jit",
     evaluate="model.eval()",
@@ -65,4 +51,4 @@ def repairs(nnx: bool, kwargs: Mapping[str, Any]) -> Repairs:
         return NNX
     flags = {name: value for name, value in kwargs.items() if isinstance(value, bool)}
     turned = "".join(f", {name}={not value}" for name, value in flags.items())
-    return LINEN._replace(train=LINEN.train.replace("variables, x", f"variables, x{turned}"))
+    return Repairs(train=Repairs().train.replace("variables, x", f"variables, x{turned}"))
