@@ -317,3 +317,22 @@ def test_statistics_that_are_not_stacked_are_not_merged():
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         bnjax.merge_batch_stats(variables["batch_stats"])
+
+
+def test_the_tools_run_without_jit():
+    net, variables = trained("another signature")
+    state = init_state(net, optax.sgd(0.1), jax.random.key(0), X)
+
+    def use() -> list[Any]:
+        step = train_step(lambda y, _: (y**2).sum(-1), microbatches=2, donate=False)
+        with bnjax.freeze("layer"):
+            frozen = net.apply(variables, X, train=True, mutable=["batch_stats"])
+        right = bnjax.recalibrate(net, variables, PARTS)
+        findings = bnjax.diagnose(net, right, PARTS).findings
+        return [frozen, right, step(state, {"x": X})[0].params, len(findings)]
+
+    expected = use()
+    with jax.disable_jit():
+        found = use()
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
