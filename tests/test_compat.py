@@ -197,9 +197,21 @@ def test_taylor_mode_gives_the_derivatives_of_any_order(rng, settings):
 
     first = jax.jacfwd(along)
     expected = [apply(x), [first(0.0), jax.jacfwd(first)(0.0)]]
-    with compat.plain(True):
-        y, series = jet.jet(apply, (x,), ([dx, jnp.zeros_like(dx)],))
+    y, series = jet.jet(apply, (x,), ([dx, jnp.zeros_like(dx)],))
     assert_close([y, list(series)], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [bnjax.BatchNorm1d, bnjax.linen.BatchNorm])
+def test_taylor_mode_goes_through_layers(kind):
+    layer = kind(use_running_average=False)
+    x, dx = jnp.arange(12.0).reshape(4, 3) ** 1.5, jnp.ones((4, 3)).at[0].set(2.0)
+    variables = layer.init(jax.random.key(0), x)
+
+    def apply(x):
+        return layer.apply(variables, x, mutable=["batch_stats"])[0]
+
+    y, (slope,) = jet.jet(apply, (x,), ([dx],))
+    assert_close([y, slope], list(jax.jvp(apply, (x,), (dx,))), rtol=1e-5)
 
 
 @pytest.mark.parametrize("names", ["inner", "outer", ("inner", "outer")], ids=str)

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from bnjax.core import checks, partition
+from bnjax.core import checks, compat, partition
 from bnjax.core.affine import normalize
 from bnjax.core.devices import AxisName, Groups, names, pool, table
 from bnjax.core.measuring import moments_of
@@ -142,7 +142,8 @@ def batch_norm(
     checks.trees(params, batch_stats, tuple(x.shape[a] for a in settings.axes), momentum)
     mask = None if mask is None else checks.mask(mask, x.shape)
     stats = dict(batch_stats)
-    return on_auto_axes(_steps, (dict(params), stats, x, mask, settings), x, like=(x, stats))
+    with compat.plain_for(x):
+        return on_auto_axes(_steps, (dict(params), stats, x, mask, settings), x, like=(x, stats))
 
 
 def _steps(

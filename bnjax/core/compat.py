@@ -1,6 +1,7 @@
 """Every private or moving part of JAX that bnjax uses; tests/test_compat.py names what goes."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,12 @@ context = jax.make_user_context
 # own. It reads x more often, and is for what knows no rules, such as `jax.experimental.jet`, which
 # in jax 0.10 fails at any `custom_jvp`, that of `jax.nn.relu` too.
 plain: Any = context(False)
+
+
+def plain_for(x: jax.Array) -> Any:
+    """A context in which batch norm is plain where x is a Taylor series of `jet`."""
+    jet = sys.modules.get("jax.experimental.jet")
+    return plain(plain.value or (jet is not None and isinstance(x, jet.JetTracer)))
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
