@@ -38,14 +38,9 @@ def check_fits(
     what: str = "batch norm",
     unknown: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise if a pattern fits nothing: that is a mistake, and a silent one.
+    """Raise unless a pattern `fits` one of the paths: that is a mistake, and a silent one.
 
-    Args:
-        pattern: the glob.
-        fits: whether it fits.
-        paths: those that there are.
-        what: what they are paths of.
-        unknown: classes, by path, of what keeps statistics and is no batch norm that is known.
+    `unknown` are classes, by path, of what keeps statistics and is no batch norm that is known.
     """
     unseen = {path: kind for path, kind in (unknown or {}).items() if matcher(pattern)(path)}
     if unseen and what == "batch norm":

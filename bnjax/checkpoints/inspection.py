@@ -28,32 +28,19 @@ Range = tuple[float, float] | None
 
 
 class Layer(NamedTuple):
-    """One batch norm with running statistics.
+    """One batch norm with running statistics."""
 
-    Attributes:
-        name: its path in the checkpoint, in Flax's naming without the collection.
-        channels: the number of its channels.
-        scale: smallest and largest finite value of the scale; None if there is none.
-        mean: of the running mean.
-        var: of the running variance.
-        updates: how many batches it counted; None if it does not.
-        dead: channels whose output does not vary, by a scale or a variance of 0.
-        nearly_dead: channels whose output has a standard deviation below 0.01, and that are not
-            dead: the scale times sqrt(var / (var + 1e-5)).
-        not_finite: values that are NaN or infinite, in parameters and statistics.
-        problems: what is wrong with it, in words.
-    """
-
-    name: str
+    name: str  # its path in the checkpoint, in Flax's naming without the collection
     channels: int
-    scale: Range
+    scale: Range  # smallest and largest finite value; None if there is none
     mean: Range
     var: Range
-    updates: int | None
-    dead: int
+    updates: int | None  # how many batches it counted; None if it does not
+    dead: int  # channels whose output does not vary, by a scale or a variance of 0
+    # Others whose output has a standard deviation, scale * sqrt(var / (var + eps)), below 0.01.
     nearly_dead: int
-    not_finite: int
-    problems: tuple[str, ...]
+    not_finite: int  # values that are NaN or infinite, in parameters and statistics
+    problems: tuple[str, ...]  # what is wrong with it, in words
 
 
 def inspect(tree: Mapping[str, Any]) -> list[Layer]:

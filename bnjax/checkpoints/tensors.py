@@ -5,14 +5,8 @@ from typing import Any
 import numpy as np
 
 # The dtypes of PyTorch that NumPy has from JAX, under the same names.
-SHARED = (
-    "bfloat16",
-    "float8_e4m3fn",
-    "float8_e4m3fnuz",
-    "float8_e5m2",
-    "float8_e5m2fnuz",
-    "float8_e8m0fnu",
-)
+_FLOAT8 = ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
+SHARED = ("bfloat16", *(f"float8_{kind}" for kind in _FLOAT8))
 
 
 def as_numpy(value: Any) -> np.ndarray | None:

@@ -10,7 +10,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bnjax.core.moments import working_dtype
-from bnjax.models import checks
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
@@ -19,11 +18,26 @@ LossFn = Callable[[Any, Any], Any]
 
 def named(batch: Any) -> dict[str, Any]:
     """A batch as a dict; an array alone is its `x`."""
-    checks.batch(batch)
     if not isinstance(batch, Mapping):
+        if not hasattr(batch, "shape"):
+            raise TypeError(
+                "A batch must be an array or a dict with the model's input as `x`, got "
+                f'{type(batch).__name__}. Write {{"x": images, "y": labels}}.'
+            )
         return {"x": batch}
+    if "x" not in batch:
+        raise ValueError(
+            f"A batch must hold the model's input as `x`, got {sorted(batch)}. Rename it, as "
+            'in {"x": images, "y": labels}.'
+        )
     if "mask" in batch:
-        checks.examples_mask(batch["mask"], size_of(batch))
+        size, mask = size_of(batch), batch["mask"]
+        shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", None)
+        if shape != (size,) or dtype != np.bool_:
+            raise ValueError(
+                f"The `mask` of a batch of {size} examples must be an array of bool, of shape "
+                f"({size},), got {dtype or type(mask).__name__} of shape {shape}."
+            )
     return dict(batch)
 
 
@@ -59,7 +73,12 @@ def totals_of(loss_fn: LossFn, outputs: Any, batch: Batch) -> Metrics:
 
     def total(name: str, value: jax.Array) -> jax.Array:
         value = jnp.asarray(value)
-        checks.per_example(name, value.shape, size_of(batch))
+        if value.shape not in ((), (size_of(batch),)):
+            raise ValueError(
+                f"`loss_fn` must give `{name}` as a mean of shape () or with one entry for each "
+                f"example, ({size_of(batch)},), got shape {value.shape}. Take the mean over the "
+                "other axes."
+            )
         value = value.astype(working_dtype(value.dtype))
         return value * counted(batch) if value.ndim == 0 else jnp.sum(jnp.where(mask, value, 0))
 

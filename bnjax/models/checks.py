@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -79,37 +79,12 @@ def several_batches(batches: Any) -> None:
         )
 
 
-def batch(value: Any) -> None:
-    """A batch is an array or names one."""
-    if isinstance(value, Mapping):
-        if "x" not in value:
-            raise ValueError(
-                f"A batch must hold the model's input as `x`, got {sorted(value)}. Rename it, as "
-                'in {"x": images, "y": labels}.'
-            )
-    elif not hasattr(value, "shape"):
-        raise TypeError(
-            "A batch must be an array or a dict with the model's input as `x`, got "
-            f'{type(value).__name__}. Write {{"x": images, "y": labels}}.'
-        )
-
-
 def some_batch(some: bool | float, what: str = "batch") -> None:
     """An iterator of batches is not empty, or some of its examples count."""
     if not some:
         raise ValueError(
             f"`batches` must hold at least one {what}, got none. An iterator that was used before "
             "is empty: pass a list, or make it anew."
-        )
-
-
-def examples_mask(mask: Any, size: int) -> None:
-    """The mask of a batch says of each example whether it counts."""
-    shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", None)
-    if shape != (size,) or dtype != np.bool_:
-        raise ValueError(
-            f"The `mask` of a batch of {size} examples must be an array of bool, of shape "
-            f"({size},), got {dtype or type(mask).__name__} of shape {shape}."
         )
 
 
@@ -159,50 +134,6 @@ def all_called(missing: Collection[str], unknown: Mapping[str, str]) -> None:
         raise ValueError(
             f"All batch norms that fit `paths` are measured, but {'; '.join(found)}. Or name the "
             "others in `paths`."
-        )
-
-
-def evaluating(running: bool, path: Sequence[str]) -> None:
-    """A folded batch norm is one that doesn't change."""
-    if not running:
-        raise ValueError(
-            f"`model` must be in evaluation, but the batch norm at {where(path)} is in training "
-            "mode. Pass what turns that off, as in `apply_kwargs={'train': False}`."
-        )
-
-
-def something_folded(reasons: Sequence[tuple[str, str, str | None]]) -> None:
-    """Some batch norm follows a conv or dense layer."""
-    if all(reason for *_, reason in reasons):
-        lines = [f"\n  {layer or '-'}, {norm or '-'}: {reason}." for layer, norm, reason in reasons]
-        raise ValueError(f"`model` must have a batch norm that can be folded.{''.join(lines)}")
-
-
-def folded_variables(paths: Sequence[str]) -> None:
-    """A folded model takes the folded variables."""
-    if paths:
-        raise ValueError(
-            f"`variables` must be those of the folded model, but hold the batch norms {paths}, "
-            "which are folded. Pass `folded.variables`."
-        )
-
-
-def same_outputs(difference: float, scale: float, tolerance: float) -> None:
-    """Folding changes no output, up to rounding."""
-    if not difference <= tolerance * scale:
-        raise ValueError(
-            f"The outputs on `example_x` must stay the same, to {tolerance:.1e} of their scale "
-            f"{scale:.3g}, but folding changed them by {difference:.3g}. Is there NaN or inf in "
-            "them, or does a layer change its kernel before using it?"
-        )
-
-
-def per_example(name: str, shape: tuple[int, ...], size: int) -> None:
-    """A loss or metric is a mean, or has one entry for each example."""
-    if shape not in ((), (size,)):
-        raise ValueError(
-            f"`loss_fn` must give `{name}` as a mean of shape () or with one entry for each "
-            f"example, ({size},), got shape {shape}. Take the mean over the other axes."
         )
 
 

@@ -71,11 +71,9 @@ def _by_prefix(name: str, rename: Mapping[str, str]) -> str:
 
 
 def match(wanted: Mapping[str, str], names: Iterable[Name]) -> Matching:
-    """Pair the names that are the same, and then those that are nearly, as `_PASSES` says.
+    """Pair each PyTorch name, by the one `wanted` in its place, with one of Flax's.
 
-    Args:
-        wanted: each PyTorch name with the name to look for.
-        names: the names of Flax.
+    First those that are the same, and then those that are nearly, as `_PASSES` says.
     """
     torch, flax = list(wanted), list(names)
     pairs: dict[str, Name] = {}

@@ -63,17 +63,11 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What the rules judge by.
-
-    Attributes:
-        measured: the model over the batches.
-        steps: how many steps it was trained for, if that is known.
-        record: what `training.history` kept of the training, or nothing.
-    """
+    """What the rules judge by."""
 
     measured: Measured
-    steps: int | None
-    record: Mapping[str, Any]
+    steps: int | None  # how many the model was trained for, if that is known
+    record: Mapping[str, Any]  # what `training.history` kept of the training, or nothing
 
     @property
     def repairs(self) -> Repairs:
@@ -93,11 +87,8 @@ class Evidence:
     def unlike(self) -> list[Layer]:
         """The layers whose statistics scatter more than those of batches drawn alike."""
         limit = UNLIKE_AND_WORSE if self._worse("train", "eval") else UNLIKE
-        return [
-            x
-            for x in self.measured.layers
-            if x.values > FEW_VALUES and x.spread > limit * self.chance
-        ]
+        several = (x for x in self.measured.layers if x.values > FEW_VALUES)
+        return [x for x in several if x.spread > limit * self.chance]
 
     @property
     def chance(self) -> float:

@@ -65,15 +65,15 @@ def not_finite(evidence: Evidence) -> Finding | None:
     bad = [x for x in evidence.measured.layers if np.any(x.lost)]
     if not bad:
         return None
-    first, batches = bad[0], int(np.max(bad[0].lost))
+    batches, channels = int(np.max(bad[0].lost)), int(np.count_nonzero(bad[0].lost))
     return Finding(
         "values not finite",
         "error",
-        first.path,
+        bad[0].path,
         paths_of(bad),
-        f"{batches} of {evidence.measured.batches} batches have NaN or inf in "
-        f"{int(np.count_nonzero(first.lost))} channels where it starts.",
-        {"batches": batches, "channels": int(np.count_nonzero(first.lost))},
+        f"{batches} of {evidence.measured.batches} batches have NaN or inf in {channels} channels "
+        "where it starts.",
+        {"batches": batches, "channels": channels},
         "There is NaN or inf in these batches, or in the parameters before this layer.",
         evidence.repairs.finite + "  # find it",
     )
@@ -183,27 +183,24 @@ def depends_on_batch(evidence: Evidence) -> Finding | None:
 
 def momentum_inverted(evidence: Evidence) -> Finding | None:
     """A momentum of the other convention."""
-    bad = [
-        x
-        for x in evidence.measured.layers
-        if x.kind.momentum is not None and not x.kind.frozen and x.kind.momentum >= INVERTED
-    ]
+    trained = [x for x in evidence.measured.layers if not x.kind.frozen]
+    bad = [x for x in trained if (x.kind.momentum or 0) >= INVERTED]
     if not bad:
         return None
     kind = bad[0].kind
-    assert kind.momentum is not None
     written = 1 - kind.momentum if kind.flax else kind.momentum
     right, other = f"{1 - written:.3g}", "PyTorch's" if kind.flax else "Flax's"
-    spread = max(bad, key=evidence.spread)
+    noisiest = max(bad, key=evidence.spread)
+    spread = evidence.spread(noisiest)
     return Finding(
         "momentum looks inverted",
         "warning",
         bad[0].path,
         paths_of(bad),
         f"momentum={written:.3g} in {count_of(bad)} gives the newest batch a weight of "
-        f"{kind.momentum:.3g}; batches scatter by {evidence.spread(spread):.2f} standard "
-        f"deviations at '{spread.path}'.",
-        {"momentum": written, "weight": kind.momentum, "spread": evidence.spread(spread)},
+        f"{kind.momentum:.3g}; batches scatter by {spread:.2f} standard deviations at "
+        f"'{noisiest.path}'.",
+        {"momentum": written, "weight": kind.momentum, "spread": spread},
         f"The value is of {other} convention: the statistics are those of the last batch or two.",
         f"{kind.layer}(..., momentum={right})  # then bnjax.recalibrate",
     )
@@ -216,14 +213,9 @@ def batch_too_small(evidence: Evidence) -> Finding | None:
     trained_with = max([measured.examples, *evidence.record.get("examples", ())])
     larger = trained_with / max(measured.examples, 1)
     noise = {x.path: x.spread / math.sqrt(larger) for x in measured.layers}
+    few = [x for x in measured.layers if x.values * larger <= FEW_VALUES or noise[x.path] > NOISY]
     unlike = evidence.unlike
-    bad = [
-        x
-        for x in measured.layers
-        if not x.kind.frozen
-        and (x.values * larger <= FEW_VALUES or noise[x.path] > NOISY)
-        and x not in unlike
-    ]
+    bad = [x for x in few if not x.kind.frozen and x not in unlike]
     if not bad:
         return None
     worst = min(bad, key=lambda x: (x.values, -noise[x.path]))
@@ -247,19 +239,18 @@ def batch_too_small(evidence: Evidence) -> Finding | None:
 
 def batches_not_alike(evidence: Evidence) -> Finding | None:
     """Batches that are of different kinds of data."""
-    measured = evidence.measured
-    bad = evidence.unlike
+    bad, chance, examples = evidence.unlike, evidence.chance, evidence.measured.examples
     if not bad:
         return None
-    worst, chance = max(bad, key=lambda x: x.spread), evidence.chance
+    worst = max(bad, key=lambda x: x.spread)
     return Finding(
         "batches not alike",
         "warning",
         worst.path,
         paths_of(bad),
         f"From batch to batch the statistics scatter by {worst.spread:.2f} standard deviations; "
-        f"batches of {measured.examples} examples that are drawn alike scatter by {chance:.2f}.",
-        {"spread": worst.spread, "expected": chance, "examples": measured.examples},
+        f"batches of {examples} examples that are drawn alike scatter by {chance:.2f}.",
+        {"spread": worst.spread, "expected": chance, "examples": examples},
         "The data are in an order, such as by class, by user or by time, and each batch has a few.",
         "order = np.random.permutation(len(x))"
         "  # batch shuffled data; if the training's were sorted, train anew",

@@ -1,6 +1,7 @@
 """What the batch norms of a model see over some batches, O(C) numbers for each layer."""
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,40 +23,24 @@ from bnjax.models.statistics import Path, impossible
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """One batch norm that keeps statistics, and those of the batches; in float64, each (C,).
-
-    Attributes:
-        path: where it is in the model.
-        kind: what it is.
-        dtype: of its running statistics.
-        mean: the running mean.
-        var: the running variance.
-        scale: the learned scale, if there is one.
-        batch_mean: the mean over all batches.
-        batch_var: the average variance of a batch, with the layer's correction: what the running
-            one comes to.
-        all_var: the biased variance of all batches together, with that of their means.
-        mean_spread: standard deviation of the mean between batches.
-        var_spread: standard deviation of the logarithm of the variance between batches.
-        values: values per channel in the largest batch.
-        lost: in how many batches the statistics were not finite.
-        seen: whether any batch was seen; not if the layer is frozen, or batches are too small.
-    """
+    """One batch norm that keeps statistics, and those of the batches; in float64, each (C,)."""
 
     path: str
     kind: Kind
-    dtype: Any
-    mean: np.ndarray
+    dtype: Any  # of its running statistics
+    mean: np.ndarray  # the running ones
     var: np.ndarray
-    scale: np.ndarray | None
-    batch_mean: np.ndarray
+    scale: np.ndarray | None  # if one is learned
+    batch_mean: np.ndarray  # over all batches
+    # The average over batches, with the layer's correction: what the running one comes to.
     batch_var: np.ndarray
-    all_var: np.ndarray
+    all_var: np.ndarray  # the biased one of all batches together, with that of their means
+    # Standard deviations, from batch to batch, of the mean and of the logarithm of the variance.
     mean_spread: np.ndarray
     var_spread: np.ndarray
-    values: float
-    lost: np.ndarray
-    seen: bool
+    values: float  # per channel in the largest batch
+    lost: np.ndarray  # in how many batches the statistics were not finite
+    seen: bool  # in any batch; not if the layer is frozen, or batches are too small
 
     @property
     def std(self) -> np.ndarray:
@@ -119,40 +104,24 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A model over some batches.
+    """A model over some batches; layers are in the order of their first calls."""
 
-    Attributes:
-        layers: its batch norms that keep statistics, in the order of their first calls.
-        untracked: paths of those that keep none.
-        by_batch: paths of those that keep some and do without them in evaluation.
-        batches: how many batches were seen.
-        examples: how many examples there are in the largest.
-        moved: paths of statistics that an evaluation changed.
-        gap: root mean square difference of the outputs in evaluation and in training, as a part of
-            their standard deviation over the examples.
-        mates: the same for the outputs in evaluation of examples among other batch mates.
-        losses: mean loss and metrics in `"train"` and `"eval"`; empty without a loss function.
-        strangers: classes, by path, of modules that keep statistics and are not known.
-        unequal: how many standard deviations the statistics of devices differ, by path.
-        params_norm: the norm of all parameters together.
-        nnx: whether it is an nnx model.
-        kwargs: what the model was called with besides the input.
-    """
-
-    layers: tuple[Layer, ...]
-    untracked: tuple[str, ...]
-    by_batch: tuple[str, ...]
+    layers: tuple[Layer, ...]  # those that keep statistics
+    untracked: tuple[str, ...]  # paths of those that keep none
+    by_batch: tuple[str, ...]  # of those that keep some and do without them in evaluation
     batches: int
-    examples: int
-    moved: tuple[str, ...]
+    examples: int  # in the largest batch
+    moved: tuple[str, ...]  # paths of statistics that an evaluation changed
+    # Root mean square difference of the outputs in evaluation from those in training, and from
+    # those among other batch mates, as a part of their standard deviation over the examples.
     gap: float
     mates: float
-    losses: dict[str, dict[str, float]]
-    strangers: Mapping[str, str]
-    unequal: dict[str, float]
-    params_norm: float
+    losses: dict[str, dict[str, float]]  # means in "train" and "eval"; empty without a loss_fn
+    strangers: Mapping[str, str]  # classes, by path, of what keeps statistics and is not known
+    unequal: dict[str, float]  # how many deviations the statistics of devices differ, by path
+    params_norm: float  # of all parameters together
     nnx: bool
-    kwargs: Mapping[str, Any]
+    kwargs: Mapping[str, Any]  # what the model was called with besides the input
 
 
 def measured(
@@ -164,103 +133,88 @@ def measured(
 ) -> Measured:
     """Run the batches through the model, and one of them once more with other batch mates."""
     checks.several_batches(batches)
-    run = _Run()
-    for batch in batches:
-        batch = named(batch)
-        if run.passes is None:
-            run.begin(model, variables, batch, loss_fn, kwargs)
+    run = None
+    for batch in map(named, batches):
+        run = run or _Run(*_fitting(model, variables, batch, loss_fn, kwargs))
         run.add(batch)
+    checks.some_batch(run is not None)
+    assert run is not None
     return run.end()
+
+
+def _fitting(
+    model: Any, variables: Any, batch: Any, loss_fn: LossFn | None, kwargs: Any
+) -> tuple[Passes, Any, dict[str, float]]:
+    """The variables that fit the model, among them those of one device of several."""
+    checks.flax_model(model)
+    failures = []
+    for reading in readings(model, variables):
+        try:
+            one, modes, tree, unequal = reading()
+            passes = passes_of(one, modes, loss_fn, kwargs)
+            with checks.variables_fit(tree, batch["x"]):
+                notes = passes.step.trace(tree, batch)
+        except Exception as error:  # of the model, or of a tree that does not fit it
+            failures.append(error)
+        else:
+            checks.some_batch_norm(bool(notes["kinds"]), passes.strangers)
+            return passes, tree, unequal
+    raise failures[0]
 
 
 class _Run:
     """The sums over the batches so far."""
 
-    passes: Passes | None = None
-    variables: Any
-
-    def __init__(self) -> None:
-        self.unequal: dict[str, float] = {}
+    def __init__(self, passes: Passes, variables: Any, unequal: dict[str, float]) -> None:
+        self.passes, self.variables, self.unequal = passes, variables, unequal
         self.sums: dict[Path, _Sums] = {}
         self.kinds: dict[Path, Kind] = {}
         self.moved: set[str] = set()
         self.gaps = np.zeros(2)
-        self.losses: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
+        self.losses: Any = None
         self.batches = self.examples = self.used = self.counts = 0
         self.first: tuple[Any, Any] | None = None
 
-    def begin(
-        self, model: Any, variables: Any, batch: Any, loss_fn: LossFn | None, kwargs: Any
-    ) -> None:
-        """Find the variables that fit the model, among them those of one device of several."""
-        checks.flax_model(model)
-        failure = None
-        for reading in readings(model, variables):
-            try:
-                one, modes, self.variables, self.unequal = reading()
-                self.passes = passes_of(one, modes, loss_fn, kwargs)
-                with checks.variables_fit(self.variables, batch["x"]):
-                    notes = self.passes.step.trace(self.variables, batch)
-            except Exception as error:  # of the model, or of a tree that does not fit it
-                failure = failure or error
-            else:
-                checks.some_batch_norm(bool(notes["kinds"]), self.passes.strangers)
-                return
-        if failure is not None:
-            raise failure
-
     def add(self, batch: Any) -> None:
         """Run one more batch."""
-        assert self.passes is not None
         found, notes = self.passes.step(self.variables, batch)
         self.kinds |= notes["kinds"]
-        outputs, size = found.pop("outputs"), size_of(batch)
+        outputs, size, counts = found.pop("outputs"), size_of(batch), float(counted(batch))
         if self.first is None and size > 1:
             self.first = batch, jax.device_get(outputs)
         found = jax.device_get(found)
-        counts = float(counted(batch))
         self.batches, self.counts = self.batches + 1, self.counts + counts
         self.examples = max(self.examples, size)
-        for path, changed in jax.tree_util.tree_flatten_with_path(found["moved"])[0]:
+        for path, changed in jax.tree.leaves_with_path(found["moved"]):
             if changed:
-                self.moved.add("/".join(str(key.key) for key in path[:-1]))
-        kinds, layers = self.kinds, found["layers"]
-        sums = {path: self.sums.setdefault(path, _Sums(kinds[path].correction)) for path in layers}
-        if any([sums[path].lost_in(seen) for path, seen in layers.items()]):
+                self.moved.add(jax.tree_util.keystr(path[:-1], simple=True, separator="/"))
+        layers = found["layers"]
+        for path in layers.keys() - self.sums:
+            self.sums[path] = _Sums(self.kinds[path].correction)
+        if any([self.sums[path].lost_in(seen) for path, seen in layers.items()]):
             return  # what other layers made of this batch says nothing about them
         for path, seen in layers.items():
-            sums[path].add(seen)
+            self.sums[path].add(seen)
         self.gaps += found["gap"]
         self.used += counts
-        for mode, means in found["losses"].items():
-            for name, value in means.items():
-                total = self.losses[mode].get(name, 0.0) + float(value) * counts
-                self.losses[mode][name] = total
+        losses = jax.tree.map(lambda mean: float(mean) * counts, found["losses"])
+        self.losses = jax.tree.map(operator.add, self.losses, losses) if self.losses else losses
 
     def end(self) -> Measured:
         """All that was measured."""
-        checks.some_batch(self.passes is not None)
         checks.some_batch(self.counts, "example that counts")
-        assert self.passes is not None
-        kinds = self.kinds
-        losses = {
-            mode: {name: total / max(self.used, 1) for name, total in totals.items()}
-            for mode, totals in self.losses.items()
-        }
+        kinds = {"/".join(path): kind for path, kind in self.kinds.items()}
+        losses = self.losses or {"train": {}, "eval": {}}
         return Measured(
-            layers=tuple(
-                self._layer(path, kind) for path, kind in kinds.items() if path in self.sums
-            ),
-            untracked=tuple("/".join(path) for path, kind in kinds.items() if not kind.tracked),
-            by_batch=tuple(
-                "/".join(p) for p, kind in kinds.items() if kind.tracked and not kind.running
-            ),
+            layers=tuple(self._layer(path) for path in self.kinds if path in self.sums),
+            untracked=tuple(path for path, kind in kinds.items() if not kind.tracked),
+            by_batch=tuple(p for p, kind in kinds.items() if kind.tracked and not kind.running),
             batches=self.batches,
             examples=self.examples,
             moved=tuple(sorted(self.moved)),
             gap=_ratio(*self.gaps) if self.used else float("nan"),
             mates=self._mates(),
-            losses=losses,
+            losses=jax.tree.map(lambda total: total / max(self.used, 1), losses),
             strangers=self.passes.strangers,
             unequal=self.unequal,
             params_norm=float(optax.tree.norm(self.variables.get("params", {}))),
@@ -268,7 +222,7 @@ class _Run:
             kwargs=self.passes.kwargs,
         )
 
-    def _layer(self, path: Path, kind: Kind) -> Layer:
+    def _layer(self, path: Path) -> Layer:
         def held(collection: str) -> Mapping[str, Any]:
             tree = self.variables.get(collection, {})
             for name in path:
@@ -281,7 +235,7 @@ class _Run:
         stats, scale = held("batch_stats"), held("params").get("scale")
         return Layer(
             path="/".join(path),
-            kind=kind,
+            kind=self.kinds[path],
             dtype=stats["var"].dtype,
             mean=wide(stats["mean"]),
             var=wide(stats["var"]),
@@ -293,11 +247,10 @@ class _Run:
         """How the outputs of the first half of a batch change with the other half."""
         if self.first is None:
             return 0.0
-        assert self.passes is not None
         batch, outputs = self.first
         size = size_of(batch)
         half = size // 2
-        index = np.concatenate([np.arange(half), np.arange(size - half) % half])
+        index = np.r_[:half, np.arange(size - half) % half]
 
         def mixed(leaf: Any) -> Any:
             of_examples = jnp.ndim(leaf) and jnp.shape(leaf)[0] == size

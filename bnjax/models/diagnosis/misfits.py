@@ -62,19 +62,21 @@ def misfits(evidence: Evidence) -> list[Finding]:
     far = [x for x in far if x not in stalled]
     lagging = _lagging(evidence, far, others)
     far = [x for x in far if x not in lagging]
-    found = [
-        never_updated(evidence, fresh),
-        half_precision(evidence, half, stalled),
-        lagging_behind(evidence, lagging),
-        data_differ(evidence, far, others) or other_weights(evidence, far, others),
-    ]
-    return [finding for finding in found if finding]
+    found = []
+    if fresh:
+        found.append(never_updated(evidence, fresh))
+    if half:
+        found.append(half_precision(evidence, half, stalled))
+    if lagging:
+        found.append(lagging_behind(evidence, lagging))
+    if far:
+        cause = data_differ if _data_are_to_blame(evidence, far, others) else other_weights
+        found.append(cause(evidence, far, others))
+    return found
 
 
-def never_updated(evidence: Evidence, fresh: Sequence[Layer]) -> Finding | None:
+def never_updated(evidence: Evidence, fresh: Sequence[Layer]) -> Finding:
     """Statistics that are what initialization made them."""
-    if not fresh:
-        return None
     worst = farthest(fresh)
     return Finding(
         "never updated",
@@ -89,12 +91,8 @@ def never_updated(evidence: Evidence, fresh: Sequence[Layer]) -> Finding | None:
     )
 
 
-def half_precision(
-    evidence: Evidence, half: Sequence[Layer], stalled: Sequence[Layer]
-) -> Finding | None:
+def half_precision(evidence: Evidence, half: Sequence[Layer], stalled: Sequence[Layer]) -> Finding:
     """Statistics in a dtype that an average with a small momentum does not move in."""
-    if not half:
-        return None
     worst = farthest(stalled or half)
     unit = float(jnp.finfo(worst.dtype).eps)
     stop = STALLED * unit / (worst.kind.momentum or 1.0)
@@ -112,10 +110,8 @@ def half_precision(
     )
 
 
-def lagging_behind(evidence: Evidence, lagging: Sequence[Layer]) -> Finding | None:
+def lagging_behind(evidence: Evidence, lagging: Sequence[Layer]) -> Finding:
     """Statistics that have not arrived since the training began."""
-    if not lagging:
-        return None
     layer = farthest(lagging)
     momentum = layer.kind.momentum
     assert momentum is not None
@@ -143,12 +139,8 @@ def lagging_behind(evidence: Evidence, lagging: Sequence[Layer]) -> Finding | No
     )
 
 
-def data_differ(
-    evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer]
-) -> Finding | None:
+def data_differ(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer]) -> Finding:
     """Data that are not like those of the training."""
-    if not far or not _data_are_to_blame(evidence, far, layers):
-        return None
     start = far[0]
     ratio, mean = start.var_off, start.mean_off
     return Finding(
@@ -166,12 +158,8 @@ def data_differ(
     )
 
 
-def other_weights(
-    evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer]
-) -> Finding | None:
+def other_weights(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer]) -> Finding:
     """Statistics that were gathered with other parameters."""
-    if not far:
-        return None
     worst = farthest(far)
     return Finding(
         "statistics belong to other weights",

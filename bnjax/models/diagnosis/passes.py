@@ -26,52 +26,30 @@ from bnjax.models.visits import Visit, settings, visiting
 
 @dataclasses.dataclass(frozen=True)
 class Kind(Facts):
-    """What a batch norm is, as its calls tell it.
+    """What a batch norm is, as its calls tell it: `running` is what it uses in evaluation."""
 
-    Attributes:
-        running: whether it uses its running statistics in evaluation.
-        frozen: whether it uses them in training, too.
-        dtype: of its input.
-    """
-
-    frozen: bool
-    dtype: Any
+    frozen: bool  # whether it uses its running statistics in training, too
+    dtype: Any  # of its input
 
 
 class Seen(NamedTuple):
-    """What a layer saw in one pass, each (C,): the average over its calls.
+    """What a layer saw in one pass, each (C,): the average over its calls."""
 
-    Attributes:
-        calls: how often it was called and measured.
-        mean: the mean; NaN where that of a call was not finite.
-        var: the variance, with the layer's correction.
-        between: the sum of squared deviations of the calls' means.
-        values: values per channel, in the last call.
-    """
-
-    calls: Any
-    mean: Any
-    var: Any
-    between: Any
-    values: Any
+    calls: Any  # how often it was called and measured
+    mean: Any  # NaN where that of a call was not finite
+    var: Any  # with the layer's correction
+    between: Any  # the sum of squared deviations of the calls' means
+    values: Any  # per channel, in the last call
 
 
-_STATISTICS = ("mean", "var", "count")
 _ROOM = tuple(f"seen_{name}" for name in Seen._fields)
 
 
 class Passes:
-    """The passes of a model.
+    """The passes of a linen model, or of the copy of an nnx model with the modes of its layers.
 
-    Args:
-        model: a linen model, or the copy of an nnx model.
-        modes: of an nnx model the mode of each layer, by path.
-        loss_fn: as for `training.train_step`.
-        kwargs: those of the model's call in evaluation.
-
-    Attributes:
-        strangers: classes, by path, of modules that keep a mean and a variance and are not known.
-        step: the compiled step; its notes have the `kinds` of the batch norms, by path.
+    `step` is compiled, and its notes have the `kinds` of the batch norms, by path; `strangers` are
+    the classes, by path, of modules that keep a mean and a variance and are not known.
     """
 
     def __init__(
@@ -153,15 +131,15 @@ def passes_of(
     """The passes, those of the last diagnoses where they were the same: they are compiled."""
     if isinstance(model, Copy):
         return Passes(model, modes, loss_fn, kwargs)
-    around = tuple(frame.key for frame in settings())
-    make = lambda: Passes(model, modes, loss_fn, kwargs)  # noqa: E731 - made only if it is new
-    return kept_with(model, ("diagnosis", loss_fn, tuple(kwargs.items()), around), make)
+    key = "diagnosis", loss_fn, tuple(kwargs.items()), tuple(frame.key for frame in settings())
+    return kept_with(model, key, lambda: Passes(model, modes, loss_fn, kwargs))
 
 
 def _evaluated(visit: Visit, kind: Kind, moves: bool) -> Any:
     if kind.tracked:
         shape = tuple(jnp.shape(visit.x)[axis] for axis in visit.axes)
-        held = {name: visit.statistics[name] for name in visit.statistics if name in _STATISTICS}
+        kept = ("mean", "var", "count")
+        held = {name: value for name, value in visit.statistics.items() if name in kept}
         checks.shapes("batch_stats", held, shape)
         if not kind.running and not moves:
             return visit.by_batch()  # by the user's own word nothing is mutable

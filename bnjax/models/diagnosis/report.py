@@ -56,8 +56,8 @@ class Report:
 
     def to_json(self, indent: int | None = 2) -> str:
         """All of it as JSON; numbers that are not finite are null."""
-        fields = ("layers", "outputs", "losses", "batches")
-        data = {name: getattr(self, name) for name in fields}
+        names = ("layers", "outputs", "losses", "batches")
+        data = {name: getattr(self, name) for name in names}
         data["findings"] = [dataclasses.asdict(finding) for finding in self.findings]
         return json.dumps({"healthy": self.healthy, **_plain(data)}, indent=indent)
 
@@ -93,12 +93,11 @@ class Report:
         """The findings in a line."""
         if self.healthy:
             return f"all is well: {self._fit()}"
-        found = (f"{f.kind} ({named(f.layer)})" for f in self.findings)
-        return ", ".join(found)
+        return ", ".join(f"{f.kind} ({named(f.layer)})" for f in self.findings)
 
     def _fit(self) -> str:
-        one = len(self.layers) == 1
-        return f"{number_of(len(self.layers), 'batch norm')} {'fits' if one else 'fit'} these data"
+        norms = number_of(len(self.layers), "batch norm")
+        return f"{norms} {'fits' if len(self.layers) == 1 else 'fit'} these data"
 
     def _modes(self) -> list[tuple[str, float, float]]:
         train, evaluation = self.losses["train"], self.losses["eval"]
@@ -143,7 +142,7 @@ class Report:
             [n for n, f in enumerate(self.findings, 1) if row["path"] in f.layers]
             for row in self.layers
         ]
-        far = [row["distance"] if row["distance"] == row["distance"] else 0 for row in self.layers]
+        far = np.nan_to_num([row["distance"] for row in self.layers])
         order = sorted(range(len(self.layers)), key=lambda i: (not found[i], -far[i]))
         left = len(self.layers) - len(order[:_ROWS])
         norms, batches = number_of(len(self.layers), "batch norm"), number_of(self.batches, "batch")
@@ -153,9 +152,9 @@ class Report:
             box=box.SIMPLE_HEAD,
         )
         table.add_column("\nlayer", overflow="fold")
-        for column in ("\nchannels", "values per\nchannel", "running mean\noff by, std"):
-            table.add_column(column, justify="right")
-        for column in ("running / batch\nvariance", "batch to\nbatch, std", "\nfinding"):
+        numbers = "\nchannels", "values per\nchannel", "running mean\noff by, std"
+        numbers += "running / batch\nvariance", "batch to\nbatch, std", "\nfinding"
+        for column in numbers:
             table.add_column(column, justify="right")
         for row, numbers in ((self.layers[i], found[i]) for i in sorted(order[:_ROWS])):
             table.add_row(
@@ -169,12 +168,10 @@ class Report:
         return table
 
     def _summary(self) -> str:
-        texts = [
-            "outputs in evaluation differ from those in training by "
-            f"{part(self.outputs['gap'])} their deviation"
-        ]
-        texts += [f"{n} {a:.4g} in training, {b:.4g} in evaluation" for n, a, b in self._modes()]
-        return "; ".join(texts)
+        gap = part(self.outputs["gap"])
+        modes = (f"{n} {a:.4g} in training, {b:.4g} in evaluation" for n, a, b in self._modes())
+        differ = f"outputs in evaluation differ from those in training by {gap} their deviation"
+        return "; ".join((differ, *modes))
 
 
 def row_of(layer: Layer) -> dict[str, Any]:

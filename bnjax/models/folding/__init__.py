@@ -108,7 +108,11 @@ class Folded:
             ValueError: the variables still hold a batch norm that was folded.
         """
         held = {key[1:-1] for key in _flat(variables)}
-        checks.folded_variables(["/".join(path) for path in self._norms if path in held])
+        if unfolded := ["/".join(path) for path in self._norms if path in held]:
+            raise ValueError(
+                f"`variables` must be those of the folded model, but hold the batch norms "
+                f"{unfolded}, which are folded. Pass `folded.variables`."
+            )
         again = [each.again() for each in self._settings]
         with applying(*again, outermost=True), visiting(self._norm, self._linear, key=self._key):
             return self._model.apply(variables, x, **self._apply_kwargs)
@@ -181,7 +185,9 @@ def _fold(model: nn.Module | Copy, variables: Any, x: Any, kwargs: dict[str, Any
     checks.some_batch_norm(any(call.norm for call in program.calls), program.strangers)
     pairs, reasons = pair(program)
     rows = tuple(Row("/".join(layer), "/".join(norm), why) for layer, norm, why in reasons)
-    checks.something_folded(rows)
+    if all(reason for *_, reason in rows):
+        lines = [f"\n  {layer or '-'}, {norm or '-'}: {reason}." for layer, norm, reason in rows]
+        raise ValueError(f"`model` must have a batch norm that can be folded.{''.join(lines)}")
     flat = _flat(variables)
     for layer, norm in pairs:
         _absorb(flat, layer, norm)
@@ -202,7 +208,12 @@ def _fold(model: nn.Module | Copy, variables: Any, x: Any, kwargs: dict[str, Any
         settings(),
     )
     difference, scale = _difference(folded, model, variables, x)
-    checks.same_outputs(difference, scale, tolerance)
+    if not difference <= tolerance * scale:
+        raise ValueError(
+            f"The outputs on `example_x` must stay the same, to {tolerance:.1e} of their scale "
+            f"{scale:.3g}, but folding changed them by {difference:.3g}. Is there NaN or inf in "
+            "them, or does a layer change its kernel before using it?"
+        )
     report = Report(rows, difference, scale, tolerance)
     return dataclasses.replace(folded, report=report)
 

@@ -280,7 +280,11 @@ def _lines(
 
 def _norm_facts(visit: Visit) -> dict[str, Any]:
     does = visit.facts
-    checks.evaluating(bool(visit.running) or not does.tracked, visit.path)
+    if does.tracked and not visit.running:
+        raise ValueError(
+            f"`model` must be in evaluation, but the batch norm at {checks.where(visit.path)} is "
+            "in training mode. Pass what turns that off, as in `apply_kwargs={'train': False}`."
+        )
     reason = None
     if not does.tracked:
         reason = "the batch norm has no running statistics"
