@@ -364,9 +364,9 @@ def test_scales_that_are_zero(trained):
 def test_statistics_that_stall_in_bfloat16():
     plain = train_step(loss_fn, donate=False)
 
-    def step(state, batch):
-        half = jax.tree.map(jnp.bfloat16, state.batch_stats)
-        return plain(state.replace(batch_stats=half), batch)
+    def step(state, batch):  # a policy that casts all variables, after each step too
+        state, metrics = plain(state, batch)
+        return state.replace(batch_stats=jax.tree.map(jnp.bfloat16, state.batch_stats)), metrics
 
     with bnjax.override("**", momentum=0.005):
         variables = train(NET, step=step, steps=1500, lr=0.003).variables
