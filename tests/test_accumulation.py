@@ -14,6 +14,8 @@ import bnjax
 from tests.support.oracle import assert_close
 from tests.support.regression import TRAINED, Net, Norms, Parallel, images, start, trained
 
+pytestmark = pytest.mark.quick_compile
+
 CONVENTIONS: Norms = {
     "cumulative": functools.partial(bnjax.BatchNorm2d, momentum=None),
     "drop_in": functools.partial(bnjax.linen.BatchNorm, use_running_average=False),

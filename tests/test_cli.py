@@ -20,6 +20,8 @@ pytest.importorskip("typer", reason="the command line is in the extra `tools`")
 
 from tests.support.command_line import run
 
+pytestmark = pytest.mark.quick_compile
+
 F32 = np.float32
 
 

@@ -19,6 +19,8 @@ from flax import nnx
 import bnjax
 from bnjax.models import contexts
 
+pytestmark = pytest.mark.quick_compile
+
 X = jnp.asarray(np.random.default_rng(0).normal(3, 2, (16, 3)), jnp.float32)
 
 

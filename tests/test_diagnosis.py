@@ -25,6 +25,8 @@ from tests.support.diagnosed import (
     train,
 )
 
+pytestmark = pytest.mark.quick_compile
+
 PATHS = ["BatchNorm2d_0", "BatchNorm2d_1", "BatchNorm1d_0"]
 
 

@@ -17,6 +17,8 @@ import bnjax
 from tests.support.folded import EVAL, IMAGES, divisions, inputs, outputs, prepare, reasons, trained
 from tests.support.models import ResNet, Siamese
 
+pytestmark = pytest.mark.quick_compile
+
 
 def assert_folded(model: Any, variables: Any, x: Any, rtol: float = 1e-5) -> Any:
     """All batch norms are gone, from variables and program, and the outputs are the same."""

@@ -16,6 +16,8 @@ import bnjax
 from bnjax.training import init_state, train_step
 from tests.support.populations import PARTS, X, stranger
 
+pytestmark = pytest.mark.quick_compile
+
 
 class ByTrain(nn.BatchNorm):
     @nn.compact

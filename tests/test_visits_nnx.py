@@ -17,6 +17,8 @@ from flax.nnx import bridge
 import bnjax
 from tests.support.populations import PARTS, X, stranger
 
+pytestmark = pytest.mark.quick_compile
+
 
 class OwnForm(nnx.BatchNorm):
     """More arguments, a pair as result, and the base class called by its name."""
