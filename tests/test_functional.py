@@ -221,7 +221,9 @@ def test_a_channel_without_a_finite_batch_averages_its_first_one_with_nothing():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kind", [float, np.float64, np.array, jnp.asarray, jnp.float32], ids=str)
+@pytest.mark.parametrize(
+    "kind", [float, np.float64, np.array, jnp.asarray, jnp.float32], ids=lambda kind: kind.__name__
+)
 def test_a_momentum_of_any_kind_leaves_the_statistics_their_dtype(rng, kind):
     x = rng.standard_normal((4, 3)).astype(np.float32)
     y, stats = bnjax.batch_norm(*bnjax.init(3), x, mutable=True, momentum=kind(0.1))
