@@ -1,5 +1,6 @@
 """Models as other people write them: what the tools say of their habits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import bnjax
 from bnjax.training import init_state, train_step
@@ -52,3 +54,69 @@ def test_scales_of_zero_beside_others_are_dead():
         "last",
         4,
     )
+
+
+class Forgetful(nn.Module):
+    """Two blocks, the second of which is not told whether the model trains."""
+
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for name, running in (("told", not train), ("forgotten", True)):
+            x = nn.relu(nn.BatchNorm(running, momentum=self.momentum, name=name)(nn.Dense(8)(x)))
+        return nn.Dense(1)(x)
+
+
+class ForgetfulNnx(nnx.Module):
+    def __init__(self, momentum: float = 0.9) -> None:
+        rngs = nnx.Rngs(0)
+        self.told = nnx.BatchNorm(4, momentum=momentum, rngs=rngs)
+        self.forgotten = nnx.BatchNorm(4, momentum=momentum, rngs=rngs)
+
+    def __call__(self, x):
+        return self.forgotten(nnx.relu(self.told(x)), use_running_average=True)
+
+
+def trained_linen(momentum: float) -> tuple[Any, Any]:
+    net = Forgetful(momentum)
+    variables: Any = net.init(jax.random.key(0), BATCHES[0])
+    for x in BATCHES * 6:
+        variables |= net.apply(variables, x, train=True, mutable=["batch_stats"])[1]
+    return net, variables
+
+
+def trained_nnx(momentum: float) -> tuple[Any, Any]:
+    model = ForgetfulNnx(momentum)
+    model.train()
+    for x in BATCHES * 6:
+        model(x)
+    model.eval()
+    return model, None
+
+
+TRAINED: dict[str, Callable[[float], tuple[Any, Any]]] = {
+    "linen": trained_linen,
+    "nnx": trained_nnx,
+}
+each_api = pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
+
+
+@each_api
+def test_a_layer_that_evaluates_while_the_model_trains_is_told_from_updates_thrown_away(trained):
+    # Said "`mutable` was not given", where other layers had been updated.
+    (finding,) = found(*trained(0.9))
+    assert (finding.kind, finding.layers) == ("never updated", ("forgotten",))
+    assert finding.cause == (
+        "Others were updated, so these are new, or evaluate while the model trains."
+    )
+    assert "use_running_average" in finding.repair
+
+
+@each_api
+def test_a_momentum_that_gives_new_batches_no_weight_is_named(trained):
+    # Said "`mutable` was not given", of statistics that no update could move.
+    (finding,) = found(*trained(1.0))
+    assert finding.kind == "never updated"
+    assert finding.cause == "With momentum=1.0 a new batch has no weight."
+    assert finding.repair == "BatchNorm(..., momentum=0.99)  # then bnjax.recalibrate"
