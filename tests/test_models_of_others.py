@@ -1,5 +1,6 @@
 """Models as other people write them: what the tools say of their habits."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -120,3 +121,32 @@ def test_a_momentum_that_gives_new_batches_no_weight_is_named(trained):
     assert finding.kind == "never updated"
     assert finding.cause == "With momentum=1.0 a new batch has no weight."
     assert finding.repair == "BatchNorm(..., momentum=0.99)  # then bnjax.recalibrate"
+
+
+class KeepsAxes(nn.Module):
+    """A batch norm of somebody's own, whose statistics have other shapes once they were moved."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+        var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
+        if train:
+            mean.value = 0.9 * mean.value + 0.1 * x.mean(0, keepdims=True)
+            var.value = 0.9 * var.value + 0.1 * x.var(0, keepdims=True)
+        return (x - mean.value) / jnp.sqrt(var.value + 1e-5)
+
+
+class WithItsOwn(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(2)(KeepsAxes(name="own")(nn.Dense(4)(x), train))
+
+
+def test_micro_batches_name_a_batch_norm_that_is_not_known_though_it_fails_in_them():
+    # Said that the carry of a scan must have equal types.
+    state = init_state(WithItsOwn(), optax.sgd(0.0), jax.random.key(0), BATCHES[0])
+    loss = lambda y, _: (y**2).sum(-1)  # noqa: E731 - one line says it
+    step = train_step(loss, apply_kwargs={"train": True}, microbatches=2)
+    message = "'own' (KeepsAxes) keep a mean and a variance, but are neither bnjax's nor Flax's"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        step(state, {"x": BATCHES[0]})
