@@ -14,6 +14,8 @@ from flax import nnx
 import bnjax
 from bnjax.training import init_state, train_step
 
+pytestmark = pytest.mark.quick_compile
+
 BATCHES = [jax.random.normal(jax.random.key(i), (64, 4)) + 1 for i in range(8)]
 
 
