@@ -141,7 +141,26 @@ class KeepsAxes(nn.Module):
 class WithItsOwn(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
-        return nn.Dense(2)(KeepsAxes(name="own")(nn.Dense(4)(x), train))
+        x = nn.BatchNorm(not train, name="bn")(nn.Dense(4, name="dense")(x))
+        return nn.Dense(2, name="head")(KeepsAxes(name="own")(nn.Dense(4, name="other")(x), train))
+
+
+class OwnNnx(nnx.Module):
+    def __init__(self) -> None:
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(4)), nnx.BatchStat(jnp.ones(4))
+
+    def __call__(self, x):
+        return (x - self.mean[...]) / jnp.sqrt(self.var[...] + 1e-5)
+
+
+class WithItsOwnNnx(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.dense, self.other = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+        self.bn, self.own = nnx.BatchNorm(4, rngs=rngs), OwnNnx()
+
+    def __call__(self, x):
+        return self.own(self.other(self.bn(self.dense(x))))
 
 
 def test_micro_batches_name_a_batch_norm_that_is_not_known_though_it_fails_in_them():
@@ -152,3 +171,17 @@ def test_micro_batches_name_a_batch_norm_that_is_not_known_though_it_fails_in_th
     message = "'own' (KeepsAxes) keep a mean and a variance, but are neither bnjax's nor Flax's"
     with pytest.raises(ValueError, match=re.escape(message)):
         step(state, {"x": BATCHES[0]})
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_fold_names_a_batch_norm_that_is_not_known_beside_those_that_it_folds(api):
+    # Had no line for it, as if it were none.
+    if api == "linen":
+        net: Any = WithItsOwn()
+        report = bnjax.fold(net, net.init(jax.random.key(0), BATCHES[0]), BATCHES[0]).report
+    else:
+        report = bnjax.fold(WithItsOwnNnx(), None, BATCHES[0]).report
+    reasons = {row.batch_norm: row.reason for row in report.rows if row.batch_norm}
+    kind = "KeepsAxes" if api == "linen" else "OwnNnx"
+    why = f"{kind} is neither bnjax's nor Flax's batch norm, nor a subclass"
+    assert reasons == {"bn": None, "own": why}
