@@ -54,8 +54,10 @@ def accumulating() -> Iterator[dict[Path, Facts]]:
         return run_and_add(visit)
 
     with visiting(norm) as strangers:
-        yield measured
-    checks.none_unknown(strangers)
+        try:
+            yield measured
+        finally:  # of a failure, too: it may be theirs
+            checks.none_unknown(strangers)
 
 
 def run_and_add(visit: Visit, **how: Any) -> Any:

@@ -22,6 +22,7 @@ from bnjax.models.diagnosis.evidence import (
     part,
     paths_of,
 )
+from bnjax.models.diagnosis.measuring import Layer
 
 # As FEW_VALUES for values that depend on each other, as pixels of an image do: what 12 independent
 # ones scatter by, sqrt(1/12 + 1/24).
@@ -29,7 +30,8 @@ NOISY = 0.35
 # A channel whose variance is below eps comes out with less than 0.7 of the deviation asked for.
 # A dead one is constant beside its neighbours too, to a thousandth of eps and of their variance.
 DEAD = 1e-3
-# Below this a scale makes its channel constant beside its neighbours of scale 1.
+# Below this part of its layer's largest scale, a channel is constant beside its neighbours. Layers
+# that start at zero, as the last of residual blocks do, have no such channels.
 NO_SCALE = 1e-3
 # A few constant channels are usual: border pixels of images as features, units that never fire.
 MANY = 0.1
@@ -261,8 +263,7 @@ def dead_channels(evidence: Evidence) -> Finding | None:
     """Channels that are constant, or so small that eps decides their scale."""
     small = {x.path: x.batch_var < x.kind.eps for x in evidence.layers}
     dead = {
-        x.path: (x.batch_var <= DEAD * np.minimum(x.kind.eps, x.batch_var.max()))
-        | (np.zeros(1, bool) if x.scale is None else np.abs(x.scale) < NO_SCALE)
+        x.path: (x.batch_var <= DEAD * np.minimum(x.kind.eps, x.batch_var.max())) | _scaled_away(x)
         for x in evidence.layers
     }
     bad = [x for x in evidence.layers if np.mean(small[x.path] | dead[x.path]) > MANY]
@@ -309,6 +310,12 @@ def too_few_data(evidence: Evidence) -> Finding | None:
         "So few examples can't tell wrong statistics from chance.",
         "bnjax.diagnose(model, variables, batches)  # eight batches of the training's size",
     )
+
+
+def _scaled_away(layer: Layer) -> np.ndarray:
+    """The channels that a layer multiplies by nothing, beside others that it does not."""
+    scale = np.abs(np.ones(1) if layer.scale is None else layer.scale)
+    return scale < NO_SCALE * scale.max()
 
 
 def _largest(dtype: Any) -> float:

@@ -78,6 +78,7 @@ def misfits(evidence: Evidence) -> list[Finding]:
 def never_updated(evidence: Evidence, fresh: Sequence[Layer]) -> Finding:
     """Statistics that are what initialization made them."""
     worst = farthest(fresh)
+    cause, repair = _why_never(evidence, fresh)
     return Finding(
         "never updated",
         "error",
@@ -86,9 +87,22 @@ def never_updated(evidence: Evidence, fresh: Sequence[Layer]) -> Finding:
         f"Mean 0 and variance 1, exactly, in {count_of(fresh)} of {len(evidence.measured.layers)}; "
         f"the batches are {worst.distance:.2g} standard deviations away at '{worst.path}'.",
         {"layers": len(fresh), "distance": worst.distance},
-        f"The updates were thrown away: {evidence.repairs.thrown_away}.",
-        evidence.repairs.train,
+        cause,
+        repair,
     )
+
+
+def _why_never(evidence: Evidence, fresh: Sequence[Layer]) -> tuple[str, str]:
+    """Cause and repair, for those whose statistics never moved."""
+    kind, repairs = fresh[0].kind, evidence.repairs
+    if all(x.kind.momentum == 0 for x in fresh):
+        written, usual = (1.0, 0.99) if kind.flax else (0.0, 0.1)
+        cause = f"With momentum={written} a new batch has no weight."
+        return cause, f"{kind.layer}(..., momentum={usual})  # then bnjax.recalibrate"
+    if len(fresh) < len(evidence.measured.layers):
+        cause = "Others were updated, so these are new, or evaluate while the model trains."
+        return cause, repairs.hand_on
+    return f"The updates were thrown away: {repairs.thrown_away}.", repairs.train
 
 
 def half_precision(evidence: Evidence, half: Sequence[Layer], stalled: Sequence[Layer]) -> Finding:

@@ -12,6 +12,8 @@ class Repairs(NamedTuple):
         "logits, updates = model.apply(variables, x, mutable=['batch_stats'])"
         "; variables = {**variables, **updates}"
     )
+    # Trains each layer where the model trains.
+    hand_on: str = "norm(x, use_running_average=not train)  # the mode of the model, in each layer"
     # Evaluates by running statistics, where the batch norms say so.
     evaluate: str = "model.apply(variables, x, train=False)"
     # Evaluates so that no statistic moves.
@@ -33,6 +35,7 @@ class Repairs(NamedTuple):
 
 NNX = Repairs(
     train="model.train(); logits = model(x)  # in nnx.jit and nnx.grad, not in jax.jit",
+    hand_on="model.train(); norm(x)  # without use_running_average in the call",
     evaluate="model.eval()",
     stay="model.eval()",
     recalibrate="nnx.update(model, bnjax.recalibrate(model, None, batches))",

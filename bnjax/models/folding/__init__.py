@@ -182,9 +182,12 @@ def fold(
 
 def _fold(model: nn.Module | Copy, variables: Any, x: Any, kwargs: dict[str, Any]) -> Folded:
     program = Program(model, variables, x, kwargs)
-    checks.some_batch_norm(any(call.norm for call in program.calls), program.strangers)
+    unknown = program.strangers | getattr(model, "strangers", {})
+    checks.some_batch_norm(any(call.norm for call in program.calls), unknown)
     pairs, reasons = pair(program)
     rows = tuple(Row("/".join(layer), "/".join(norm), why) for layer, norm, why in reasons)
+    why = "{} is neither bnjax's nor Flax's batch norm, nor a subclass".format
+    rows += tuple(Row("", path, why(kind)) for path, kind in sorted(unknown.items()))
     if all(reason for *_, reason in rows):
         lines = [f"\n  {layer or '-'}, {norm or '-'}: {reason}." for layer, norm, reason in rows]
         raise ValueError(f"`model` must have a batch norm that can be folded.{''.join(lines)}")
