@@ -1,6 +1,7 @@
 """Fixtures and settings of all tests."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ os.environ["XLA_FLAGS"] = (
 # What one test or process has compiled, the others need not; the workers inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="bnjax-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
@@ -20,8 +21,25 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from tests.support import compilers
+
 settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=10)
 settings.load_profile("bnjax")
+compilers.install()
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector of garbage look less often, and never at what stays, as modules do."""
+    gc.freeze()
+    gc.set_threshold(50_000)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """Compile a marked test and its fixtures quickly; `quick_compile(False)` takes a test out."""
+    mark = item.get_closest_marker("quick_compile")
+    with compilers.quickly(mark is not None and mark.args != (False,)):
+        return (yield)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from flax import linen as nn
 import bnjax
 from bnjax.training import init_state, train_step
 
+pytestmark = pytest.mark.quick_compile
+
 X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
 
 

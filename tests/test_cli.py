@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 
 from bnjax.cli import app
 
+pytestmark = pytest.mark.quick_compile
+
 F32 = np.float32
 
 

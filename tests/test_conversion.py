@@ -20,6 +20,8 @@ from tests.support.state_dicts import (
     params,
 )
 
+pytestmark = pytest.mark.quick_compile
+
 # Names
 
 

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 import bnjax
 from tests.support.state_dicts import F32, assert_same, batch_norm, misfit, params
 
+pytestmark = pytest.mark.quick_compile
+
 # Round trips
 
 

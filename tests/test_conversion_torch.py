@@ -11,6 +11,8 @@ from flax import nnx
 
 import bnjax
 
+pytestmark = pytest.mark.quick_compile
+
 torch = pytest.importorskip("torch", reason="PyTorch is pinned for Python < 3.12 only")
 
 CONVS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)

@@ -16,6 +16,8 @@ from bnjax.training import eval_step, evaluate, pad_batch, train_step
 from tests.support.oracle import assert_close
 from tests.support.regression import TRAINED, Net, images, squared_error, start, trained
 
+pytestmark = pytest.mark.quick_compile
+
 
 def a_mesh(axis_type: AxisType, **axes: int) -> Any:
     axes = axes or {"data": 8}

@@ -9,6 +9,8 @@ from flax import nnx
 import bnjax
 from tests.support.diagnosed import DATA, NnxNet, diagnose, found
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(scope="module")
 def fitted() -> NnxNet:

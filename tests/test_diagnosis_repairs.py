@@ -12,6 +12,8 @@ from flax import nnx
 import bnjax
 from tests.support.diagnosed import FlaxNet, Net, NnxNet, batches
 
+pytestmark = pytest.mark.quick_compile
+
 DATA = [batch["x"] for batch in batches(4, seed=7)]
 
 

@@ -18,6 +18,8 @@ from bnjax.training import history
 from tests.support.diagnosed import STEPS, Net, batches, compiled, loss_fn, train
 from tests.support.models import Branches, Siamese
 
+pytestmark = pytest.mark.quick_compile
+
 NET = Net()
 DATA = list(batches(8, seed=7))
 

@@ -15,6 +15,8 @@ import bnjax
 from bnjax.checkpoints import files
 from tests.support.checkpoints import NEEDS, STATE_DICT, VARIABLES
 
+pytestmark = pytest.mark.quick_compile
+
 FILES = (".safetensors", ".pth", ".msgpack")
 
 

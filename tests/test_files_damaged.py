@@ -13,6 +13,8 @@ import pytest
 import bnjax
 from tests.support.checkpoints import NEEDS, STATE_DICT, VARIABLES
 
+pytestmark = pytest.mark.quick_compile
+
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^There is no checkpoint at .*/no\.pth\.$"):

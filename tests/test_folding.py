@@ -17,6 +17,8 @@ import bnjax
 from tests.support.folded import EVAL, IMAGES, divisions, inputs, outputs, prepare, reasons, trained
 from tests.support.models import ResNet, Siamese
 
+pytestmark = pytest.mark.quick_compile
+
 
 def assert_folded(model: Any, variables: Any, x: Any, rtol: float = 1e-5) -> Any:
     """All batch norms are gone, from variables and program, and the outputs are the same."""
@@ -158,6 +160,7 @@ def test_a_mixed_precision_model_is_compared_as_its_coarsest_dtype_lets_it(seed)
     assert folded.report.tolerance == pytest.approx(2**-3.5)
 
 
+@pytest.mark.quick_compile(False)
 @pytest.mark.usefixtures("x64")
 def test_float64_stays_as_exact_as_it_is():
     layers = [

@@ -15,6 +15,8 @@ import bnjax
 from tests.support.folded import IMAGES, divisions, inputs, prepare, reasons, trained
 from tests.support.nnx_layers import held
 
+pytestmark = pytest.mark.quick_compile
+
 RNGS = nnx.Rngs(0)
 CONV = partial(nnx.Conv, 3, 4, (3, 3), rngs=RNGS)
 UP = partial(nnx.ConvTranspose, 3, 4, (3, 3), (2, 2), rngs=RNGS)

@@ -15,6 +15,8 @@ import bnjax
 from tests.support.folded import EVAL, IMAGES, outputs, prepare, reasons
 from tests.support.models import ResNet
 
+pytestmark = pytest.mark.quick_compile
+
 
 class Around(nn.Module):
     """A dense layer and a batch norm, in the hands of a function."""

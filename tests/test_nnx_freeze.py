@@ -26,6 +26,8 @@ from tests.support.nnx_layers import (
     net,
 )
 
+pytestmark = pytest.mark.quick_compile
+
 UNDOINGS = {
     "train": lambda model: model.train(),
     "set_attributes": lambda model: model.set_attributes(use_running_average=False),

@@ -14,6 +14,8 @@ from flax import nnx
 import bnjax
 from bnjax.globs import matcher
 
+pytestmark = pytest.mark.quick_compile
+
 
 class Block(nn.Module):
     """Written for flax alone: a mode argument, a name of its own."""

@@ -12,6 +12,8 @@ from flax import linen as nn
 import bnjax
 from bnjax.models.conventions import LINEN
 
+pytestmark = pytest.mark.quick_compile
+
 
 class Residual(nn.Module):
     """As others write it, with flax alone: a mode flag, dropout, remat, a layer used twice."""

@@ -13,6 +13,8 @@ import bnjax
 from tests.support.models import Branches
 from tests.support.nnx_layers import KINDS, held, make, moved
 
+pytestmark = pytest.mark.quick_compile
+
 NORMS = {"flax": nnx.BatchNorm, "drop-in": bnjax.nnx.BatchNorm, "1d": bnjax.nnx.BatchNorm1d}
 each_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 

@@ -12,6 +12,8 @@ import bnjax
 from bnjax.training import init_state, train_step
 from tests.support.torch_resnet import ResNet, torch, trained
 
+pytestmark = pytest.mark.quick_compile
+
 LEARNING_RATE = 0.1
 STAGES = {10: (1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 

@@ -15,6 +15,8 @@ import bnjax
 from bnjax.training import eval_step, evaluate, init_state, train_step
 from tests.support.cases import as_on_accelerators
 
+pytestmark = pytest.mark.quick_compile
+
 X = np.random.default_rng(0).standard_normal((8, 4, 4, 3)).astype(np.float32)
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 

@@ -15,6 +15,8 @@ import bnjax
 from tests.support.folded import reasons, trained
 from tests.support.models import NnxResNet, ResNet, Siamese
 
+pytestmark = pytest.mark.quick_compile
+
 LINEN = {
     "residual": (ResNet((1,), width=4), "stage0*/**"),
     "residual under remat": (ResNet((1,), width=4, remat=True), "stage0*/**"),

@@ -12,6 +12,8 @@ from flax import linen as nn
 import bnjax
 from bnjax.training import TrainState, commit, eval_step, evaluate, init_state, train_step
 
+pytestmark = pytest.mark.quick_compile
+
 
 class Net(nn.Module):
     norm: bool = True

@@ -14,6 +14,7 @@ from flax import nnx
 import bnjax
 from bnjax.diagnosis import Report
 from bnjax.training import Step, TrainState, init_state, train_step
+from tests.support.compilers import quickly
 
 CLASSES, SIZE, STEPS = 4, 8, 80
 
@@ -113,9 +114,10 @@ def train(
     x = jnp.zeros((2, SIZE, SIZE, 1))
     state = init_state(model, optimizer(lr, steps), jax.random.key(seed), x, **apply_kwargs)
     step = step or compiled(**apply_kwargs)
-    for batch in batches(steps, size, seed + 100):
-        state, _ = step(state, batch)
-        each(state)
+    with quickly(quickly.value and steps < 1000):  # so many are worth a fast program
+        for batch in batches(steps, size, seed + 100):
+            state, _ = step(state, batch)
+            each(state)
     return state
 
 
