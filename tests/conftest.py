@@ -29,9 +29,9 @@ compilers.install()
 
 
 def pytest_collection_finish() -> None:
-    """Let the collector of garbage pass over what stays to the end, as the modules do."""
-    gc.collect()
+    """Let the collector of garbage look less often, and never at what stays, as modules do."""
     gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.hookimpl(wrapper=True)

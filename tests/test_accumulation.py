@@ -179,6 +179,7 @@ def test_a_call_that_depends_on_the_data_is_an_error():
         trained(state, [images(0)], microbatches=4)
 
 
+@pytest.mark.quick_compile(False)
 def test_microbatches_are_as_exact_as_the_whole_batch_at_any_mean():
     far = [batch | {"x": batch["x"] + 1e5} for batch in (images(0), images(1))]
     assert_microbatches_pool(Parallel({"torch": LAYERS["torch"]}), far)

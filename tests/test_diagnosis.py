@@ -35,6 +35,11 @@ def trained() -> dict[str, Any]:
     return train(NET).variables
 
 
+@pytest.fixture(scope="module")
+def flax_trained() -> dict[str, Any]:
+    return train(FlaxNet(), train=True).variables
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_healthy_run_has_no_finding(seed):
     record: dict[str, Any] = {}
@@ -51,10 +56,8 @@ def test_a_healthy_run_has_no_finding(seed):
     [DATA, DATA[:1], [{**DATA[0], "mask": np.arange(64) < 50}]],
     ids=["eight batches", "one batch", "masked"],
 )
-def test_a_healthy_run_of_flaxs_layers_has_no_finding(data):
-    model = FlaxNet()
-    state = train(model, train=True)
-    report = diagnose(state.variables, data, model, apply_kwargs={"train": False})
+def test_a_healthy_run_of_flaxs_layers_has_no_finding(flax_trained, data):
+    report = diagnose(flax_trained, data, FlaxNet(), apply_kwargs={"train": False})
     assert report.healthy, report
 
 
@@ -164,8 +167,9 @@ def test_statistics_of_a_layer_called_twice_may_be_of_both_calls_or_of_all_value
     model = CalledTwice()
     data = [{"x": np.random.default_rng(i).normal(0, 1, (256, 4))} for i in range(8)]
     variables = model.init(jax.random.key(0), data[0]["x"])
+    apply = jax.jit(functools.partial(model.apply, mutable=["batch_stats"]))
     for step in range(trained_for):
-        _, updates = model.apply(variables, data[step % 8]["x"], mutable=["batch_stats"])
+        _, updates = apply(variables, data[step % 8]["x"])
         variables = {**variables, **updates}
     if not trained_for:
         variables = bnjax.recalibrate(model, variables, data)
@@ -264,31 +268,28 @@ def test_statistics_that_are_not_tracked():
     assert "track_running_stats=True" in finding.repair
 
 
-def test_evaluation_in_training_mode():
-    model = FlaxNet()
-    variables = train(model, train=True).variables
-    report = diagnose(variables, model=model, apply_kwargs={"train": True})
+def test_evaluation_in_training_mode(flax_trained):
+    report = diagnose(flax_trained, model=FlaxNet(), apply_kwargs={"train": True})
     assert found(report) == [("error", "eval depends on the batch")]
     assert "train=False" in report.findings[0].repair
 
 
 @pytest.mark.parametrize("model", [NET, FlaxNet()], ids=["bnjax", "flax"])
-def test_an_evaluation_that_moves_the_statistics(model, trained):
+def test_an_evaluation_that_moves_the_statistics(model, trained, flax_trained):
     kwargs: dict[str, Any] = {"mutable": ["batch_stats"]}
     if isinstance(model, FlaxNet):
-        trained, kwargs = train(model, train=True).variables, {**kwargs, "train": True}
+        trained, kwargs = flax_trained, {**kwargs, "train": True}
     report = diagnose(trained, model=model, apply_kwargs=kwargs)
     assert found(report) == [("error", "statistics move in eval")]
     assert len(report.findings[0].layers) == 3
 
 
-def test_a_nan_batch_in_flaxs_layer():
+def test_a_nan_batch_in_flaxs_layer(flax_trained):
     model = FlaxNet()
-    variables = train(model, train=True).variables
     x = DATA[0]["x"].copy()
     x[0] = np.nan
-    _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
-    report = diagnose({**variables, **updates}, model=model, apply_kwargs={"train": False})
+    _, updates = model.apply(flax_trained, x, train=True, mutable=["batch_stats"])
+    report = diagnose({**flax_trained, **updates}, model=model, apply_kwargs={"train": False})
     assert found(report) == [("error", "statistics poisoned")]
     assert report.findings[0].layer == "BatchNorm_0"
     assert report.findings[0].numbers["channels"] == 8 + 16 + 32

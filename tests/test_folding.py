@@ -160,6 +160,7 @@ def test_a_mixed_precision_model_is_compared_as_its_coarsest_dtype_lets_it(seed)
     assert folded.report.tolerance == pytest.approx(2**-3.5)
 
 
+@pytest.mark.quick_compile(False)
 @pytest.mark.usefixtures("x64")
 def test_float64_stays_as_exact_as_it_is():
     layers = [
