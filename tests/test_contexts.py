@@ -74,6 +74,7 @@ def assert_same(found: Any, expected: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.quick_compile(False)  # a context of this thread alone
 def test_tools_in_threads_give_what_each_gives_alone():
     models = [start(width) for width in range(3, 7)]
     expected = [tools(*model) for model in models]

@@ -38,11 +38,14 @@ def _scale_and_shift(
     params = {key: at_least(moments.m2.dtype, value) for key, value in params.items()}
     if group is not None:
         params = {key: jnp.expand_dims(value, group) for key, value in params.items()}
-    # A batch without values is normalized as if it had mean 0 and variance 1.
-    var = jnp.where(moments.count > 0, moments.variance(), 1)
+    if moments.offset is None:
+        var = moments.m2  # of one value, as it were
+    else:  # a batch without values is normalized as if it had mean 0 and variance 1
+        var = jnp.where(moments.count > 0, moments.variance(), 1)
     # Not rsqrt: its derivative forms var^-1.5, which underflows from a deviation of 1e13 on.
     scale = params.get("scale", 1) / jnp.sqrt(var + eps)
-    return scale, params.get("bias", 0) - moments.offset * scale
+    shift = params.get("bias", jnp.zeros_like(scale))
+    return scale, shift if moments.offset is None else shift - moments.offset * scale
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))

@@ -211,6 +211,7 @@ def devices(axis_name: str | Sequence[str] | None, groups: Sequence[Sequence[int
             )
         return 1
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    axis_name = names[0] if len(names) == 1 else names
     try:
         size = jax.lax.axis_size(names)
     except NameError as error:

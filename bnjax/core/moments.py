@@ -32,7 +32,7 @@ class Moments:
     Attributes:
         count: how many values were seen; real, shape () or (C,).
         origin: a reference point near the values, shape (C,).
-        offset: mean minus origin, shape (C,).
+        offset: mean minus origin, shape (C,); None where running statistics are used as they are.
         m2: sum of |value - mean|^2, real, shape (C,).
     """
 

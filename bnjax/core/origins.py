@@ -63,7 +63,8 @@ def _from_zero_or_mean(
     wide = working_dtype(x.dtype)
     # For half precision or channels first, XLA has kernels for one plain sum of which two take no
     # longer than one loop for both sums.
-    alone = mask is None and (x.dtype != wide or x.ndim - 1 in reduced) and x.size > SMALL
+    large = not all(isinstance(size, int) for size in x.shape) or x.size > SMALL
+    alone = mask is None and (x.dtype != wide or x.ndim - 1 in reduced) and large
     if alone:
         # The barrier lets each of them read x itself, not one float32 copy.
         one, other = (each.astype(wide) for each in lax.optimization_barrier((x, x)))
