@@ -21,6 +21,7 @@ from flax.core import meta
 from bnjax import globs
 from bnjax.core.batch_norm import batch_norm
 from bnjax.core.moments import working_dtype
+from bnjax.layers.conventions import is_torch
 from bnjax.layers.modes import asked_to_train
 from bnjax.models import checks
 from bnjax.models.compat import is_tracing
@@ -352,7 +353,7 @@ def _visit(
             fields |= frame.meet("/".join(path))
     checks.layer_has_fields(layer, fields, "/".join(path))
     if "momentum" in fields:
-        checks.overriding_momentum(fields["momentum"], hasattr(layer, "track_running_stats"))
+        checks.overriding_momentum(fields["momentum"], is_torch(layer))
     if isinstance(layer, Frozen):
         fields["use_running_average"] = True
     does = facts(layer, fields)
