@@ -11,6 +11,7 @@ from bnjax.models.diagnosis import diagnose
 from bnjax.models.folding import fold
 from bnjax.models.overrides import freeze, override
 from bnjax.models.recalibration import recalibrate
+from bnjax.models.registered import register
 from bnjax.models.statistics import merge_batch_stats
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "nnx",
     "override",
     "recalibrate",
+    "register",
     "remat_policy",
     "save",
     "to_torch",

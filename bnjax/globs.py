@@ -64,5 +64,5 @@ def strangers(unknown: Mapping[str, str]) -> str:
     named = ", ".join(f"'{path}' ({kind})" for path, kind in sorted(unknown.items()))
     return (
         f"{named} keep a mean and a variance, but are neither bnjax's nor Flax's batch norms, nor "
-        "subclasses of these"
+        f"subclasses of these: bnjax.register({min(unknown.values())}, ...) makes them known"
     )

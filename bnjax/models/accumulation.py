@@ -50,6 +50,7 @@ def accumulating() -> Iterator[dict[Path, Facts]]:
     def norm(visit: Visit) -> Any:
         if visit.running or _CALLS not in visit.statistics:
             return visit.run()
+        checks.poolable(visit.layer, _kept(visit.statistics), "/".join(visit.path))
         measured[visit.path] = visit.facts
         return run_and_add(visit)
 
@@ -171,7 +172,7 @@ def finish(accumulated: Any, measured: Mapping[Path, Facts]) -> Any:
     """The running statistics after one more batch: all that was seen since `begin`, as one."""
 
     def settle(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in stats.items() if not name.startswith("seen_")}
+        kept = _kept(stats)
         if path not in measured:
             return kept
         new, does = kept, measured[path]
@@ -188,6 +189,10 @@ def population(accumulated: Any, measured: Collection[Path]) -> dict[Path, Momen
     """The moments of all that each measured layer has seen since `begin`, in all its calls."""
     layers = layers_of(accumulated)
     return {path: functools.reduce(merge, _by_call(layers[path])) for path in measured}
+
+
+def _kept(stats: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in stats.items() if not name.startswith("seen_")}
 
 
 def _by_call(stats: Mapping[str, Any]) -> list[Moments]:

@@ -49,6 +49,16 @@ def number_of_calls(counted: Any, path: str) -> int:
         ) from error
 
 
+def poolable(layer: Any, statistics: Collection[str], path: str) -> None:
+    """Moments are all that the layer keeps, and how they are pooled is known."""
+    if others := sorted({*statistics} - {"mean", "var", "count"}):
+        raise ValueError(
+            f"Beside its mean and variance the {type(layer).__name__} at {where([path])} keeps "
+            f"{others}, of which it is not known what they are after micro-batches. Train with "
+            "microbatches=1."
+        )
+
+
 def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
     """An override names fields that batch norm layers have."""
     unknown = sorted(set(fields) - known)
@@ -58,9 +68,9 @@ def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
         )
 
 
-def layer_has_fields(layer: Any, fields: Mapping[str, Any], path: str) -> None:
+def layer_has_fields(layer: Any, told: Any, fields: Mapping[str, Any], path: str) -> None:
     """The layer that is overridden has the field: the conventions differ in some names."""
-    missing = sorted(name for name in fields if not hasattr(layer, name))
+    missing = sorted(name for name in fields if not hasattr(told, name))
     if missing:
         raise TypeError(
             f"The {type(layer).__name__} at {where([path])} has no field {missing}. "

@@ -1,5 +1,6 @@
 """What a batch norm is, in one vocabulary, whoever wrote it: bnjax or Flax, linen or nnx."""
 
+import abc
 import dataclasses
 import inspect
 import types
@@ -15,16 +16,35 @@ from bnjax.layers import conventions
 from bnjax.layers import linen as linen_layers
 from bnjax.layers import nnx as nnx_layers
 
-LINEN: tuple[Any, ...] = (linen_layers.TorchBatchNorm, linen_layers.BatchNorm, nn.BatchNorm)
-NNX: tuple[Any, ...] = (nnx_layers.TorchBatchNorm, nnx_layers.BatchNorm, nnx.BatchNorm)
-BATCH_NORMS = LINEN + NNX
+
+class Linen(abc.ABC):  # noqa: B024 - it only says what is one
+    """Any batch norm of linen that is known, those that a user has registered among them."""
+
+
+class NNX(abc.ABC):  # noqa: B024
+    """Any batch norm of nnx that is known."""
+
+
+OWN_LINEN: tuple[Any, ...] = (linen_layers.TorchBatchNorm, linen_layers.BatchNorm, nn.BatchNorm)
+OWN_NNX: tuple[Any, ...] = (nnx_layers.TorchBatchNorm, nnx_layers.BatchNorm, nnx.BatchNorm)
 LINEAR_LINEN = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
 LINEAR_NNX = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
 LINEAR: tuple[Any, ...] = LINEAR_LINEN + LINEAR_NNX
 
-# The library's own code, below whatever a subclass wraps around it.
-LINEN_CALLS = frozenset(inspect.unwrap(kind.__call__) for kind in LINEN + LINEAR_LINEN)
-NNX_CALLS = frozenset(kind.__call__ for kind in NNX + LINEAR_NNX)
+# The code of the layers themselves, below whatever a subclass wraps around it.
+CALLS: set[Any] = {inspect.unwrap(kind.__call__) for kind in LINEAR_LINEN}
+CALLS |= {kind.__call__ for kind in LINEAR_NNX}
+
+
+def know(kind: Any) -> None:
+    """Take a class, and its subclasses, for batch norms."""
+    linen = issubclass(kind, nn.Module)
+    (Linen if linen else NNX).register(kind)
+    CALLS.add(inspect.unwrap(kind.__call__) if linen else kind.__call__)
+
+
+for _kind in OWN_LINEN + OWN_NNX:
+    know(_kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +82,12 @@ class Facts:
     virtual_batch_size: int | None
 
 
-def facts(layer: Any, fields: Mapping[str, Any] = types.MappingProxyType({})) -> Facts:
-    """The facts of a batch norm; `fields` are looked at before its own."""
-    told: Any = _Told(layer, fields)
-    torch = conventions.is_torch(layer)
+def facts(
+    layer: Any, fields: Mapping[str, Any] = types.MappingProxyType({}), told: Any = None
+) -> Facts:
+    """The facts of a batch norm, or of what is told of it; `fields` are looked at first."""
+    told = _Told(layer if told is None else told, fields)
+    torch = conventions.is_torch(told)
     return Facts(
         layer=own_type(layer).__name__,
         flax=not torch,

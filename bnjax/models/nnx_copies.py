@@ -60,7 +60,7 @@ class Copy:
                 self.norms[path] = module
             elif len(kept) == 2:
                 self.strangers["/".join(path)] = type(module).__name__
-            if isinstance(module, NNX + LINEAR_NNX):
+            if isinstance(module, (NNX, *LINEAR_NNX)):
                 mark(module, path)
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 
 from bnjax import globs
 from bnjax.models import checks
-from bnjax.models.conventions import LINEN
+from bnjax.models.conventions import OWN_LINEN
 from bnjax.models.visits import Settings, applying
 
 # Patterns, and names of fields, that fitted a batch norm while a program was traced. Called again,
@@ -44,7 +44,7 @@ class override(contextlib.ContextDecorator):  # noqa: N801 - used as a function 
     """
 
     def __init__(self, paths: globs.Paths, **fields: Any) -> None:
-        known = {field.name for layer in LINEN for field in dataclasses.fields(layer)}
+        known = {field.name for layer in OWN_LINEN for field in dataclasses.fields(layer)}
         checks.known_fields(fields, known - {"parent", "name"})
         self._patterns, self._fields = globs.as_tuple(paths), fields
         self._key = (self._patterns, _plain(tuple(sorted(fields.items(), key=lambda f: f[0]))))

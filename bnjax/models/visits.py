@@ -26,14 +26,8 @@ from bnjax.layers.modes import asked_to_train
 from bnjax.models import checks
 from bnjax.models.compat import is_tracing
 from bnjax.models.contexts import Frame, active, holding
-from bnjax.models.conventions import (
-    BATCH_NORMS,
-    LINEN_CALLS,
-    NNX_CALLS,
-    Facts,
-    Frozen,
-    facts,
-)
+from bnjax.models.conventions import CALLS, NNX, Facts, Frozen, Linen, facts
+from bnjax.models.registered import Bound, is_registered
 from bnjax.models.statistics import Path, is_layer
 
 _COLLECTION = "batch_stats"
@@ -100,6 +94,7 @@ class Visit:
     given: bool | None
     _call: Callable
     _fields: dict[str, Any]
+    _bound: Bound | None  # of a layer whose class was registered
 
     def run(
         self,
@@ -116,8 +111,17 @@ class Visit:
             here: pool over the axes alone that are mapped here, and no other devices.
         """
         fields, options = dict(self._fields), {}
+        x = self.x if x is _AS_GIVEN else x
         if here and self.devices[0] != self.facts.axis_name:
             fields["axis_name"], fields["axis_index_groups"] = self.devices
+        if self._bound is not None:
+            mode = fields.pop("use_running_average", self.running)
+            mode = mode if running is None else running
+            masked = {} if mode else {"mask": self.mask}
+            changed = self._bound.changed(x=x, use_running_average=mode, **masked, **fields)
+            args, kwargs, fields = changed
+            with setting(self.layer, **fields):
+                return self._call(*args, **kwargs)
         if self.mask is not None:
             options["mask"] = self.mask
         forced = fields.pop("use_running_average", None)
@@ -129,7 +133,7 @@ class Visit:
         else:
             options["use_running_average"] = mode
         with setting(self.layer, **fields):
-            return self._call(self.x if x is _AS_GIVEN else x, **options)
+            return self._call(x, **options)
 
     def where(self, examples: chex.Array | None) -> "Visit":
         """The same call, of which these examples count: bool (N,), or None for all."""
@@ -263,7 +267,7 @@ def listen_to(kind: type[nnx.Module]) -> None:
     """
     for each in kind.__mro__:
         call = vars(each).get("__call__")
-        if call in NNX_CALLS:
+        if call in CALLS:
             each.__call__ = _asking(call)
 
 
@@ -300,10 +304,10 @@ def _intercept(
     call: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext
 ) -> Any:
     layer, function = context.module, getattr(context.orig_method, "func", None)
-    if function in LINEN_CALLS:
+    if function in CALLS:
         return _meet(layer, call, args, kwargs)
     y = call(*args, **kwargs)
-    if context.method_name == "__call__" and not isinstance(layer, BATCH_NORMS):
+    if context.method_name == "__call__" and not isinstance(layer, Linen):
         if is_layer(layer.variables.get(_COLLECTION, {})):
             for frame in active():
                 frame.strangers["/".join(layer.path)] = type(layer).__name__
@@ -328,8 +332,8 @@ def _meet(layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> An
     visitor = next((each for each in reversed(frames) if isinstance(each, Visitor)), None)
     before = _met_now.set(layer)
     try:
-        if isinstance(layer, BATCH_NORMS):
-            visit = _visit(layer, call, frames, *args, **kwargs)
+        if isinstance(layer, Linen | NNX):
+            visit = _visit(layer, call, frames, args, kwargs)
             return visit.run() if visitor is None else visitor.norm(visit)
         if visitor is None or visitor.linear is None:
             return call(*args, **kwargs)
@@ -339,29 +343,35 @@ def _meet(layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> An
 
 
 def _visit(
-    layer: Any,
-    call: Callable,
-    frames: tuple[Frame, ...],
-    x: Any,
-    use_running_average: bool | None = None,
-    *,
-    mask: Any = None,
+    layer: Any, call: Callable, frames: tuple[Frame, ...], args: tuple, kwargs: dict[str, Any]
 ) -> Visit:
     path, fields = path_of(layer), {}
     for frame in frames:
         if isinstance(frame, Settings) and isinstance(layer, nn.Module):
             fields |= frame.meet("/".join(path))
-    checks.layer_has_fields(layer, fields, "/".join(path))
+    if is_registered(layer):
+        bound = Bound(layer, checks.where(path), args, kwargs)
+        told, x, given, mask = bound.facts, bound.facts.x, None, bound.facts.mask
+    else:
+        bound, told = None, layer
+        x, given, mask = _arguments(*args, **kwargs)
+    checks.layer_has_fields(layer, told, fields, "/".join(path))
     if "momentum" in fields:
-        checks.overriding_momentum(fields["momentum"], is_torch(layer))
+        checks.overriding_momentum(fields["momentum"], is_torch(told))
     if isinstance(layer, Frozen):
         fields["use_running_average"] = True
-    does = facts(layer, fields)
-    given = use_running_average
+    does = facts(layer, fields, told)
     running = does.running if given is None or "use_running_average" in fields else given
     if running is None and isinstance(layer, nn.Module) and does.by_mutability:
         running = layer.is_initializing() or not asked_to_train(layer, _COLLECTION)
-    return Visit(layer, path, does, x, mask, running, given, call, fields)
+    return Visit(layer, path, does, x, mask, running, given, call, fields, bound)
+
+
+def _arguments(
+    x: Any, use_running_average: bool | None = None, *, mask: Any = None
+) -> tuple[Any, bool | None, Any]:
+    """What the layers of bnjax and Flax are called with."""
+    return x, use_running_average, mask
 
 
 def _mapped(name: str) -> bool:

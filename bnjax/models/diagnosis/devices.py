@@ -42,7 +42,7 @@ def readings(model: Any, variables: Any) -> Iterator[Callable[[], Reading]]:
 
 def _of_nnx(model: nnx.Module, state: Any) -> Iterator[Callable[[], Reading]]:
     norms: Iterator[tuple[str, Any]] = batch_norms(model)
-    modes = {path: layer.use_running_average for path, layer in norms}
+    modes = {path: getattr(layer, "use_running_average", None) for path, layer in norms}
 
     def read(model: nnx.Module, state: Any) -> Reading:
         copy = Copy(model, state)

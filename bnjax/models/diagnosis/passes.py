@@ -116,7 +116,7 @@ class Passes:
         running = visit.running
         if isinstance(self.model, Copy):
             mode = self.modes["/".join(visit.path)] if visit.given is None else visit.given
-            running = visit.frozen or mode
+            running = visit.frozen or (visit.running if mode is None else mode)
         checks.given(running)
         facts = {**vars(visit.facts), "running": bool(running)}
         return Kind(**facts, frozen=visit.frozen, dtype=jnp.asarray(visit.x).dtype)

@@ -1,0 +1,181 @@
+"""Batch norms that others wrote beside Flax's: where their fields and calls say what they do."""
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx
+
+from bnjax.models.conventions import NNX, Linen, know
+
+# What a batch norm is told, in the words of `flax.linen.BatchNorm`, and what holds if nobody does.
+_UNTOLD = {
+    "axis": -1,
+    "epsilon": 1e-5,
+    "mask": None,
+    "axis_name": None,
+    "axis_index_groups": None,
+    "use_scale": True,
+    "use_bias": True,
+}
+_NEEDED = ("use_running_average", "momentum")
+_FACTS = ("x", *_NEEDED, *_UNTOLD)
+_registered: dict[type, "_Reading"] = {}
+
+
+def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) -> None:
+    """Teach the tools a batch norm class of your own, or of somebody else's.
+
+    bnjax's and Flax's layers, and their subclasses, are known. A class that was written anew, such
+    as a copy of Flax's, is known after one call: then `override`, `freeze`, `recalibrate`, `fold`,
+    `diagnose` and micro-batches take it as they take Flax's own.
+
+    A call of it must return what it normalized, alone or first in a tuple; keep `mean` and `var` in
+    the collection `batch_stats` (of nnx: as `nnx.BatchStat`); and in training set them to
+    `momentum * old + (1 - momentum) * batch`, the variance biased.
+
+    Args:
+        kind: a subclass of `flax.linen.Module` or `flax.nnx.Module`. Subclasses of it are known
+            with it.
+        facts: where what is found, by the names of `flax.linen.BatchNorm`: `"x"`, the input;
+            `"use_running_average"`; `"momentum"`, the weight of the old statistics; `"epsilon"`,
+            `"axis"`, `"mask"`, `"axis_name"`, `"axis_index_groups"`, `"use_scale"` and
+            `"use_bias"`. Each is
+
+            - a string: an argument of the call, or else a field, such as `"is_training"` or
+              `"config.epsilon"`. `"not is_training"` is the opposite;
+            - a function of the layer and a dict of the arguments of its call; or
+            - the value itself.
+
+            What is left out is found under its own name, the input as the first argument, and
+            otherwise is as in `flax.linen.BatchNorm`. So a copy of that class needs no facts.
+
+    Raises:
+        TypeError: `kind` is no class of modules, or there is no fact of that name.
+        ValueError: `kind` is known already, or has no argument or field of a name that is given;
+            or none tells its mode, or its momentum.
+
+    >>> import jax, jax.numpy as jnp, bnjax
+    >>> class Norm(nn.Module):
+    ...     decay: float = 0.9
+    ...     @nn.compact
+    ...     def __call__(self, x, train):
+    ...         new = lambda name: self.variable("batch_stats", name, jnp.zeros, x.shape[-1])
+    ...         kept = [new("mean"), new("var")]
+    ...         used = [x.mean(0), x.var(0)] if train else [each.value for each in kept]
+    ...         for old, new in zip(kept, used):
+    ...             old.value = self.decay * old.value + (1 - self.decay) * new
+    ...         return (x - used[0]) / jnp.sqrt(used[1] + 1e-5)
+    >>> register(Norm, {"use_running_average": "not train", "momentum": "decay"})
+    >>> x = jax.random.normal(jax.random.key(0), (64, 3)) + 5
+    >>> variables = Norm().init(jax.random.key(1), x, train=False)
+    >>> new = bnjax.recalibrate(Norm(), variables, [x], apply_kwargs={"train": False})
+    >>> bool(jnp.allclose(new["batch_stats"]["mean"], x.mean(0)))
+    True
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module | nnx.Module)):
+        raise TypeError(f"`kind` must be a class of linen or nnx modules, got {kind!r}.")
+    if issubclass(kind, Linen | NNX) and kind not in _registered:
+        raise ValueError(f"{kind.__name__} is known already, by a class that it inherits from.")
+    if unknown := [name for name in facts if name not in _FACTS]:
+        raise TypeError(
+            f"`facts` go by the names of flax.linen.BatchNorm, {', '.join(_FACTS)}, got {unknown}."
+        )
+    reading = _Reading(kind, inspect.signature(inspect.unwrap(kind.__call__)), dict(facts))
+    for name in _FACTS:
+        reading.check(name)
+    _registered[kind] = reading
+    know(kind)
+
+
+def is_registered(layer: Any) -> bool:
+    """Whether a layer is known by `register` alone."""
+    return any(kind in _registered for kind in type(layer).__mro__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """Where the facts of a class of batch norms are found."""
+
+    kind: type
+    signature: inspect.Signature
+    facts: Mapping[str, Any]
+
+    def where(self, name: str) -> Any:
+        """Where a fact is found: the name of an argument or a field, a function, or the value."""
+        return self.facts.get(name, [*self.signature.parameters][1] if name == "x" else name)
+
+    def check(self, name: str) -> None:
+        """A fact that is found by name is there, as far as a class can tell."""
+        where, arguments = self.where(name), [*self.signature.parameters][1:]
+        needed = name in self.facts or name in _NEEDED
+        if not needed or not isinstance(where, str) or issubclass(self.kind, nnx.Module):
+            return
+        fields = [each.name for each in dataclasses.fields(self.kind)]
+        fields = [each for each in fields if each not in ("parent", "name")]
+        if where.removeprefix("not ").split(".")[0] not in {*arguments, *fields, *dir(self.kind)}:
+            raise ValueError(
+                f"{self.kind.__name__} has no argument {where!r}, only {arguments}, and no such "
+                f"field, only {fields}. Say where its {name} is: "
+                f'bnjax.register({self.kind.__name__}, {{"{name}": ...}}).'
+            )
+
+
+class Bound:
+    """A call of a layer of a registered class.
+
+    Attributes:
+        facts: what the layer does in it, by the names of `flax.linen.BatchNorm`.
+    """
+
+    def __init__(self, layer: Any, where: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        kinds = (kind for kind in type(layer).__mro__ if kind in _registered)
+        self._layer, self._where, self._reading = layer, where, _registered[next(kinds)]
+        self._bound = self._reading.signature.bind(layer, *args, **kwargs)
+        self._bound.apply_defaults()
+        self.facts = types.SimpleNamespace(**{name: self._get(name) for name in _FACTS})
+
+    def changed(self, **changes: Any) -> tuple[tuple, dict[str, Any], dict[str, Any]]:
+        """The arguments of the call, and fields of the layer, with which facts are others."""
+        arguments, fields = dict(self._bound.arguments), {}
+        for name, value in changes.items():
+            where = self._reading.where(name)
+            if value is getattr(self.facts, name):
+                continue
+            plain = where.removeprefix("not ") if isinstance(where, str) else "."
+            if "." in plain or not (plain in arguments or hasattr(self._layer, plain)):
+                raise ValueError(
+                    f"The {name} of the {type(self._layer).__name__} at {self._where} must be "
+                    "changed here, so bnjax.register needs the name of an argument or a field that "
+                    f"sets it, got {where!r}."
+                )
+            value = value if plain == where else not value
+            # Where both are there, Flax wants one to be None.
+            in_call = arguments.get(plain) is not None or getattr(self._layer, plain, None) is None
+            (arguments if plain in arguments and in_call else fields)[plain] = value
+        bound = inspect.BoundArguments(self._reading.signature, arguments)
+        return bound.args[1:], bound.kwargs, fields
+
+    def _get(self, name: str) -> Any:
+        where = self._reading.where(name)
+        if callable(where):
+            return where(self._layer, dict(self._bound.arguments))
+        if not isinstance(where, str):
+            return where
+        first, *rest = where.removeprefix("not ").split(".")
+        found = self._bound.arguments.get(first)
+        found = getattr(self._layer, first, None) if found is None else found
+        for part in rest:
+            found = getattr(found, part)
+        if found is None and (name == "momentum" or name in self._reading.facts):
+            raise ValueError(
+                f"The {type(self._layer).__name__} at {self._where} has no {where!r}, neither as "
+                f"an argument of its call nor as a field. Say where its {name} is: "
+                f'bnjax.register({self._reading.kind.__name__}, {{"{name}": ...}}).'
+            )
+        if found is None:
+            return _UNTOLD.get(name)
+        return not found if where.startswith("not ") else found
