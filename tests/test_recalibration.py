@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 import bnjax
-from bnjax.models.conventions import LINEN
+from bnjax.models.conventions import OWN_LINEN
 
 pytestmark = pytest.mark.quick_compile
 
@@ -54,7 +54,7 @@ def inputs_of_layers(model, variables, x) -> dict[str, list[np.ndarray]]:
     seen: dict[str, list[np.ndarray]] = {}
 
     def look(call, args, kwargs, context):
-        if isinstance(context.module, LINEN) and context.method_name == "__call__":
+        if isinstance(context.module, OWN_LINEN) and context.method_name == "__call__":
             seen.setdefault(context.module.path[-1], []).append(np.asarray(args[0], np.float64))
         return call(*args, **kwargs)
 

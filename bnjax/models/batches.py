@@ -1,6 +1,8 @@
-"""Batches: which examples count, losses over them, and how they go to the devices of a mesh."""
+"""Batches: what of them a model is called with, which examples count, how they go to devices."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import jax
@@ -10,95 +12,206 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bnjax.core.moments import working_dtype
+from bnjax.models import checks
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Any], Any]
+Inputs = str | Sequence[str] | Mapping[str, str] | Callable[[Any], Any]
 
 
-def named(batch: Any) -> dict[str, Any]:
-    """A batch as a dict; an array alone is its `x`."""
-    if not isinstance(batch, Mapping):
-        if not hasattr(batch, "shape"):
-            raise TypeError(
-                "A batch must be an array or a dict with the model's input as `x`, got "
-                f'{type(batch).__name__}. Write {{"x": images, "y": labels}}.'
+class Totals(dict[str, jax.Array]):
+    """Sums over examples of loss and metrics, by name; `count` is the number of the examples.
+
+    So is `totals["count"]`, if no metric has that name.
+    """
+
+    def __init__(self, sums: Mapping[str, Any], count: Any) -> None:
+        super().__init__(sums)
+        self.count = count
+
+    def __missing__(self, name: str) -> Any:  # noqa: D105 - the class says it
+        if name == "count":
+            return self.count
+        raise KeyError(name)
+
+
+jax.tree_util.register_pytree_node(
+    Totals, lambda each: ((dict(each), each.count), None), lambda _, parts: Totals(*parts)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a model is called with a batch, and what in a batch has an entry for each example.
+
+    Attributes:
+        inputs: the names of entries that are the arguments, or pairs of keyword and name, or a
+            function of the batch that returns a tuple of arguments, a dict of keywords, or one
+            argument.
+        per_example: the names of entries with an entry for each example; None for all whose leading
+            axis has the length of the first input's.
+    """
+
+    inputs: Any = ("x",)
+    per_example: tuple[str, ...] | None = None
+
+    def named(self, batch: Any) -> dict[str, Any]:
+        """A batch as a dict; an array alone is its `x`."""
+        batch = checks.batch_as_dict(batch)
+        if not callable(self.inputs):
+            checks.batch_holds(batch, self._names)
+        if "mask" in batch:
+            checks.mask_of_examples(batch["mask"], self.size(batch))
+        return batch
+
+    def call(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments and keywords with which the model is called."""
+        if not callable(self.inputs):
+            pairs = [name for name in self.inputs if not isinstance(name, str)]
+            args = tuple(batch[name] for name in self.inputs if isinstance(name, str))
+            return args, {keyword: batch[name] for keyword, name in pairs}
+        found = self.inputs(batch)
+        if isinstance(found, Mapping):
+            return (), dict(found)
+        return found if isinstance(found, tuple) else (found,), {}
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        if callable(self.inputs):
+            return ()
+        return tuple(name if isinstance(name, str) else name[1] for name in self.inputs)
+
+    def used(self, batch: Batch) -> dict[str, Any]:
+        """What of a batch the model needs, and the mask."""
+        needed = {*self._names, "mask"} if self._names else batch.keys()
+        return {name: value for name, value in batch.items() if name in needed}
+
+    def size(self, batch: Batch) -> int:
+        """The number of examples: the leading axis of the first input."""
+        named = self.per_example or self._names
+        first = batch[named[0]] if named else jax.eval_shape(lambda: self.call(batch))
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(first)]
+        return checks.leading_axis(shapes, named[0] if named else "inputs")
+
+    def each(self, batch: Batch) -> dict[str, Any]:
+        """For every array of a batch, whether it has an entry for each example."""
+        size, named = self.size(batch), self.per_example
+        by_length = batch.keys() if named is None else {*self._names, "mask"}
+
+        def is_each(name: str, leaf: Any) -> bool:
+            return name in (named or ()) or (name in by_length and np.shape(leaf)[:1] == (size,))
+
+        return {
+            name: jax.tree.map(functools.partial(is_each, name), entry)
+            for name, entry in batch.items()
+        }
+
+    def counted(self, batch: Batch) -> jax.Array:
+        """The number of examples that count."""
+        if "mask" not in batch:
+            return jnp.asarray(self.size(batch), jnp.float32)
+        return jnp.sum(batch["mask"], dtype=jnp.float32)
+
+    def totals(self, loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Array, Totals]:
+        """The sum of the loss, and those of all that is reported, over the examples that count."""
+        size, mask = self.size(batch), batch.get("mask", True)
+
+        def values(outputs: Any, batch: Batch) -> tuple[Any, dict[str, Any]]:
+            return checks.loss_and_metrics(loss_fn(outputs, batch))
+
+        found = values(outputs, batch)
+        if "mask" in batch and any(jnp.ndim(value) == 0 for value in jax.tree.leaves(found)):
+            # A mean has seen the masked examples too. That of one example alone has seen no other.
+            each = (
+                jax.tree.map(lambda leaf: np.shape(leaf)[:1] == (size,), outputs),
+                self.each(batch),
             )
-        return {"x": batch}
-    if "x" not in batch:
-        raise ValueError(
-            f"A batch must hold the model's input as `x`, got {sorted(batch)}. Rename it, as "
-            'in {"x": images, "y": labels}.'
+            axes = jax.tree.map(lambda mapped: 0 if mapped else None, each)
+
+            def one(outputs: Any, batch: Batch) -> Any:
+                alone = jax.tree.map(
+                    lambda leaf, mapped: leaf[None] if mapped else leaf, (outputs, batch), each
+                )
+                return values(*alone)
+
+            alone = jax.vmap(one, axes)(outputs, dict(batch))
+            found = jax.tree.map(lambda v, e: e if jnp.ndim(v) == 0 else v, found, alone)
+
+        def total(name: str, value: Any) -> jax.Array:
+            value = checks.mean_or_each(name, jnp.asarray(value), size)
+            value = value.astype(working_dtype(value.dtype))
+            return value * count if value.ndim == 0 else jnp.sum(jnp.where(mask, value, 0))
+
+        count = self.counted(batch)
+        loss, metrics = found
+        loss = total("loss", loss)
+        sums = {name: total(name, value) for name, value in metrics.items()}
+        return loss, Totals({"loss": loss, **sums}, count)
+
+    def padded(self, batch: Batch, multiple: int) -> dict[str, Any]:
+        """The batch, filled up to a multiple of a size; its `mask` says which examples count."""
+        size = self.size(batch)
+        extra = -size % multiple
+        masked = {**batch, "mask": np.asarray(batch.get("mask", np.ones(size, bool)))}
+        # Repeat the last example: unlike zeros it is surely something that the model can take.
+        index = np.minimum(np.arange(size + extra), size - 1)
+        padded = jax.tree.map(
+            lambda leaf, each: np.asarray(leaf)[index] if each else leaf, masked, self.each(masked)
         )
-    if "mask" in batch:
-        size, mask = size_of(batch), batch["mask"]
-        shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", None)
-        if shape != (size,) or dtype != np.bool_:
-            raise ValueError(
-                f"The `mask` of a batch of {size} examples must be an array of bool, of shape "
-                f"({size},), got {dtype or type(mask).__name__} of shape {shape}."
-            )
-    return dict(batch)
+        padded["mask"][size:] = False
+        return padded
+
+    def parts(self, batch: Batch, number: int) -> tuple[list[jax.Array], Callable[[Any], Any]]:
+        """What has an entry for each example, cut in parts and stacked; and a batch of one part.
+
+        Each part takes every so many-th example, and so the same number from each device.
+        """
+        leaves, tree = jax.tree.flatten(dict(batch))
+        each = jax.tree.leaves(self.each(batch))
+        cut = [
+            jnp.swapaxes(jnp.reshape(leaf, (-1, number, *leaf.shape[1:])), 0, 1)
+            for leaf, of_example in zip(leaves, each, strict=True)
+            if of_example
+        ]
+
+        def whole(part: Sequence[jax.Array]) -> Any:
+            own = iter(part)
+            pairs = zip(leaves, each, strict=True)
+            return tree.unflatten(next(own) if of_example else leaf for leaf, of_example in pairs)
+
+        return cut, whole
+
+    def split(self, batch: Batch, alike: NamedSharding, split: NamedSharding) -> Any:
+        """A batch over the devices of a mesh; each process passes its own examples."""
+
+        def place(leaf: Any, each: bool) -> jax.Array:
+            sharding = split if each else alike
+            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+                return jax.device_put(leaf, sharding)  # one array of all processes
+            return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+        return jax.tree.map(place, dict(batch), self.each(batch))
 
 
-def size_of(batch: Batch) -> int:
-    """The number of examples: the leading axis of `batch["x"]`."""
-    return jax.tree.leaves(batch["x"])[0].shape[0]
-
-
-def counted(batch: Batch) -> jax.Array:
-    """The number of examples that count."""
-    if "mask" not in batch:
-        return jnp.asarray(size_of(batch), jnp.float32)
-    return jnp.sum(batch["mask"], dtype=jnp.float32)
-
-
-def totals_of(loss_fn: LossFn, outputs: Any, batch: Batch) -> Metrics:
-    """The sums of loss and metrics over the examples that count."""
-
-    def values(outputs: Any, batch: Batch) -> Metrics:
-        result = loss_fn(outputs, batch)
-        loss, metrics = result if isinstance(result, tuple) else (result, {})
-        return {**metrics, "loss": loss}
-
-    def one(outputs: Any, batch: Batch) -> Metrics:
-        return values(*jax.tree.map(lambda leaf: leaf[None], (outputs, batch)))
-
-    found = values(outputs, batch)
-    mask = batch.get("mask", True)
-    if "mask" in batch and any(jnp.ndim(value) == 0 for value in found.values()):
-        # A mean has seen the masked examples too. That of one example alone has seen no other.
-        each = jax.vmap(one)(outputs, dict(batch))
-        found = {name: each[name] if jnp.ndim(v) == 0 else v for name, v in found.items()}
-
-    def total(name: str, value: jax.Array) -> jax.Array:
-        value = jnp.asarray(value)
-        if value.shape not in ((), (size_of(batch),)):
-            raise ValueError(
-                f"`loss_fn` must give `{name}` as a mean of shape () or with one entry for each "
-                f"example, ({size_of(batch)},), got shape {value.shape}. Take the mean over the "
-                "other axes."
-            )
-        value = value.astype(working_dtype(value.dtype))
-        return value * counted(batch) if value.ndim == 0 else jnp.sum(jnp.where(mask, value, 0))
-
-    return {name: total(name, value) for name, value in found.items()}
-
-
-def pad_batch(batch: Batch, multiple: int) -> Batch:
+def pad_batch(batch: Batch, multiple: int) -> dict[str, Any]:
     """The batch, filled up to a multiple of a size, with a `mask` of the examples that count.
 
     >>> pad_batch({"x": np.array([1.0, 2.0, 3.0])}, 2)["mask"].tolist()
     [True, True, True, False]
     """
-    size = size_of(batch)
-    extra = -size % multiple
-    masked = {**batch, "mask": np.asarray(batch.get("mask", np.ones(size, bool)))}
-    # Repeat the last example: unlike zeros it is surely something that the model can take.
-    index = np.minimum(np.arange(size + extra), size - 1)
-    padded = jax.tree.map(lambda leaf: np.asarray(leaf)[index], masked)
-    padded["mask"][size:] = False
-    return padded
+    return Layout().padded(batch, multiple)
+
+
+def layout(inputs: Inputs = "x", per_example: Sequence[str] | None = None) -> Layout:
+    """The layout of a user's batches."""
+    checks.inputs(inputs)
+    how: Any = (inputs,) if isinstance(inputs, str) else inputs
+    if not callable(inputs):
+        how = tuple(how.items() if isinstance(how, Mapping) else how)
+    if isinstance(per_example, str):
+        per_example = (per_example,)
+    return Layout(how, None if per_example is None else tuple(per_example))
 
 
 def shardings(mesh: Mesh) -> tuple[Mesh, NamedSharding, NamedSharding]:
@@ -110,13 +223,6 @@ def shardings(mesh: Mesh) -> tuple[Mesh, NamedSharding, NamedSharding]:
     return auto, NamedSharding(auto, P()), NamedSharding(auto, P(auto.axis_names))
 
 
-def split_over(sharding: NamedSharding, batch: Any) -> Any:
-    """A tree of arrays, split over the devices; each process passes its own part."""
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
-    )
-
-
 def on_all(tree: Any, sharding: NamedSharding) -> Any:
     """A tree on all devices, wherever it lies: on one of them, as at first, or on another mesh."""
 
@@ -125,3 +231,12 @@ def on_all(tree: Any, sharding: NamedSharding) -> Any:
         return leaf if there else jax.device_put(leaf, sharding)
 
     return jax.tree.map(place, tree)
+
+
+def tracked(batches: Iterable[Any], progress: bool, label: str) -> Iterable[Any]:
+    """The batches, with a progress bar if one is asked for."""
+    if not progress:
+        return batches
+    from rich.progress import track
+
+    return track(batches, label, total=len(batches) if isinstance(batches, Sized) else None)

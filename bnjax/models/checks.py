@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from bnjax.core.checks import feature_axes as feature_axes
 from bnjax.core.checks import given as given
 from bnjax.core.checks import mask as mask
 from bnjax.core.checks import overriding_momentum as overriding_momentum
 from bnjax.core.checks import shapes as shapes
+from bnjax.core.checks import warn_once as warn_once
 from bnjax.core.checks import where
 from bnjax.globs import strangers
 
@@ -29,12 +31,165 @@ _MISFITS = (
 )
 
 
+def inputs(value: Any) -> None:
+    """How a batch is called is said by names or by a function."""
+    names = value.values() if isinstance(value, Mapping) else value
+    if callable(value) or isinstance(value, str) or all(isinstance(name, str) for name in names):
+        return
+    raise TypeError(
+        "`inputs` must be a name in the batch, several of them, a dict of names by keyword, or a "
+        f"function of the batch, got {value!r}."
+    )
+
+
+def batch_as_dict(batch: Any) -> dict[str, Any]:
+    """A batch is a dict or an array, which is its `x`."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if not hasattr(batch, "shape"):
+        raise TypeError(
+            "A batch must be an array or a dict with the model's input as `x`, got "
+            f'{type(batch).__name__}. Write {{"x": images, "y": labels}}.'
+        )
+    return {"x": batch}
+
+
+def batch_holds(batch: Mapping[str, Any], names: Collection[str]) -> None:
+    """A batch has what the model is called with."""
+    missing = [name for name in names if name not in batch]
+    if missing == ["x"]:
+        raise ValueError(
+            f"A batch must hold the model's input as `x`, got {sorted(batch)}. Rename it, as in "
+            '{"x": images, "y": labels}, or name it: inputs="image", inputs=("obs", "action").'
+        )
+    if missing:
+        raise ValueError(f"A batch must hold the `inputs` {missing}, got {sorted(batch)}.")
+
+
+def mask_of_examples(mask: Any, size: int) -> None:
+    """The mask of a batch says of each example whether it counts."""
+    shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", None)
+    if shape != (size,) or dtype != np.bool_:
+        raise ValueError(
+            f"The `mask` of a batch of {size} examples must be an array of bool, of shape "
+            f"({size},), got {dtype or type(mask).__name__} of shape {shape}."
+        )
+
+
+def leading_axis(shapes: Collection[tuple[int, ...]], name: str) -> int:
+    """The examples of a batch lie along the leading axis of its input."""
+    for shape in shapes:
+        if shape:
+            return shape[0]
+    raise ValueError(
+        f"`{name}` of a batch must hold arrays whose leading axis are the examples, got shapes "
+        f"{list(shapes)}."
+    )
+
+
+def loss_and_metrics(result: Any) -> tuple[Any, dict[str, Any]]:
+    """A loss function returns the loss, or also a dict of metrics."""
+    loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if isinstance(loss, tuple | list | Mapping) or not isinstance(metrics, Mapping):
+        what = type(result).__name__
+        got = f"{what} of {len(result)}" if isinstance(result, tuple | list) else what
+        raise TypeError(
+            "`loss_fn` must return the loss or (loss, metrics), an array and a dict of arrays, got "
+            f"a {got}."
+        )
+    return loss, dict(metrics)
+
+
+def mean_or_each(name: str, value: Any, size: int) -> Any:
+    """A loss or a metric is a mean, or has an entry for each example."""
+    if value.shape not in ((), (size,)):
+        raise ValueError(
+            f"`loss_fn` must give `{name}` as a mean of shape () or with one entry for each "
+            f"example, ({size},), got shape {value.shape}. Take the mean over the other axes."
+        )
+    return value
+
+
+def loss_function(value: Any) -> None:
+    """A step is made of a function."""
+    if not callable(value):
+        raise TypeError(
+            f"`loss_fn` must be a function, loss_fn(outputs, batch), got {type(value).__name__}."
+        )
+
+
+@contextlib.contextmanager
+def evaluation_step(step: Any) -> Iterator[None]:
+    """`evaluate` takes the step, not what it is made of."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        if getattr(step, "__module__", "").startswith("bnjax."):
+            raise
+        raise TypeError(
+            "`step` must be what eval_step returned: evaluate(eval_step(loss_fn), state, batches), "
+            f"got {getattr(step, '__name__', type(step).__name__)}."
+        ) from error
+
+
+def mesh(value: Any) -> None:
+    """A mesh is JAX's."""
+    if not isinstance(value, Mesh):
+        raise TypeError(
+            f"`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
+            f"{type(value).__name__}."
+        )
+
+
+def microbatches(value: Any) -> None:
+    """A batch is cut into a whole number of parts."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`microbatches` must be an int of 1 or more, got {value!r}.")
+
+
+def not_donated(state: Any) -> None:
+    """A state that a step has used up can't be used again."""
+    gone = (isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    if any(gone):
+        raise ValueError(
+            "This state was passed to a step before, which reuses its memory, so its arrays are "
+            "gone. Go on with the state that the step returned: state, metrics = step(state, "
+            "batch); or keep it by train_step(..., donate=False)."
+        )
+
+
 def divides(size: int, devices: int, microbatches: int) -> None:
     """A training batch is cut into equal parts."""
     if size % (devices * microbatches):
+        over = f"the {devices} devices of the mesh (of this process) times " if devices > 1 else ""
         raise ValueError(
-            f"A training batch must divide by the {devices} devices of the mesh (of this process) "
-            f"times {microbatches} micro-batches, got {size} examples. Drop the last partial batch."
+            f"A training batch must divide by {over}{microbatches} micro-batches, got {size} "
+            "examples. Drop the last partial batch."
+        )
+
+
+def has_examples(layer: Any, shape: tuple[int, ...], size: int, path: str) -> None:
+    """The leading axis of a batch norm's input are the examples that a mask speaks of."""
+    if shape[:1] != (size,):
+        raise ValueError(
+            f"The `mask` of the batch has {size} examples, but the input of the "
+            f"{type(layer).__name__} at {where([path])} has shape {shape}: the model reshapes its "
+            "examples. Hand it a mask of that shape, as in norm(x, mask=...), and the batch one "
+            "under another name; or, in training, take the padding into the statistics with "
+            "mask_statistics=False."
+        )
+
+
+def some_moves(met: Mapping[str, tuple[bool, bool]]) -> None:
+    """In a training step the statistics of some batch norm move, unless all are frozen."""
+    left = [path for path, (moves, frozen) in met.items() if not frozen]
+    if left and not any(moves for moves, _ in met.values()):
+        warn_once(
+            f"This training step updates no running statistics: {where([left[0]])}"
+            + (f" and {len(left) - 1} more batch norms" if len(left) > 1 else "")
+            + " use theirs, as in evaluation. Pass what makes the model train, such as "
+            "apply_kwargs={'train': True}, or model.train() of an nnx model; if they are meant to "
+            "be frozen, say frozen='**'."
         )
 
 
@@ -85,7 +240,7 @@ def several_batches(batches: Any) -> None:
         shape = getattr(batches, "shape", None)
         got = "a dict" if shape is None else f"an array of shape {tuple(shape)}"
         raise TypeError(
-            f"`batches` must be a list or an iterator of batches, got {got}: write [x]."
+            f"`batches` must be a list or an iterator of batches, got {got}: write [batch]."
         )
 
 
@@ -114,6 +269,29 @@ def flax_model(model: Any) -> None:
             "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got "
             f"{type(model).__name__}."
         )
+
+
+def linen_model(model: Any) -> None:
+    """A linen state is of a linen model."""
+    if isinstance(model, nnx.Module):
+        raise TypeError(
+            "`model` is an nnx model, whose parameters and statistics are its own. Train it with "
+            "optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param); step = "
+            "bnjax.nnx.train_step(loss_fn); metrics = step(model, optimizer, batch)."
+        )
+    flax_model(model)
+
+
+def same_leaves(new: Any, old: Any) -> list[Any]:
+    """What a step returns has the tree of what it was given, dicts of one kind or another."""
+    new, old = jax.tree.leaves_with_path(new), jax.tree.leaves_with_path(old)
+    names = [{jax.tree_util.keystr(path) for path, _ in tree} for tree in (new, old)]
+    if names[0] != names[1]:
+        raise ValueError(
+            "A step must leave the tree of the state as it is, but the model has added "
+            f"{sorted(names[0] - names[1])} and left out {sorted(names[1] - names[0])}."
+        )
+    return [leaf for _, leaf in new]
 
 
 def some_batch_norm(some: bool, unknown: Mapping[str, str] | None = None) -> None:

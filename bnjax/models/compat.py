@@ -10,6 +10,7 @@ from jax.core import Tracer
 __all__ = [
     "in_filter",
     "is_pytree",
+    "is_traced",
     "is_tracing",
     "modules_of",
     "plain_arrays",
@@ -26,6 +27,11 @@ def modules_of(model: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Module]]:
     """All modules with their paths; a shared one has the first of its paths."""
     graph = list(nnx.iter_graph(model))
     return [(path, node) for path, node in graph if isinstance(node, nnx.Module)]
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value stands for one in a program that is being traced."""
+    return isinstance(value, Tracer)
 
 
 def is_tracing() -> bool:

@@ -68,7 +68,7 @@ def fitting(model: nnx.Module, paths: globs.Paths) -> list[nnx.Module]:
     return [layer for path, layer in layers if any(fits(path) for fits in matchers)]
 
 
-def batch_norms(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[str, nnx.Module]]:
+def batch_norms(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[str, Any]]:
     """All batch norms with their paths: a shared one with each, where `iter_modules` has one."""
     if isinstance(node, NNX):
         yield path, node

@@ -86,11 +86,11 @@ class Copy:
         return nnx.from_flat_state((keys, filled(keys, leaf)) for keys, leaf in leaves)
 
     def apply(
-        self, variables: Mapping[str, Any], x: Any, *, mutable: Sequence[str] = (), **kwargs: Any
+        self, variables: Mapping[str, Any], *args: Any, mutable: Sequence[str] = (), **kwargs: Any
     ) -> Any:
         """The output of the model, and, with mutable collections, what they have become."""
         model = nnx.merge(nnx.graphdef(self.model), self.state(variables))
-        y = model(x, **kwargs)
+        y = model(*args, **kwargs)
         if not mutable:
             return y
         return y, unflatten_dict({k: v for k, v in _arrays(model).items() if k[0] in mutable})

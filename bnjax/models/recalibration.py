@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from bnjax import globs
 from bnjax.core.moments import Moments
 from bnjax.models import checks
 from bnjax.models.accumulation import begin, population, run_and_add
-from bnjax.models.batches import Batch, named, on_all, pad_batch, shardings, size_of, split_over
+from bnjax.models.batches import Batch, Inputs, Layout, layout, on_all, shardings, tracked
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.programs import Program, kept_with
 from bnjax.models.statistics import Path, layers_of, map_layers
@@ -32,6 +32,7 @@ def recalibrate(
     *,
     paths: globs.Paths = "**",
     sequential: bool = False,
+    inputs: Inputs = "x",
     apply_kwargs: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
@@ -50,13 +51,15 @@ def recalibrate(
         variables: its variables. They are not touched, whatever happens. Of an nnx model an
             `nnx.State`, all of it or, such as averaged parameters, a part; None for its own.
         batches: inputs of the model; or dicts with `"x"` and perhaps `"mask"`, bool (N,), the
-            examples that count. A ragged last batch is fine.
+            examples that count, such as those of a training. A ragged last batch is fine.
         paths: which batch norms, as globs over module paths; all of them by default.
         sequential: False, the default, needs one pass over the data: each batch runs as in
             training, normalized by its own statistics, so deep layers see what they saw there. True
             takes one pass for each layer, in the order of their calls, in evaluation: each layer
             sees what the recalibrated layers before it made, as it will when the model is used.
             `batches` must then be iterable more than once, such as a list.
+        inputs: what of a batch the model is called with, as for `training.train_step`, such as
+            `("obs", "action")`.
         apply_kwargs: passed to the model's call, such as `{"train": False}`. Batch norms measure
             whatever they say; dropout and the like go by them.
         mesh: split each batch over the devices of the mesh.
@@ -75,13 +78,13 @@ def recalibrate(
     if isinstance(model, nnx.Module):
         copy = Copy(model, variables)
         checks.some_batch_norm(bool(copy.norms), copy.strangers)
-        stats = _Measurement(copy, copy.variables, paths, apply_kwargs, mesh)(
-            batches, sequential, progress
-        )
+        measure = _Measurement(copy, copy.variables, paths, layout(inputs), apply_kwargs, mesh)
+        stats = measure(batches, sequential, progress)
         return copy.state({**copy.variables, "batch_stats": stats})
     checks.has_statistics(variables)
     held: Any = variables
-    stats = _Measurement(model, held, paths, apply_kwargs, mesh)(batches, sequential, progress)
+    measure = _Measurement(model, held, paths, layout(inputs), apply_kwargs, mesh)
+    stats = measure(batches, sequential, progress)
     new = {**held, "batch_stats": stats}
     return FrozenDict(new) if isinstance(variables, FrozenDict) else new
 
@@ -94,10 +97,11 @@ class _Measurement:
         model: nn.Module | Copy,
         variables: Mapping[str, Any],
         paths: globs.Paths,
+        batches: Layout,
         kwargs: Mapping[str, Any] | None,
         mesh: Mesh | None,
     ) -> None:
-        self.model, self.kwargs = model, dict(kwargs or {})
+        self.model, self.layout, self.kwargs = model, batches, dict(kwargs or {})
         self.patterns = globs.as_tuple(paths)
         self.stats = variables["batch_stats"]
         self.others = {k: unfreeze(tree) for k, tree in variables.items() if k != "batch_stats"}
@@ -129,9 +133,10 @@ class _Measurement:
         """The statistics after one pass that measures the layer at this path, or all."""
         program, measured = self._program(path), None
         held = seen = self._everywhere(begin(stats))
-        for batch in _tracked(batches, progress, label):
+        for batch in tracked(batches, progress, label):
             placed = self._placed(batch)
-            with checks.variables_fit({**self.others, "batch_stats": stats}, placed["x"]):
+            inputs = self.layout.call(placed)
+            with checks.variables_fit({**self.others, "batch_stats": stats}, inputs):
                 with self.context():
                     new, notes = program(seen, self.others, placed)
             self._check(notes)
@@ -151,11 +156,13 @@ class _Measurement:
         return []
 
     def _program(self, path: Path | None) -> Program:
-        make = lambda: _program(self.model, self.kwargs, self.fits, path)  # noqa: E731 - if new
+        how = self.layout, self.kwargs, self.fits, path
+        make = lambda: _program(self.model, *how)  # noqa: E731 - if new
         if isinstance(self.model, Copy):
             return make()
         around = tuple(frame.key for frame in settings())
-        key = ("recalibration", self.patterns, path, tuple(self.kwargs.items()), around)
+        settled = self.patterns, path, self.layout, tuple(self.kwargs.items())
+        key = ("recalibration", *settled, around)
         return kept_with(self.model, key, make)
 
     def _check(self, notes: Mapping[str, Any]) -> None:
@@ -170,22 +177,26 @@ class _Measurement:
         checks.all_called(fitting - called, unknown)
 
     def _placed(self, batch: Any) -> Batch:
-        batch = named(batch)
-        batch = {name: batch[name] for name in ("x", "mask") if name in batch}
+        batch = self.layout.used(self.layout.named(batch))
         if self.mesh is None:
             return batch
         devices = len(self.mesh.local_devices)
         if jax.process_count() > 1:
-            return split_over(self.split, pad_batch(batch, devices))
+            return self.layout.split(self.layout.padded(batch, devices), self.alike, self.split)
         # A model may reshape its examples, so none are filled up that a mask would have to hide.
-        return jax.device_put(batch, self.alike if size_of(batch) % devices else self.split)
+        even = self.layout.size(batch) % devices == 0
+        return self.layout.split(batch, self.alike, self.split if even else self.alike)
 
     def _everywhere(self, stats: Any) -> Any:
         return stats if self.mesh is None else on_all(stats, self.alike)
 
 
 def _program(
-    model: nn.Module | Copy, kwargs: dict[str, Any], fits: Callable[[Path], bool], path: Path | None
+    model: nn.Module | Copy,
+    batches: Layout,
+    kwargs: dict[str, Any],
+    fits: Callable[[Path], bool],
+    path: Path | None,
 ) -> Program:
     """A pass of one batch: one layer is measured in evaluation, or all together in training."""
 
@@ -202,8 +213,10 @@ def _program(
             return run_and_add(visit, running=not together, here=True)
 
         variables = {**others, "batch_stats": stats}
+        args, inputs = batches.call(batch)
         with visiting(norm) as notes["strangers"]:
-            _, updates = model.apply(variables, batch["x"], mutable=["batch_stats"], **kwargs)
+            moved = ["batch_stats"]
+            _, updates = model.apply(variables, *args, mutable=moved, **inputs, **kwargs)
         return updates["batch_stats"]
 
     return Program(step)
@@ -239,11 +252,3 @@ def _with_layers_of(tree: Any, other: Any) -> Any:
     """A collection with the batch norms of another one."""
     layers = layers_of(other)
     return map_layers(lambda path, _: layers[path], tree)
-
-
-def _tracked(batches: Batches, progress: bool, label: str) -> Batches:
-    if not progress:
-        return batches
-    from rich.progress import track
-
-    return track(batches, label, total=len(batches) if isinstance(batches, Sized) else None)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -70,6 +70,39 @@ class Visitor(Frame):
         self.norm, self.linear = norm, linear
 
 
+class Examples(Frame):
+    """The examples that count in batch norms while it holds: bool (N,)."""
+
+    def __init__(self, mask: chex.Array) -> None:
+        super().__init__(object())
+        self.mask = mask
+
+
+class Met(NamedTuple):
+    """What a batch norm that keeps statistics does in a call."""
+
+    facts: Facts
+    moves: bool  # its statistics
+    frozen: bool  # by a context, and not by the model
+
+
+class Watch(Frame):
+    """Something that sees which batch norms are called while it holds.
+
+    What it watches is compiled as a whole: there an axis that is not mapped has its devices pooled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(object())
+        self.met: dict[str, Met] = {}
+
+    def meet(self, visit: "Visit") -> None:
+        """Note a call."""
+        if visit.facts.tracked:
+            told = "use_running_average" in visit._fields
+            self.met["/".join(visit.path)] = Met(visit.facts, not visit.running, told)
+
+
 @dataclasses.dataclass
 class Visit:
     """One call of a batch norm.
@@ -110,10 +143,8 @@ class Visit:
             running: the mode, whatever the layer, the call and the settings say.
             here: pool over the axes alone that are mapped here, and no other devices.
         """
-        fields, options = dict(self._fields), {}
+        fields, options = dict((self.unmapped() if here else self)._fields), {}
         x = self.x if x is _AS_GIVEN else x
-        if here and self.devices[0] != self.facts.axis_name:
-            fields["axis_name"], fields["axis_index_groups"] = self.devices
         if self._bound is not None:
             mode = fields.pop("use_running_average", self.running)
             mode = mode if running is None else running
@@ -139,10 +170,18 @@ class Visit:
         """The same call, of which these examples count: bool (N,), or None for all."""
         if examples is None:
             return self
+        checks.has_examples(self.layer, jnp.shape(self.x), examples.size, "/".join(self.path))
         mask = examples.reshape(-1, *(1,) * (jnp.ndim(self.x) - 1))
         if self.mask is not None:
             mask = mask & jnp.asarray(self.mask, bool)
         return dataclasses.replace(self, mask=mask)
+
+    def unmapped(self) -> "Visit":
+        """The same call, pooled over the axes alone that are mapped here."""
+        if self.devices[0] == self.facts.axis_name:
+            return self
+        names = dict(zip(("axis_name", "axis_index_groups"), self.devices, strict=True))
+        return dataclasses.replace(self, _fields=self._fields | names)
 
     @property
     def frozen(self) -> bool:
@@ -232,6 +271,21 @@ def visiting(
     visitor = Visitor(norm, linear, object() if key is None else key)
     with applying(visitor):
         yield visitor.strangers
+
+
+@contextlib.contextmanager
+def counting(examples: chex.Array | None) -> Iterator[None]:
+    """A context in which batch norms count these examples, bool (N,), or for None all."""
+    with contextlib.nullcontext() if examples is None else applying(Examples(examples)):
+        yield
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[dict[str, Met]]:
+    """A context that tells what batch norms that keep statistics do while it holds, by path."""
+    watch = Watch()
+    with applying(watch):
+        yield watch.met
 
 
 @contextlib.contextmanager
@@ -364,7 +418,14 @@ def _visit(
     running = does.running if given is None or "use_running_average" in fields else given
     if running is None and isinstance(layer, nn.Module) and does.by_mutability:
         running = layer.is_initializing() or not asked_to_train(layer, _COLLECTION)
-    return Visit(layer, path, does, x, mask, running, given, call, fields, bound)
+    visit = Visit(layer, path, does, x, mask, running, given, call, fields, bound)
+    for frame in frames:
+        if isinstance(frame, Watch):
+            frame.meet(visit)
+            visit = visit.unmapped()
+        if isinstance(frame, Examples) and not (running and does.tracked):
+            visit = visit.where(frame.mask)
+    return visit
 
 
 def _arguments(

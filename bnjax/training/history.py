@@ -1,14 +1,14 @@
 """A record of the running statistics over a training."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
 
 from bnjax import globs
-from bnjax.models.batches import Batch, Metrics, size_of
+from bnjax.models.batches import Batch, Layout, Metrics
 from bnjax.models.statistics import Path, map_layers
 from bnjax.training.state import TrainState
 from bnjax.training.steps import Step
@@ -18,7 +18,7 @@ def history(
     step: Step,
     record: dict[str, Any],
     *,
-    momentum: float | None = 0.1,
+    momentum: float | Literal["own"] | None = "own",
     every: int = 1,
     paths: globs.Paths = "**",
     channels: int | None = None,
@@ -35,7 +35,8 @@ def history(
             path, the running `"mean"` and `"var"` after the step and those of the batch alone,
             `"batch_mean"` and `"batch_var"`, each a list of C numbers.
         momentum: weight of a new batch in the running statistics (PyTorch's convention), by which
-            the statistics of the batch are told from the running ones; None leaves them out.
+            the statistics of the batch are told from the running ones; None leaves them out. By
+            default each layer's own, as the step has met it.
         every: log each so many-th step.
         paths: which layers, as globs over module paths.
         channels: how many channels of each, the first ones; all by default.
@@ -59,6 +60,13 @@ def history(
         map_layers(look, batch_stats)
         return found
 
+    def weight_of(path: str) -> float | None:
+        if momentum != "own":
+            return momentum
+        met = getattr(step, "met", {}).get(path)
+        own = None if met is None else met.facts.momentum
+        return float(own) if isinstance(own, float | int | np.number) else None
+
     def recorded(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         nonlocal calls
         calls += 1
@@ -68,7 +76,7 @@ def history(
         state, metrics = step(state, batch)
         for name, value in (
             ("step", int(state.step)),
-            ("examples", size_of(batch)),
+            ("examples", _layout(step).size(_layout(step).named(batch))),
             ("params_norm", float(_norm(state.params))),
         ):
             record.setdefault(name, []).append(value)
@@ -76,13 +84,17 @@ def history(
             lines = record.setdefault("layers", {}).setdefault(name, {})
             for key, value in after.items():
                 lines.setdefault(key, []).append(value.tolist())
-                if momentum:
-                    # running = (1 - momentum) * old + momentum * batch, solved for the batch
-                    alone = before[name][key] + (value - before[name][key]) / momentum
+                if weight := weight_of(name):
+                    # running = (1 - weight) * old + weight * batch, solved for the batch
+                    alone = before[name][key] + (value - before[name][key]) / weight
                     lines.setdefault(f"batch_{key}", []).append(alone.tolist())
         return state, metrics
 
     return recorded
+
+
+def _layout(step: Any) -> Layout:
+    return getattr(step, "layout", Layout())
 
 
 _norm = jax.jit(optax.tree.norm)

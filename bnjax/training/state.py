@@ -1,12 +1,25 @@
 """The state of a training: parameters, optimizer and batch statistics, which go together."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax import struct
+from flax.core import FrozenDict
+from flax.core.scope import DenyList
 from flax.training import train_state
+
+from bnjax.models import checks
+from bnjax.models.batches import layout
+from bnjax.models.compat import is_traced
+
+# What a step counts and draws, whether it is committed or not.
+_GO_ON = ("step", "rejected", "rng", "loss_scale")
 
 
 class TrainState(train_state.TrainState):
@@ -16,23 +29,37 @@ class TrainState(train_state.TrainState):
         batch_stats: the running statistics, `{}` for a model without any.
         rng: the key from which each step derives its own, by its number; None without dropout.
         rejected: how many steps were not committed.
+        collections: what else the model keeps, by collection, such as a codebook.
+        loss_scale: a dynamic loss scale, such as `flax.training.dynamic_scale.DynamicScale()`.
     """
 
     batch_stats: Any
     rng: jax.Array | None
     rejected: jax.Array
+    # By keyword alone, so that a subclass may add fields without defaults.
+    collections: Any = struct.field(default_factory=dict, kw_only=True)
+    loss_scale: Any = struct.field(default=None, kw_only=True)
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables to evaluate the model with."""
-        return variables_of(self.params, self.batch_stats)
+        """The variables to evaluate the model with; of lookahead's parameters the slow ones.
+
+        They are copies, as a step that donates the state takes its arrays along.
+        """
+        params = getattr(self.params, "slow", self.params)
+        held = variables_of(params, self.batch_stats, self.collections)
+        is_concrete = lambda leaf: isinstance(leaf, jax.Array) and not is_traced(leaf)  # noqa: E731
+        return jax.tree.map(lambda leaf: leaf.copy() if is_concrete(leaf) else leaf, held)
 
 
 def init_state(
     model: nn.Module,
     tx: optax.GradientTransformation,
-    key: jax.Array,
+    key: chex.PRNGKey,
     x: Any,
+    *,
+    inputs: Any = None,
+    loss_scale: Any = None,
     **apply_kwargs: Any,
 ) -> TrainState:
     """A new `TrainState` for a linen model and an optax optimizer.
@@ -42,45 +69,106 @@ def init_state(
         tx: the optimizer.
         key: seeds the parameters, and the random numbers of the steps.
         x: an input, or its `jax.ShapeDtypeStruct`, to initialize the model with.
+        inputs: as for `train_step`; then `x` is a batch, a dict, of which the model is called with
+            these entries.
+        loss_scale: scales the loss of each step, for gradients in float16: Flax's `DynamicScale`,
+            or another object with `scale`, `unscale` and `adjust`, such as jmp's.
         **apply_kwargs: what else the model's call needs, such as `train=False`.
+
+    Returns:
+        The state. Other collections than `params` and `batch_stats` are kept too, but for what is
+        sown, such as `intermediates`.
+
+    Raises:
+        TypeError: the model is no linen model.
     """
+    checks.linen_model(model)
+    args, kwargs = ((x,), {}) if inputs is None else layout(inputs).call(x)
     key, rng = jax.random.split(key)
     init_key, dropout_key = jax.random.split(key)
-    variables = model.lazy_init({"params": init_key, "dropout": dropout_key}, x, **apply_kwargs)
-    return TrainState.create(
+    keys = {"params": init_key, "dropout": dropout_key}
+    mutable = DenyList("intermediates")
+    variables = model.lazy_init(keys, *args, mutable=mutable, **kwargs, **apply_kwargs)
+    others = {k: v for k, v in variables.items() if k not in ("params", "batch_stats")}
+    params: Any = variables.get("params", {})
+    if _is_lookahead(tx, params):
+        params = optax.LookaheadParams.init_synced(params)
+    state = TrainState.create(
         apply_fn=model.apply,
-        params=variables["params"],
+        params=params,
         tx=tx,
         batch_stats=variables.get("batch_stats", {}),
         rng=rng,
         rejected=jnp.zeros((), jnp.int32),
+        collections={name: tree for name, tree in others.items() if not _is_sown(tree)},
+        loss_scale=loss_scale,
     )
+    return own_buffers(state)
+
+
+def own_buffers(tree: Any) -> Any:
+    """The tree, each array of which has memory of its own, so that all can be donated."""
+    seen: set[int] = set()
+
+    def alone(leaf: Any) -> Any:
+        if id(leaf) in seen and isinstance(leaf, jax.Array):
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(alone, tree)
 
 
 def commit(accepted: jax.Array, proposed: TrainState, current: TrainState) -> TrainState:
     """The proposed state if the step is accepted; otherwise the current one, with one more reject.
 
-    Parameters, optimizer state and batch statistics go together: statistics that a rejected step
-    has seen would poison every later evaluation. `step` counts the attempts, so the order of the
-    data and the random numbers go on.
+    Parameters, optimizer state and batch statistics go together, and with them the fields that a
+    subclass adds: statistics that a rejected step has seen would poison every later evaluation.
+    `step` counts the attempts, so the order of the data and the random numbers go on.
 
     Args:
         accepted: bool, ().
         proposed: the state after the step.
         current: the state before it.
     """
-
-    def choose(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)
-
-    return proposed.replace(
-        params=choose(proposed.params, current.params),
-        opt_state=choose(proposed.opt_state, current.opt_state),
-        batch_stats=choose(proposed.batch_stats, current.batch_stats),
-        rejected=current.rejected + jnp.where(accepted, 0, 1),
-    )
+    names = [each.name for each in dataclasses.fields(current) if each.name not in _GO_ON]
+    held = {n: (getattr(proposed, n), getattr(current, n)) for n in names if _is_data(current, n)}
+    chosen = {name: choose(accepted, *both) for name, both in held.items()}
+    rejected = current.rejected + jnp.where(accepted, 0, 1)
+    return proposed.replace(**chosen, rejected=rejected)
 
 
-def variables_of(params: Any, batch_stats: Any) -> dict[str, Any]:
-    """The variables of a model; without statistics it has no collection for them."""
-    return {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
+def choose(accepted: jax.Array, new: Any, old: Any) -> Any:
+    """One tree or the other, of the kind of the old one."""
+    leaves, tree = jax.tree.flatten(old)
+    pairs = zip(checks.same_leaves(new, old), leaves, strict=True)
+    return tree.unflatten(jnp.where(accepted, n, o) for n, o in pairs)
+
+
+def variables_of(params: Any, batch_stats: Any, collections: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of a model; of what it has none of there is no collection."""
+    held = {"params": params, "batch_stats": batch_stats, **collections}
+    return {name: tree for name, tree in held.items() if tree or name == "params"}
+
+
+def _is_lookahead(tx: optax.GradientTransformation, params: Any) -> bool:
+    """Whether an optimizer keeps two sets of parameters, as `optax.lookahead` does."""
+    kind = optax.LookaheadState
+    try:
+        made = jax.eval_shape(lambda p: tx.init(optax.LookaheadParams.init_synced(p)), params)
+    except Exception:  # it may look into the tree that it expects
+        return False
+    states = jax.tree.leaves(made, is_leaf=lambda node: isinstance(node, kind))
+    return any(isinstance(state, kind) for state in states)
+
+
+def _is_data(state: TrainState, name: str) -> bool:
+    field = next(each for each in dataclasses.fields(state) if each.name == name)
+    return field.metadata.get("pytree_node", True)
+
+
+def _is_sown(tree: Any) -> bool:
+    """Whether modules append to what a collection has, as `sow` does, so that it would grow."""
+    if isinstance(tree, dict | FrozenDict):
+        return any(map(_is_sown, tree.values()))
+    return isinstance(tree, tuple)

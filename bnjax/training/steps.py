@@ -1,28 +1,35 @@
 """Jitted steps over a `TrainState`: train_step, eval_step, and evaluate over many batches."""
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
+from bnjax import globs
+from bnjax.masks import trainable_labels
 from bnjax.models import checks
-from bnjax.models.accumulation import accumulating, begin, finish, next_pass, rehearse
 from bnjax.models.batches import (
     Batch,
+    Inputs,
+    Layout,
     LossFn,
     Metrics,
-    counted,
-    named,
+    Totals,
+    layout,
     on_all,
-    pad_batch,
     shardings,
-    size_of,
-    split_over,
-    totals_of,
+    tracked,
 )
-from bnjax.training.state import TrainState, commit, variables_of
+from bnjax.models.visits import Met, Settings, applying, counting
+from bnjax.training.gradients import Objective
+from bnjax.training.scaling import Scale
+from bnjax.training.state import TrainState, commit
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -30,8 +37,12 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 def train_step(
     loss_fn: LossFn,
     *,
+    inputs: Inputs = "x",
+    per_example: Sequence[str] | None = None,
     apply_kwargs: Mapping[str, Any] | None = None,
+    frozen: globs.Paths = (),
     microbatches: int = 1,
+    mask_statistics: bool = True,
     mesh: Mesh | None = None,
     donate: bool = True,
 ) -> Step:
@@ -40,162 +51,241 @@ def train_step(
     Args:
         loss_fn: `loss_fn(outputs, batch)` gives the loss, or `(loss, metrics)` with a dict of
             metrics. Each is an array with one entry for each example, (N,), or a mean, ().
-        apply_kwargs: passed to the model's call, such as `{"train": True}`.
+        inputs: what of a batch the model is called with: a name; several, its arguments; a dict of
+            names by keyword; or a function of the batch that returns a tuple of arguments, a dict
+            of keywords, or one argument.
+        per_example: the entries of a batch that have an entry for each example, beside the inputs
+            and the mask. By default those whose leading axis is as long as that of the first input:
+            name them where something else, such as class weights, may be as long. All others are
+            left whole by micro-batches and meshes.
+        apply_kwargs: passed to the model's call, such as `{"train": True}`. Keys in `"rngs"` are
+            streams of their own, from which each step draws anew; a stream that is not named
+            draws from the state's key.
+        frozen: globs over module paths, such as `"encoder/**"`, whose parameters, statistics and
+            mode are frozen, as by `bnjax.freeze` and `bnjax.trainable_labels`.
         microbatches: cut the batch into this many, one after another, and update once. The running
             statistics are exactly those of the whole batch: moments are pooled, those of a virtual
             batch size too. The gradients are not, since each micro-batch normalizes by its own
-            statistics; with few examples in each they are noisier.
+            statistics; with few examples in each they are noisier. They add up in float32 at least.
+        mask_statistics: False takes examples that the mask leaves out into the statistics, for
+            models whose batch norms see other arrays than one row for each example.
         mesh: train data-parallel: the batch is split over all devices of the mesh, the state is on
-            each. The result is that of one device. With several processes each passes its own part
+            each. The result is that of one device: batch norms see the whole batch, and need no
+            `axis_name`. With several processes each passes its own part
             of the batch.
         donate: reuse the memory of the state that is passed in, which is then gone.
 
     Returns:
         `step(state, batch) -> (state, metrics)`. `batch` is a dict: `"x"` is the input of the
-        model, `"mask"`, if there is one, a bool (N,) that says which examples count in loss and
-        metrics, and the rest is for `loss_fn`. The metrics are means over the batch, with `loss`,
-        and `accepted`, which says whether loss and gradients were finite; see `commit`.
+        model, `"mask"`, if there is one, a bool (N,) that says which examples count in loss,
+        metrics and statistics, and the rest is for `loss_fn`. The metrics are means over the batch,
+        with `loss`, and `accepted`, which says whether loss and gradients were finite; see
+        `commit`. A metric of such a name is reported in its place.
 
     Raises:
         ValueError: a batch that does not divide by `microbatches` and the devices.
     """
-    kwargs = dict(apply_kwargs or {})
+    checks.loss_function(loss_fn)
+    checks.microbatches(microbatches)
+    batches = layout(inputs, per_example)
+    objective = Objective(loss_fn, batches, microbatches, mask_statistics)
+    patterns, kwargs = globs.as_tuple(frozen), dict(apply_kwargs or {})
+    streams = kwargs.pop("rngs", {})
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None if state.rng is None else jax.random.fold_in(state.rng, state.step)
-        count = jnp.maximum(counted(batch), 1)
+        collections = {"batch_stats": state.batch_stats, **state.collections}
+        collections = {name: tree for name, tree in collections.items() if tree}
+        labels = trainable_labels(state.params, patterns) if patterns else None
 
-        def gradients(batch_stats: Any, part: Batch, key: Any) -> tuple[Any, Any, Metrics]:
-            def objective(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
-                outputs, updates = state.apply_fn(
-                    variables_of(params, batch_stats),
-                    part["x"],
-                    mutable=["batch_stats"],
-                    rngs=None if key is None else {"dropout": key},
+        def apply(params: Any, collections: Any, args: tuple, inputs: dict, key: Any) -> Any:
+            params = _held(params, labels, jax.lax.stop_gradient)
+            with _freezing(patterns):
+                outputs, moved = state.apply_fn(
+                    {"params": getattr(params, "fast", params), **collections},
+                    *args,
+                    mutable=list(collections),
+                    rngs=_keys(key, streams),
+                    **inputs,
                     **kwargs,
                 )
-                totals = totals_of(loss_fn, outputs, part)
-                means = {name: total / count for name, total in totals.items()}
-                return means["loss"], (updates.get("batch_stats", {}), means)
+            return outputs, {**collections, **moved}
 
-            grads, (moved, means) = jax.grad(objective, has_aux=True)(state.params)
-            return grads, moved, means
+        scale = Scale(state.loss_scale)
+        fast = getattr(state.params, "fast", state.params)
+        compute = functools.partial(objective, apply, collections=collections, batch=batch, key=key)
+        grads, moved, loss, means = compute(fast, scale=scale.up)
+        grads = scale.down(grads)
+        accepted = _all_finite((loss, grads))
+        again = functools.partial(compute, scale=lambda loss: loss)
+        known = {"value_fn": lambda p: again(p)[2], "grad_fn": lambda p, _: again(p)[0]}
+        tx = _told(state.tx, value=loss, grad=grads, **known)
+        proposed = state.replace(tx=tx).apply_gradients(
+            grads=grads,
+            batch_stats=moved.pop("batch_stats", state.batch_stats),
+            collections=moved,
+            loss_scale=scale.adjusted(accepted),
+        )
+        params = _held(proposed.params, labels, lambda _, old: old, state.params)
+        proposed = proposed.replace(tx=state.tx, params=params)
+        return commit(accepted, proposed, state), {"loss": loss, "accepted": accepted} | means
 
-        if microbatches == 1:
-            grads, batch_stats, means = gradients(state.batch_stats, batch, key)
-        else:
-            grads, batch_stats, means = _accumulate(gradients, state, batch, key, microbatches)
-        accepted = _all_finite((means["loss"], grads))
-        proposed = state.apply_gradients(grads=grads, batch_stats=batch_stats)
-        return commit(accepted, proposed, state), means | {"accepted": accepted}
-
-    return _jit(step, mesh, microbatches, donate)
+    return Compiled(
+        step, batches, mesh, microbatches=microbatches, donate=donate, met=objective.met
+    )
 
 
 def eval_step(
-    loss_fn: LossFn, *, apply_kwargs: Mapping[str, Any] | None = None, mesh: Mesh | None = None
-) -> Callable[[TrainState, Batch], Metrics]:
+    loss_fn: LossFn,
+    *,
+    inputs: Inputs = "x",
+    per_example: Sequence[str] | None = None,
+    apply_kwargs: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> Callable[[TrainState, Batch], Totals]:
     """A jitted step in evaluation mode: running statistics, nothing moves.
 
     Args:
         loss_fn: as for `train_step`.
+        inputs: as for `train_step`.
+        per_example: as for `train_step`.
         apply_kwargs: passed to the model's call, such as `{"train": False}`.
         mesh: split the batch over the devices of the mesh. It need not divide by them: it is
             filled up with examples that do not count.
 
     Returns:
-        `step(state, batch) -> totals`: sums over the examples of the batch that count, and their
-        number, `count`. `evaluate` adds the totals of many batches up.
+        `step(state, batch) -> totals`: sums over the examples of the batch that count, by name, and
+        their number, `totals.count`. `evaluate` adds the totals of many batches up.
     """
+    checks.loss_function(loss_fn)
+    batches = layout(inputs, per_example)
 
-    def step(state: TrainState, batch: Batch) -> Metrics:
-        outputs = state.apply_fn(state.variables, batch["x"], **(apply_kwargs or {}))
-        return totals_of(loss_fn, outputs, batch) | {"count": counted(batch)}
+    def step(state: TrainState, batch: Batch) -> Totals:
+        args, kwargs = batches.call(batch)
+        with counting(batch.get("mask")):
+            outputs = state.apply_fn(state.variables, *args, **kwargs, **(apply_kwargs or {}))
+        return batches.totals(loss_fn, outputs, batch)[1]
 
-    sharded = _jit(step, mesh, 1, donate=False)
-    if mesh is None:
-        return sharded
-    devices = len(mesh.local_devices)
-    return lambda state, batch: sharded(state, pad_batch(batch, devices))
+    return Compiled(step, batches, mesh)
 
 
 def evaluate(
-    step: Callable[[TrainState, Batch], Metrics], state: TrainState, batches: Iterable[Batch]
+    step: Callable[[TrainState, Batch], Totals],
+    state: TrainState,
+    batches: Iterable[Batch],
+    *,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Means over all examples of all batches, each example counted once.
+
+    The sums are added up on the device, so that the next batch is loaded while one is computed.
 
     Args:
         step: what `eval_step` returned.
         state: the state to evaluate.
         batches: dicts as for `train_step`; they need not be of one size.
+        progress: show a progress bar.
 
     Raises:
         ValueError: there is no batch, or no example that counts.
     """
-    sums: dict[str, float] = {}
-    for batch in batches:
-        for name, value in step(state, batch).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    count = sums.pop("count", 0.0)
-    checks.some_batch(count, "example that counts")
-    return {name: total / count for name, total in sums.items()}
+    checks.several_batches(batches)
+    totals: Any = None
+    for batch in tracked(batches, progress, "evaluating"):
+        with checks.evaluation_step(step):
+            new = step(state, batch)
+            new = Totals({k: v for k, v in new.items() if k != "count"}, new["count"])
+        totals = new if totals is None else _add(totals, new)
+    count, sums = jax.device_get((totals.count, dict(totals)) if totals else (0.0, {}))
+    checks.some_batch(float(count), "example that counts")
+    return {name: float(total) / float(count) for name, total in sums.items()}
 
 
-def _accumulate(
-    gradients: Callable, state: TrainState, batch: Batch, key: Any, microbatches: int
-) -> tuple[Any, Any, Metrics]:
-    """Gradients and means summed, and moments pooled, over the micro-batches."""
-
-    def cut(x: jax.Array) -> jax.Array:
-        # Each part takes every so many-th example, and so the same number from each device.
-        return jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
-
-    def one(carry: tuple[Any, Any], part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-        sums, batch_stats = carry
-        part_key = None if key is None else jax.random.fold_in(key, part[0])
-        grads, batch_stats, means = gradients(next_pass(batch_stats), part[1], part_key)
-        return (jax.tree.map(jnp.add, sums, (grads, means)), batch_stats), None
-
-    parts = jax.tree.map(cut, dict(batch))
-    with accumulating() as conventions:
-        first = jax.tree.map(lambda x: x[0], parts)
-
-        def rehearsed(batch_stats: Any) -> tuple[Any, Any]:
-            grads, batch_stats, means = gradients(batch_stats, first, key)
-            return batch_stats, (grads, means)
-
-        calls, (grads, means) = rehearse(rehearsed, begin(state.batch_stats))
-        begun = begin(state.batch_stats, calls)
-        zeros = jax.tree.map(jnp.zeros_like, (grads, means))
-        numbered = (jnp.arange(microbatches), parts)
-        ((grads, means), batch_stats), _ = jax.lax.scan(one, (zeros, begun), numbered)
-    return grads, finish(batch_stats, conventions), means
+@jax.jit
+def _add(totals: Totals, new: Totals) -> Totals:
+    return jax.tree.map(jnp.add, totals, new)
 
 
-def _jit(step: Callable, mesh: Mesh | None, microbatches: int, donate: bool) -> Callable:
-    """The step compiled, over the devices of a mesh if there is one."""
-    donated = 0 if donate else ()
-    if mesh is None:
-        compiled = jax.jit(step, donate_argnums=donated)
+def _freezing(patterns: tuple[str, ...]) -> contextlib.AbstractContextManager:
+    """A context in which the batch norms that fit are frozen; other modules may fit alone."""
+    if not patterns:
+        return contextlib.nullcontext()
+    return applying(Settings(("frozen", patterns), patterns, {"use_running_average": True}))
 
-        def run(state: TrainState, batch: Batch) -> Any:
-            batch = named(batch)
-            checks.divides(size_of(batch), 1, microbatches)
-            return compiled(state, batch)
 
-        return run
-    auto, alike, split = shardings(mesh)
-    distributed = jax.jit(
-        step, in_shardings=(alike, split), out_shardings=alike, donate_argnums=donated
-    )
+def _held(params: Any, labels: Any, hold: Callable, *others: Any) -> Any:
+    """The parameters, those that are frozen changed."""
+    if labels is None:
+        return params
+    held = lambda label, *leaves: hold(*leaves) if label == "frozen" else leaves[0]  # noqa: E731
+    return jax.tree.map(held, labels, params, *others)
 
-    def run_distributed(state: TrainState, batch: Batch) -> Any:
-        batch = named(batch)
-        checks.divides(size_of(batch), len(mesh.local_devices), microbatches)
+
+def _keys(key: Any, streams: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A key for each random stream; Flax draws those without one from `params`."""
+    if key is None:
+        return dict(streams) or None
+    number = jax.random.bits(key)
+    own = {name: jax.random.fold_in(stream, number) for name, stream in streams.items()}
+    return {"dropout": key, "params": jax.random.fold_in(key, 1), **own}
+
+
+def _told(tx: optax.GradientTransformation, **known: Any) -> optax.GradientTransformation:
+    """An optimizer that gets those of optax's extra arguments that it takes."""
+    update = optax.with_extra_args_support(tx).update
+    taken = inspect.signature(update).parameters.values()
+    if not any(each.kind is each.VAR_KEYWORD for each in taken):
+        known = {each.name: known[each.name] for each in taken if each.name in known}
+    return optax.GradientTransformation(tx.init, functools.partial(update, **known))
+
+
+class Compiled:
+    """A step, compiled, over the devices of a mesh if there is one.
+
+    Args:
+        step: the function of a state and a batch.
+        batches: their layout.
+        mesh: the mesh, or None.
+        microbatches: what a batch must divide by; 0 in evaluation, which fills it up.
+        donate: reuse the memory of the state.
+
+    Attributes:
+        layout: of its batches.
+        met: the batch norms that were called when it was traced, by path.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Any, Any], Any],
+        batches: Layout,
+        mesh: Mesh | None,
+        *,
+        microbatches: int = 0,
+        donate: bool = False,
+        met: Mapping[str, Met] | None = None,
+    ) -> None:
+        self.layout, self.met, self._microbatches = batches, met or {}, microbatches
+        self._mesh, self._shardings, shard = mesh, None, {}
+        if mesh is not None:
+            checks.mesh(mesh)
+            self._shardings = shardings(mesh)
+            alike = self._shardings[1]
+            shard = {"in_shardings": (alike, None), "out_shardings": alike}
+        self._compiled = jax.jit(step, donate_argnums=0 if donate else (), **shard)
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        """Run it."""
+        batch, layout = self.layout.named(batch), self.layout
+        checks.not_donated(state)
+        devices = 1 if self._mesh is None else len(self._mesh.local_devices)
+        if self._microbatches:
+            checks.divides(layout.size(batch), devices, self._microbatches)
+        if self._shardings is None:
+            return self._compiled(state, batch)
+        auto, alike, split = self._shardings
+        batch = batch if self._microbatches else layout.padded(batch, devices)
         with jax.set_mesh(auto):  # not the user's, whose axes may be explicit
-            return distributed(on_all(state, alike), split_over(split, batch))
-
-    return run_distributed
+            return self._compiled(on_all(state, alike), layout.split(batch, alike, split))
 
 
 def _all_finite(tree: Any) -> jax.Array:

@@ -1,12 +1,12 @@
 """Why a network with batch norm is good in training and bad in evaluation: diagnose."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
 from flax import nnx
 
-from bnjax.models.batches import LossFn
+from bnjax.models.batches import Inputs, LossFn, layout
 from bnjax.models.diagnosis import findings
 from bnjax.models.diagnosis.evidence import Evidence
 from bnjax.models.diagnosis.evidence import Finding as Finding
@@ -38,6 +38,8 @@ def diagnose(
     loss_fn: LossFn | None = None,
     steps: int | None = None,
     history: Mapping[str, Any] | None = None,
+    inputs: Inputs = "x",
+    per_example: Sequence[str] | None = None,
     apply_kwargs: Mapping[str, Any] | None = None,
 ) -> Report:
     """Say what is wrong with the batch norms of a model: which layer, why, and how to mend it.
@@ -59,6 +61,8 @@ def diagnose(
         steps: how many steps the model was trained for: tells statistics that lag from others.
         history: the record of `training.history`: tells averaged weights from shifted data, and
             knows the steps and the batch size.
+        inputs: what of a batch the model is called with, as for `training.train_step`.
+        per_example: what of a batch has an entry for each example, as for `training.train_step`.
         apply_kwargs: what you evaluate the model with, such as `{"train": False}`; with
             `"mutable"`, if you pass that.
 
@@ -78,7 +82,9 @@ def diagnose(
     >>> diagnose(layer, bnjax.recalibrate(layer, variables, [x]), [x]).healthy
     True
     """
-    seen = measured(model, variables, batches, loss_fn, dict(apply_kwargs or {}))
+    seen = measured(
+        model, variables, batches, loss_fn, layout(inputs, per_example), dict(apply_kwargs or {})
+    )
     record = history or {}
     if steps is None and record.get("step"):
         steps = record["step"][-1]

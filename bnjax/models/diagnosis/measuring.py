@@ -14,7 +14,7 @@ from flax import nnx
 from flax.core import meta
 
 from bnjax.models import checks
-from bnjax.models.batches import LossFn, counted, named, size_of
+from bnjax.models.batches import Layout, LossFn
 from bnjax.models.diagnosis.devices import readings
 from bnjax.models.diagnosis.passes import Kind, Passes, Seen, compare, passes_of
 from bnjax.models.nnx_copies import Copy
@@ -129,13 +129,14 @@ def measured(
     variables: Any,
     batches: Iterable[Any],
     loss_fn: LossFn | None,
+    layout: Layout,
     kwargs: Mapping[str, Any],
 ) -> Measured:
     """Run the batches through the model, and one of them once more with other batch mates."""
     checks.several_batches(batches)
     run = None
-    for batch in map(named, batches):
-        run = run or _Run(*_fitting(model, variables, batch, loss_fn, kwargs))
+    for batch in map(layout.named, batches):
+        run = run or _Run(*_fitting(model, variables, batch, loss_fn, layout, kwargs))
         run.add(batch)
     checks.some_batch(run is not None)
     assert run is not None
@@ -143,7 +144,7 @@ def measured(
 
 
 def _fitting(
-    model: Any, variables: Any, batch: Any, loss_fn: LossFn | None, kwargs: Any
+    model: Any, variables: Any, batch: Any, loss_fn: LossFn | None, layout: Layout, kwargs: Any
 ) -> tuple[Passes, Any, dict[str, float]]:
     """The variables that fit the model, among them those of one device of several."""
     checks.flax_model(model)
@@ -151,8 +152,8 @@ def _fitting(
     for reading in readings(model, variables):
         try:
             one, modes, tree, unequal = reading()
-            passes = passes_of(one, modes, loss_fn, kwargs)
-            with checks.variables_fit(tree, batch["x"]):
+            passes = passes_of(one, modes, loss_fn, layout, kwargs)
+            with checks.variables_fit(tree, layout.call(batch)):
                 notes = passes.step.trace(tree, batch)
         except Exception as error:  # of the model, or of a tree that does not fit it
             failures.append(error)
@@ -179,7 +180,8 @@ class _Run:
         """Run one more batch."""
         found, notes = self.passes.step(self.variables, batch)
         self.kinds |= notes["kinds"]
-        outputs, size, counts = found.pop("outputs"), size_of(batch), float(counted(batch))
+        outputs, layout = found.pop("outputs"), self.passes.layout
+        size, counts = layout.size(batch), float(layout.counted(batch))
         if self.first is None and size > 1:
             self.first = batch, jax.device_get(outputs)
         found = jax.device_get(found)
@@ -248,15 +250,14 @@ class _Run:
         if self.first is None:
             return 0.0
         batch, outputs = self.first
-        size = size_of(batch)
+        size = self.passes.layout.size(batch)
         half = size // 2
         index = np.r_[:half, np.arange(size - half) % half]
 
-        def mixed(leaf: Any) -> Any:
-            of_examples = jnp.ndim(leaf) and jnp.shape(leaf)[0] == size
-            return np.asarray(leaf)[index] if of_examples else leaf
+        def mixed(leaf: Any, each: bool) -> Any:
+            return np.asarray(leaf)[index] if each else leaf
 
-        among = jax.tree.map(mixed, batch)
+        among = jax.tree.map(mixed, batch, self.passes.layout.each(batch))
         others = jax.device_get(self.passes.step(self.variables, among)[0]["outputs"])
 
         def mine(outputs: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from flax.core import unfreeze
 
 from bnjax.core.moments import working_dtype
 from bnjax.models import checks
-from bnjax.models.batches import Batch, LossFn, counted, size_of, totals_of
+from bnjax.models.batches import Batch, Layout, LossFn
 from bnjax.models.compat import in_filter, union_filters
 from bnjax.models.conventions import Facts
 from bnjax.models.nnx_copies import Copy
@@ -57,9 +57,11 @@ class Passes:
         model: nn.Module | Copy,
         modes: Mapping[str, bool | None],
         loss_fn: LossFn | None,
+        batches: Layout,
         kwargs: Mapping[str, Any],
     ) -> None:
-        self.model, self.modes, self.loss_fn, self.kwargs = model, modes, loss_fn, dict(kwargs)
+        self.model, self.modes, self.loss_fn, self.layout = model, modes, loss_fn, batches
+        self.kwargs = dict(kwargs)
         copied = ["batch_stats"] if isinstance(model, Copy) else False  # its layers have modes
         self.mutable = self.kwargs.pop("mutable", copied)
         self.moves = in_filter(self.mutable, "batch_stats")
@@ -96,21 +98,29 @@ class Passes:
             "outputs": evaluated,
             "layers": layers,
             "moved": moved,
-            "gap": compare(evaluated, trained, size_of(batch), batch.get("mask")),
+            "gap": compare(evaluated, trained, self.layout.size(batch), batch.get("mask")),
             "losses": {
-                "train": _means(self.loss_fn, trained, batch),
-                "eval": _means(self.loss_fn, evaluated, batch),
+                "train": self._means(trained, batch),
+                "eval": self._means(evaluated, batch),
             },
         }
 
     def _apply(
         self, model: Any, variables: Any, batch: Batch, norm: Callable, mutable: Any
     ) -> tuple[Any, Any]:
+        args, inputs = self.layout.call(batch)
         with visiting(lambda visit: norm(visit.where(batch.get("mask")))) as strangers:
-            result = model.apply(variables, batch["x"], mutable=mutable, **self.kwargs)
+            result = model.apply(variables, *args, mutable=mutable, **inputs, **self.kwargs)
         self.strangers |= strangers
         y, updates = result if mutable is not False else (result, {})
         return y, updates.get("batch_stats", {})
+
+    def _means(self, outputs: Any, batch: Batch) -> dict[str, jax.Array]:
+        """Loss and metrics, over the examples that count."""
+        if self.loss_fn is None:
+            return {}
+        _, totals = self.layout.totals(self.loss_fn, outputs, batch)
+        return {name: total / jnp.maximum(totals.count, 1) for name, total in totals.items()}
 
     def _kind(self, visit: Visit) -> Kind:
         running = visit.running
@@ -126,13 +136,15 @@ def passes_of(
     model: nn.Module | Copy,
     modes: Mapping[str, bool | None],
     loss_fn: LossFn | None,
+    batches: Layout,
     kwargs: Mapping[str, Any],
 ) -> Passes:
     """The passes, those of the last diagnoses where they were the same: they are compiled."""
     if isinstance(model, Copy):
-        return Passes(model, modes, loss_fn, kwargs)
-    key = "diagnosis", loss_fn, tuple(kwargs.items()), tuple(frame.key for frame in settings())
-    return kept_with(model, key, lambda: Passes(model, modes, loss_fn, kwargs))
+        return Passes(model, modes, loss_fn, batches, kwargs)
+    around = tuple(frame.key for frame in settings())
+    key = "diagnosis", loss_fn, batches, tuple(kwargs.items()), around
+    return kept_with(model, key, lambda: Passes(model, modes, loss_fn, batches, kwargs))
 
 
 def _evaluated(visit: Visit, kind: Kind, moves: bool) -> Any:
@@ -210,9 +222,3 @@ def _with_room(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
     mean, real = jnp.zeros_like(wide["mean"]), jnp.zeros_like(wide["var"])
     room = Seen(calls=real, mean=mean, var=real, between=real, values=real)
     return {**stats, **wide, **dict(zip(_ROOM, room, strict=True))}
-
-
-def _means(loss_fn: LossFn | None, outputs: Any, batch: Batch) -> dict[str, jax.Array]:
-    """Loss and metrics, over the examples that count."""
-    totals = {} if loss_fn is None else totals_of(loss_fn, outputs, batch)
-    return {name: total / jnp.maximum(counted(batch), 1) for name, total in totals.items()}

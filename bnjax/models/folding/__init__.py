@@ -1,6 +1,7 @@
 """Batch norm folded into the conv or dense layer before it, for evaluation: fold."""
 
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from bnjax._words import number_of
 from bnjax.models import checks
+from bnjax.models.batches import Inputs, Layout, layout
 from bnjax.models.folding.program import Call, Program, pair
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.visits import (
@@ -85,7 +87,7 @@ class Folded:
     variables: dict[str, Any]
     report: Report
     _model: nn.Module | Copy = dataclasses.field(repr=False)
-    _apply_kwargs: Mapping[str, Any] = dataclasses.field(repr=False)
+    _form: "_Form" = dataclasses.field(repr=False)
     _layers: frozenset[Path] = dataclasses.field(repr=False)
     # For each path of a folded batch norm, the dtypes of its input and output.
     _norms: Mapping[Path, tuple[Any, Any]] = dataclasses.field(repr=False)
@@ -115,7 +117,7 @@ class Folded:
             )
         again = [each.again() for each in self._settings]
         with applying(*again, outermost=True), visiting(self._norm, self._linear, key=self._key):
-            return self._model.apply(variables, x, **self._apply_kwargs)
+            return self._form(self._model, variables, x)
 
     def _norm(self, visit: Visit) -> Any:
         if visit.path not in self._norms:
@@ -134,6 +136,7 @@ def fold(
     variables: Mapping[str, Any] | nnx.State | None,
     example_x: Any,
     *,
+    inputs: Inputs | None = None,
     apply_kwargs: Mapping[str, Any] | None = None,
 ) -> Folded:
     """The model with its batch norms folded into the conv or dense layers before them.
@@ -153,6 +156,8 @@ def fold(
             its own.
         example_x: an input of the model. What was folded is right for inputs that take the same
             way through the model's Python code: of another batch size, say.
+        inputs: what of a batch the model is called with, as for `training.train_step`, such as
+            `("obs", "action")`. Then `example_x` and what `apply` gets are batches, dicts.
         apply_kwargs: passed to the model's call, such as `{"train": False}`.
 
     Returns:
@@ -174,14 +179,27 @@ def fold(
     {'params': {'layers_0': {'bias': (2,), 'kernel': (3, 2)}}}
     """
     checks.flax_model(model)
+    form = _Form(None if inputs is None else layout(inputs), dict(apply_kwargs or {}))
     if isinstance(model, nnx.Module):
         copy = Copy(model, variables)
-        return _fold(copy, copy.variables, example_x, dict(apply_kwargs or {}))
-    return _fold(model, variables, example_x, dict(apply_kwargs or {}))
+        return _fold(copy, copy.variables, example_x, form)
+    return _fold(model, variables, example_x, form)
 
 
-def _fold(model: nn.Module | Copy, variables: Any, x: Any, kwargs: dict[str, Any]) -> Folded:
-    program = Program(model, variables, x, kwargs)
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """How a model is called with an input, or with the entries of a batch."""
+
+    layout: Layout | None
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, model: Any, variables: Any, x: Any) -> Any:
+        args, kwargs = ((x,), {}) if self.layout is None else self.layout.call(x)
+        return model.apply(variables, *args, **kwargs, **self.kwargs)
+
+
+def _fold(model: nn.Module | Copy, variables: Any, x: Any, form: _Form) -> Folded:
+    program = Program(functools.partial(form, model), variables, x)
     unknown = program.strangers | getattr(model, "strangers", {})
     checks.some_batch_norm(any(call.norm for call in program.calls), unknown)
     pairs, reasons = pair(program)
@@ -205,7 +223,7 @@ def _fold(model: nn.Module | Copy, variables: Any, x: Any, kwargs: dict[str, Any
         new,
         Report(rows, 0, 0, tolerance),
         model.holding(new) if isinstance(model, Copy) else model,
-        kwargs,
+        form,
         layers,
         norms,
         settings(),
@@ -258,7 +276,7 @@ def _difference(folded: Folded, model: Any, variables: Any, x: Any) -> tuple[flo
 
     @jax.jit
     def both(variables: Any, new: Any, x: Any) -> Any:
-        expected = model.apply(variables, x, **folded._apply_kwargs)
+        expected = folded._form(model, variables, x)
         return expected, folded.apply(new, x)
 
     # On accelerators the default precision rounds inputs of a conv, which folding has scaled.

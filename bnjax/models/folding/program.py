@@ -20,7 +20,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from bnjax.models import checks
 from bnjax.models.conventions import LINEAR, own_type
-from bnjax.models.nnx_copies import Copy
 from bnjax.models.visits import Path, Visit, path_of, variables_of, visiting
 
 # Equations that run another program once, on the same values; a loop is not among them.
@@ -76,14 +75,12 @@ class _Visit:
 class Program:
     """The program of a forward pass, flat, and where in it the layers are."""
 
-    def __init__(
-        self, model: nn.Module | Copy, variables: Any, x: Any, kwargs: dict[str, Any]
-    ) -> None:
+    def __init__(self, apply: Callable[[Any, Any], Any], variables: Any, x: Any) -> None:
         self.calls: list[Call] = []
         self.steps: list[_Step] = []
         self.lost: dict[int, str] = {}  # calls that can't be followed, and why
         with checks.variables_fit(variables, x), visiting(self._norm, self._linear) as strangers:
-            traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, **kwargs))(variables, x)
+            traced = jax.make_jaxpr(apply)(variables, x)
         self.strangers = strangers
         leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
         self.inputs = [tuple(k.key for k in keys if hasattr(k, "key")) for keys, _ in leaves]

@@ -1,0 +1,125 @@
+"""Loss and gradients of a batch, in one piece or in micro-batches, and what the model has moved."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnjax.core.moments import working_dtype
+from bnjax.models import checks
+from bnjax.models.accumulation import accumulating, begin, finish, next_pass, rehearse
+from bnjax.models.batches import Batch, Layout, LossFn, Metrics
+from bnjax.models.visits import Met, counting, watching
+
+# XLA has no fast convolutions inside a loop on CPUs, so few micro-batches stand one after another.
+_FEW = 8
+
+# `apply(params, collections, args, kwargs, key)` gives outputs and new collections.
+Apply = Callable[[Any, Any, tuple, dict, Any], tuple[Any, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss over batches of a layout.
+
+    Attributes:
+        loss_fn: as for `train_step`.
+        layout: of the batches.
+        microbatches: how many parts of a batch are run one after another.
+        mask_statistics: whether the examples that don't count, count in no statistics either.
+    """
+
+    loss_fn: LossFn
+    layout: Layout
+    microbatches: int
+    mask_statistics: bool
+    met: dict[str, Met] = dataclasses.field(default_factory=dict)  # when it was traced
+
+    def __call__(
+        self, apply: Apply, params: Any, collections: Any, batch: Batch, key: Any, scale: Callable
+    ) -> tuple[Any, Any, jax.Array, Metrics]:
+        """Gradients, collections after the step, the loss and the means of all that is reported.
+
+        Args:
+            apply: the model.
+            params: what the gradients are of.
+            collections: what the model may change; the statistics are `batch_stats`.
+            batch: a batch.
+            key: a random key for the model, or None.
+            scale: of the loss, before its gradients are taken.
+        """
+        count = jnp.maximum(self.layout.counted(batch), 1)
+
+        def one(collections: Any, batch: Batch, key: Any) -> tuple[Any, Any, tuple]:
+            def objective(params: Any) -> tuple[jax.Array, tuple[Any, tuple]]:
+                args, kwargs = self.layout.call(batch)
+                mask = batch.get("mask") if self.mask_statistics else None
+                with counting(mask):
+                    outputs, moved = apply(params, collections, args, kwargs, key)
+                loss, totals = self.layout.totals(self.loss_fn, outputs, batch)
+                return scale(loss / count), (moved, (loss / count, dict(totals)))
+
+            grads, (moved, found) = jax.grad(objective, has_aux=True)(params)
+            return grads, moved, found
+
+        with watching() as met:
+            if self.microbatches == 1:
+                grads, moved, (loss, totals) = one(collections, batch, key)
+            else:
+                grads, moved, (loss, totals) = self._accumulated(one, collections, batch, key)
+        checks.some_moves({path: (each.moves, each.frozen) for path, each in met.items()})
+        self.met.update(met)
+        return grads, moved, loss, {name: total / count for name, total in totals.items()}
+
+    def _accumulated(
+        self, one: Callable, collections: Mapping[str, Any], batch: Batch, key: Any
+    ) -> tuple[Any, Any, Any]:
+        """The sums of gradients and totals over micro-batches, and the moments pooled."""
+        cut, whole = self.layout.parts(batch, self.microbatches)
+
+        def run(collections: Any, number: Any, part: Any) -> tuple[Any, Any]:
+            here = None if key is None else jax.random.fold_in(key, number)
+            grads, moved, found = one(_stats(next_pass, collections), whole(part), here)
+            return (grads, found), moved
+
+        def add(carry: tuple[Any, Any], part: tuple[Any, Any]) -> tuple[Any, None]:
+            sums, collections = carry
+            new, moved = run(collections, *part)
+            return (jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new), moved), None
+
+        with accumulating() as measured:
+            begun = _stats(begin, collections)
+            first = [leaf[0] for leaf in cut]
+
+            def rehearsed(collections: Any) -> tuple[Any, Any]:
+                results, moved = run(collections, 0, first)
+                return moved.get("batch_stats", {}), results
+
+            calls, results = rehearse(rehearsed, begun)
+            begun = _stats(functools.partial(begin, calls=calls), collections)
+            carry = jax.tree.map(_zeros, results), begun
+            if self.microbatches <= _FEW and jax.default_backend() == "cpu":
+                for number in range(self.microbatches):
+                    # One after another, as a loop would, so that each takes the memory of the last.
+                    carry, cut = jax.lax.optimization_barrier((carry, cut))
+                    carry, _ = add(carry, (number, [leaf[number] for leaf in cut]))
+            else:
+                parts = jnp.arange(self.microbatches), cut
+                carry, _ = jax.lax.scan(add, carry, parts)
+        (grads, found), moved = carry
+        grads = jax.tree.map(lambda g, like: g.astype(like.dtype), grads, results[0])
+        return grads, _stats(functools.partial(finish, measured=measured), moved), found
+
+
+def _stats(change: Callable[[Any], Any], collections: Mapping[str, Any]) -> dict[str, Any]:
+    """The collections with other statistics, if there are any."""
+    new = dict(collections)
+    return new | {"batch_stats": change(new["batch_stats"])} if "batch_stats" in new else new
+
+
+def _zeros(like: Any) -> jax.Array:
+    """Where to add up: in float32 at least."""
+    return jnp.zeros(like.shape, working_dtype(like.dtype))

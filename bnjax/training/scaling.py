@@ -1,0 +1,42 @@
+"""Scales of the loss by which gradients in float16 stay within its range."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Scale:
+    """The dynamic loss scale of a state, Flax's or jmp's; None scales nothing.
+
+    Args:
+        scale: `flax.training.dynamic_scale.DynamicScale`, or an object with the methods `scale`,
+            `unscale` and `adjust`, such as `jmp.DynamicLossScale`.
+    """
+
+    def __init__(self, scale: Any) -> None:
+        self._scale = scale
+        self._is_flax = hasattr(scale, "value_and_grad")
+
+    def up(self, loss: jax.Array) -> jax.Array:
+        """The loss, scaled."""
+        if self._scale is None:
+            return loss
+        return loss * self._scale.scale if self._is_flax else self._scale.scale(loss)
+
+    def down(self, grads: Any) -> Any:
+        """The gradients of what `up` has scaled, unscaled; in float32, where none vanishes."""
+        if self._scale is None:
+            return grads
+        wide = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
+        if self._is_flax:
+            return jax.tree.map(lambda grad: grad / self._scale.scale, wide)
+        return self._scale.unscale(wide)
+
+    def adjusted(self, finite: jax.Array) -> Any:
+        """The scale for the next step, larger or smaller by whether the gradients were finite."""
+        if self._is_flax:
+            # Flax adjusts it by the gradients of a function: this one has the right ones.
+            sign = jnp.where(finite, 1.0, jnp.nan)
+            return self._scale.value_and_grad(lambda x: x * sign)(jnp.ones(()))[0]
+        return None if self._scale is None else self._scale.adjust(finite)
