@@ -1,6 +1,18 @@
-"""Flax nnx layers: PyTorch's `BatchNorm1d/2d/3d`, a drop-in for `flax.nnx.BatchNorm`; freeze."""
+"""For Flax nnx: PyTorch's `BatchNorm1d/2d/3d`, a drop-in for `nnx.BatchNorm`; freeze; training."""
 
 from bnjax.layers.nnx import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnjax.models.freezing import freeze, unfreeze
+from bnjax.training.nnx_steps import eval_step, train_step
+from bnjax.training.steps import evaluate
 
-__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "freeze", "unfreeze"]
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "eval_step",
+    "evaluate",
+    "freeze",
+    "train_step",
+    "unfreeze",
+]

@@ -161,10 +161,11 @@ def not_donated(state: Any) -> None:
 def divides(size: int, devices: int, microbatches: int) -> None:
     """A training batch is cut into equal parts."""
     if size % (devices * microbatches):
-        over = f"the {devices} devices of the mesh (of this process) times " if devices > 1 else ""
+        mesh = [f"the {devices} devices of the mesh (of this process)"] if devices > 1 else []
+        parts = [f"{microbatches} micro-batches"] if microbatches > 1 else []
         raise ValueError(
-            f"A training batch must divide by {over}{microbatches} micro-batches, got {size} "
-            "examples. Drop the last partial batch."
+            f"A training batch must divide by {' times '.join(mesh + parts)}, got {size} examples. "
+            "Drop the last partial batch."
         )
 
 
@@ -185,11 +186,10 @@ def some_moves(met: Mapping[str, tuple[bool, bool]]) -> None:
     left = [path for path, (moves, frozen) in met.items() if not frozen]
     if left and not any(moves for moves, _ in met.values()):
         warn_once(
-            f"This training step updates no running statistics: {where([left[0]])}"
-            + (f" and {len(left) - 1} more batch norms" if len(left) > 1 else "")
-            + " use theirs, as in evaluation. Pass what makes the model train, such as "
-            "apply_kwargs={'train': True}, or model.train() of an nnx model; if they are meant to "
-            "be frozen, say frozen='**'."
+            "This training step updates no running statistics: the batch norm at "
+            f"{where([left[0]])}{f' and {len(left) - 1} more run' if left[1:] else ' runs'} in "
+            "evaluation mode. Pass what makes the model train, such as apply_kwargs={'train': "
+            "True}, or call model.train() of an nnx model; to freeze them, pass frozen='**'."
         )
 
 
@@ -325,6 +325,25 @@ def all_called(missing: Collection[str], unknown: Mapping[str, str]) -> None:
         )
 
 
+def nnx_model(model: Any) -> None:
+    """An nnx step takes an nnx model."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"`model` must be a flax.nnx.Module, got {type(model).__name__}. For a linen model "
+            "there are bnjax.training.train_step and eval_step."
+        )
+
+
+def nnx_training(model: Any, optimizer: Any) -> None:
+    """An nnx model is trained by an nnx optimizer."""
+    nnx_model(model)
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            "`optimizer` must be an nnx.Optimizer, as nnx.Optimizer(model, optax.adam(1e-3), "
+            f"wrt=nnx.Param) makes it, got {type(optimizer).__name__}."
+        )
+
+
 def nnx_state(variables: Any) -> None:
     """The variables of an nnx model are a state."""
     if not isinstance(variables, nnx.State):
@@ -369,8 +388,10 @@ def finite_statistics(bad: Mapping[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def variables_fit(variables: Any, x: Any) -> Iterator[None]:
+def variables_fit(variables: Any, call: tuple[tuple, dict[str, Any]]) -> Iterator[None]:
     """Variables and input are those of the model, which is called with all that it takes."""
+    args, kwargs = call
+    x = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
     if not isinstance(variables, Mapping):
         has_statistics(variables)
     try:

@@ -42,8 +42,15 @@ def freeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
     >>> layer.mean[...].tolist()
     [0.0, 0.0, 0.0]
     """
-    for layer in fitting(model, paths):
-        if not isinstance(layer, Frozen):
+    fitting(model, paths)
+    freeze_fitting(model, paths)
+
+
+def freeze_fitting(model: nnx.Module, paths: globs.Paths) -> None:
+    """Freeze the batch norms whose path fits, if there are any."""
+    matchers = [globs.matcher(pattern) for pattern in globs.as_tuple(paths)]
+    for path, layer in batch_norms(model):
+        if any(fits(path) for fits in matchers) and not isinstance(layer, Frozen):
             object.__setattr__(layer, "__class__", _frozen(type(layer)))
 
 

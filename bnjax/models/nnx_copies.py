@@ -31,18 +31,21 @@ _KEYS = (DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey)
 
 
 class Copy:
-    """A copy of an nnx model, in evaluation, that is used as a linen model is.
+    """A copy of an nnx model, in evaluation by default, that is used as a linen model is.
 
     Args:
         model: the model, which stays as it is.
         state: an `nnx.State` of it, or of a part of it, to take instead of its own.
+        training: keep the modes that its layers are in, and count its random keys, and how often
+            they were used, among the variables.
 
     Attributes:
         norms: its batch norms, by path.
         strangers: classes, by path, of modules that keep a mean and a variance and are not known.
     """
 
-    def __init__(self, model: nnx.Module, state: Any = None) -> None:
+    def __init__(self, model: nnx.Module, state: Any = None, *, training: bool = False) -> None:
+        self._training = training
         self.model = plain_arrays(nnx.clone(model))
         nnx.pop(self.model, nnx.Intermediate)  # what a call has sown is no variable
         if state is not None:
@@ -51,7 +54,8 @@ class Copy:
             flat = {k: v for k, v in flat.items() if not isinstance(v, nnx.Intermediate)}
             checks.tree_fits(_shapes(flat), _shapes(own), part=True)
             nnx.update(self.model, nnx.from_flat_state(flat.items()))
-        self.model.eval()
+        if not training:
+            self.model.eval()
         self.norms: dict[Path, nnx.Module] = {}
         self.strangers: dict[str, str] = {}
         for path, module in self._modules().items():
@@ -67,14 +71,14 @@ class Copy:
     def variables(self) -> dict[str, Any]:
         """Arrays by collection and path: `params`, `batch_stats`, and others by their type.
 
-        Random keys, and arrays that are no `nnx.Variable`, stay with the model.
+        Arrays that are no `nnx.Variable` stay with the model, and but for training random keys.
         """
-        return unflatten_dict(_arrays(self.model))
+        return unflatten_dict(self.flat(self.model))
 
     def state(self, variables: Mapping[str, Any]) -> nnx.State:
         """The state of the model with these variables."""
-        flat, held = flatten_dict(variables), _leaves(self.model)
-        checks.tree_fits(_shapes(flat), _shapes(_arrays(self.model)))
+        flat, held = flatten_dict(variables), self._leaves(self.model)
+        checks.tree_fits(_shapes(flat), _shapes(self.flat(self.model)))
 
         def filled(keys: tuple[Any, ...], leaf: Any) -> Any:
             if keys not in held:
@@ -89,16 +93,20 @@ class Copy:
         self, variables: Mapping[str, Any], *args: Any, mutable: Sequence[str] = (), **kwargs: Any
     ) -> Any:
         """The output of the model, and, with mutable collections, what they have become."""
-        model = nnx.merge(nnx.graphdef(self.model), self.state(variables))
+        model = self.model_with(variables)
         y = model(*args, **kwargs)
         if not mutable:
             return y
-        return y, unflatten_dict({k: v for k, v in _arrays(model).items() if k[0] in mutable})
+        return y, unflatten_dict({k: v for k, v in self.flat(model).items() if k[0] in mutable})
+
+    def model_with(self, variables: Mapping[str, Any]) -> nnx.Module:
+        """A model of these variables."""
+        return nnx.merge(nnx.graphdef(self.model), self.state(variables))
 
     def holding(self, variables: Mapping[str, Any]) -> "Copy":
         """The model with exactly these variables: more become attributes, others None."""
-        copy, flat = Copy(self.model), flatten_dict(variables)
-        modules, own = copy._modules(), _arrays(self.model)
+        copy, flat = Copy(self.model, training=self._training), flatten_dict(variables)
+        modules, own = copy._modules(), self.flat(self.model)
         for _, *path, name in own.keys() - flat:
             setattr(modules[tuple(path)], name, nnx.data(None))
         for collection, *path, name in flat.keys() - own:
@@ -109,6 +117,30 @@ class Copy:
     def fitting(self, paths: globs.Paths) -> set[Path]:
         """The paths of the batch norms that fit."""
         return {path_of(layer) for layer in fitting(self.model, paths)}
+
+    def keys_of(self, wrt: Any) -> set[Path]:
+        """Collection and path of all arrays in the variables that a filter selects."""
+        selected = {keys for keys, _ in nnx.to_flat_state(nnx.state(self.model, wrt))}
+        return {
+            k for keys, held in self._leaves(self.model).items() if keys in selected for k in held
+        }
+
+    def flat(self, model: nnx.Module) -> dict[Path, Any]:
+        """The arrays of a model, by collection and path."""
+        return {k: array for leaf in self._leaves(model).values() for k, array in leaf.items()}
+
+    def _leaves(self, model: nnx.Module) -> dict[tuple[Any, ...], dict[Path, Any]]:
+        """The arrays in each variable, by the keys of the variable: one, if it holds no tree."""
+        return {
+            keys: {
+                (_collection(leaf), *_names(keys), *_names(inner)): array
+                for inner, array in tree_flatten_with_path(leaf.get_raw_value())[0]
+            }
+            for keys, leaf in nnx.to_flat_state(nnx.state(model))
+            if isinstance(leaf, nnx.Variable)
+            and (self._training or not isinstance(leaf, nnx.RngState))
+            and not isinstance(leaf, nnx.Intermediate)
+        }
 
     def _modules(self) -> dict[Path, nnx.Module]:
         return {_names(keys): module for keys, module in modules_of(self.model)}
@@ -126,23 +158,6 @@ def restored(model: nnx.Module, checkpoint: Mapping[str, Any]) -> nnx.State:
     checks.tree_fits(_shapes(arrays), _shapes(held))
     held = {keys: leaf.replace(jnp.asarray(arrays[_names(keys)])) for keys, leaf in held.items()}
     return nnx.from_flat_state((leaves | held).items())
-
-
-def _arrays(node: nnx.Module) -> dict[Path, Any]:
-    """The arrays of a model, by collection and path."""
-    return {key: array for leaf in _leaves(node).values() for key, array in leaf.items()}
-
-
-def _leaves(node: nnx.Module) -> dict[tuple[Any, ...], dict[Path, Any]]:
-    """The arrays in each variable, by the keys of the variable: one, if it holds no tree."""
-    return {
-        keys: {
-            (_collection(leaf), *_names(keys), *_names(inner)): array
-            for inner, array in tree_flatten_with_path(leaf.get_raw_value())[0]
-        }
-        for keys, leaf in nnx.to_flat_state(nnx.state(node))
-        if isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.RngState)
-    }
 
 
 def _collection(leaf: nnx.Variable) -> str:

@@ -99,7 +99,7 @@ def train_step(
         labels = trainable_labels(state.params, patterns) if patterns else None
 
         def apply(params: Any, collections: Any, args: tuple, inputs: dict, key: Any) -> Any:
-            params = _held(params, labels, jax.lax.stop_gradient)
+            params = held(params, labels, jax.lax.stop_gradient)
             with _freezing(patterns):
                 outputs, moved = state.apply_fn(
                     {"params": getattr(params, "fast", params), **collections},
@@ -116,17 +116,17 @@ def train_step(
         compute = functools.partial(objective, apply, collections=collections, batch=batch, key=key)
         grads, moved, loss, means = compute(fast, scale=scale.up)
         grads = scale.down(grads)
-        accepted = _all_finite((loss, grads))
+        accepted = all_finite((loss, grads))
         again = functools.partial(compute, scale=lambda loss: loss)
         known = {"value_fn": lambda p: again(p)[2], "grad_fn": lambda p, _: again(p)[0]}
-        tx = _told(state.tx, value=loss, grad=grads, **known)
+        tx = told(state.tx, value=loss, grad=grads, **known)
         proposed = state.replace(tx=tx).apply_gradients(
             grads=grads,
             batch_stats=moved.pop("batch_stats", state.batch_stats),
             collections=moved,
             loss_scale=scale.adjusted(accepted),
         )
-        params = _held(proposed.params, labels, lambda _, old: old, state.params)
+        params = held(proposed.params, labels, lambda _, old: old, state.params)
         proposed = proposed.replace(tx=state.tx, params=params)
         return commit(accepted, proposed, state), {"loss": loss, "accepted": accepted} | means
 
@@ -213,12 +213,15 @@ def _freezing(patterns: tuple[str, ...]) -> contextlib.AbstractContextManager:
     return applying(Settings(("frozen", patterns), patterns, {"use_running_average": True}))
 
 
-def _held(params: Any, labels: Any, hold: Callable, *others: Any) -> Any:
+def held(params: Any, labels: Any, hold: Callable, *others: Any) -> Any:
     """The parameters, those that are frozen changed."""
     if labels is None:
         return params
-    held = lambda label, *leaves: hold(*leaves) if label == "frozen" else leaves[0]  # noqa: E731
-    return jax.tree.map(held, labels, params, *others)
+
+    def one(label: str | None, *leaves: Any) -> Any:
+        return hold(*leaves) if label == "frozen" else leaves[0]
+
+    return jax.tree.map(one, labels, params, *others, is_leaf=lambda label: label is None)
 
 
 def _keys(key: Any, streams: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -230,12 +233,14 @@ def _keys(key: Any, streams: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"dropout": key, "params": jax.random.fold_in(key, 1), **own}
 
 
-def _told(tx: optax.GradientTransformation, **known: Any) -> optax.GradientTransformation:
+def told(tx: optax.GradientTransformation, **known: Any) -> optax.GradientTransformation:
     """An optimizer that gets those of optax's extra arguments that it takes."""
     update = optax.with_extra_args_support(tx).update
     taken = inspect.signature(update).parameters.values()
-    if not any(each.kind is each.VAR_KEYWORD for each in taken):
-        known = {each.name: known[each.name] for each in taken if each.name in known}
+    names = {each.name for each in taken}
+    if any(each.kind is each.VAR_KEYWORD for each in taken):
+        names |= {"value", "grad", "value_fn"}  # of which those inside take what they know
+    known = {name: value for name, value in known.items() if name in names}
     return optax.GradientTransformation(tx.init, functools.partial(update, **known))
 
 
@@ -288,6 +293,7 @@ class Compiled:
             return self._compiled(on_all(state, alike), layout.split(batch, alike, split))
 
 
-def _all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all numbers of a tree are finite: bool, ()."""
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(leaves))

@@ -79,7 +79,10 @@ class Program:
         self.calls: list[Call] = []
         self.steps: list[_Step] = []
         self.lost: dict[int, str] = {}  # calls that can't be followed, and why
-        with checks.variables_fit(variables, x), visiting(self._norm, self._linear) as strangers:
+        with (
+            checks.variables_fit(variables, ((x,), {})),
+            visiting(self._norm, self._linear) as strangers,
+        ):
             traced = jax.make_jaxpr(apply)(variables, x)
         self.strangers = strangers
         leaves = jax.tree_util.tree_flatten_with_path(variables)[0]

@@ -1,0 +1,235 @@
+"""Steps over an nnx model and its optimizer, in place: train_step, eval_step."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from bnjax import globs
+from bnjax.masks import trainable_labels
+from bnjax.models import checks
+from bnjax.models.batches import Batch, Inputs, LossFn, Metrics, Totals, layout
+from bnjax.models.freezing import freeze_fitting
+from bnjax.models.nnx_copies import Copy
+from bnjax.models.visits import counting
+from bnjax.training.gradients import Objective
+from bnjax.training.scaling import Scale
+from bnjax.training.state import choose
+from bnjax.training.steps import Compiled, all_finite, held, told
+
+Step = Callable[[nnx.Module, nnx.Optimizer, Batch], Metrics]
+
+
+def train_step(
+    loss_fn: LossFn,
+    *,
+    inputs: Inputs = "x",
+    per_example: Sequence[str] | None = None,
+    apply_kwargs: Mapping[str, Any] | None = None,
+    frozen: globs.Paths = (),
+    microbatches: int = 1,
+    mask_statistics: bool = True,
+    mesh: Mesh | None = None,
+    loss_scale: Any = None,
+    donate: bool = False,
+) -> "TrainStep":
+    """A compiled step for an nnx model, in place: forward, backward, update, commit.
+
+    A step whose loss or gradients are not finite leaves all as it was: parameters, optimizer,
+    statistics and the counts of random numbers.
+
+    Args:
+        loss_fn: `loss_fn(outputs, batch)` gives the loss, or `(loss, metrics)` with a dict of
+            metrics. Each is an array with one entry for each example, (N,), or a mean, ().
+        inputs: what of a batch the model is called with, as for `bnjax.training.train_step`.
+        per_example: what of a batch has an entry for each example, as there.
+        apply_kwargs: passed to the model's call.
+        frozen: globs over module paths, such as `"encoder/**"`, whose parameters, statistics and
+            mode are frozen.
+        microbatches: cut the batch into this many, one after another, and update once. The running
+            statistics are exactly those of the whole batch.
+        mask_statistics: False takes examples that the mask leaves out into the statistics.
+        mesh: train data-parallel: the batch is split over all devices of the mesh, model and
+            optimizer are on each.
+        loss_scale: scales the loss, for gradients in float16, as for `bnjax.training.init_state`.
+            The step keeps it: `step.loss_scale`.
+        donate: reuse the memory of the model's and the optimizer's arrays. What was taken of them
+            before, such as `nnx.state(model)`, is gone then.
+
+    Returns:
+        `step(model, optimizer, batch) -> metrics`. The model trains in the mode that it is in, so
+        call `model.train()` before; the optimizer is an `nnx.Optimizer`. `batch` and the metrics
+        are as for `bnjax.training.train_step`. `step.rejected` is the number of steps that were not
+        committed.
+
+    Raises:
+        TypeError: the model or the optimizer is none of nnx.
+        ValueError: a batch that does not divide by `microbatches` and the devices.
+
+    >>> import optax, bnjax
+    >>> model = bnjax.nnx.BatchNorm1d(3, rngs=nnx.Rngs(0))
+    >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    >>> step = train_step(lambda outputs, batch: ((outputs - batch["y"]) ** 2).mean(-1))
+    >>> x = jnp.array([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]])
+    >>> metrics = step(model, optimizer, {"x": x, "y": x})
+    >>> bool(metrics["accepted"]), model.mean[...].round(3).tolist()
+    (True, [0.2, 0.3, 0.4])
+    """
+    checks.loss_function(loss_fn)
+    checks.microbatches(microbatches)
+    objective = Objective(loss_fn, layout(inputs, per_example), microbatches, mask_statistics)
+    update = functools.partial(_update, objective, dict(apply_kwargs or {}), globs.as_tuple(frozen))
+    return TrainStep(update, objective, mesh, microbatches, donate, loss_scale)
+
+
+class TrainStep:
+    """A step of an nnx model, compiled once for each kind of model, optimizer and batch.
+
+    Attributes:
+        layout: of its batches.
+        met: the batch norms that were called when it was traced, by path.
+        loss_scale: the dynamic loss scale as it is now.
+        rejected: int32, (): how many steps were not committed.
+    """
+
+    def __init__(
+        self,
+        update: Callable,
+        objective: Objective,
+        mesh: Mesh | None,
+        microbatches: int,
+        donate: bool,
+        loss_scale: Any,
+    ) -> None:
+        self.layout, self.met = objective.layout, objective.met
+        self.loss_scale, self.rejected = loss_scale, jnp.zeros((), jnp.int32)
+        options = {"microbatches": microbatches, "donate": donate}
+        self._compile = lambda *graphs: Compiled(
+            functools.partial(update, *graphs), objective.layout, mesh, **options
+        )
+        self._programs: dict[Any, Compiled] = {}
+
+    def __call__(self, model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> Metrics:
+        """Update model and optimizer; metrics."""
+        checks.nnx_training(model, optimizer)
+        (graph, variables), (optimizing, opt_state) = nnx.split(model), nnx.split(optimizer)
+        if (graph, optimizing) not in self._programs:
+            self._programs[graph, optimizing] = self._compile(graph, optimizing)
+        state = variables, opt_state, self.loss_scale, self.rejected
+        state, metrics = self._programs[graph, optimizing](state, batch)
+        variables, opt_state, self.loss_scale, self.rejected = state
+        nnx.update(model, variables)
+        nnx.update(optimizer, opt_state)
+        return metrics
+
+
+def _update(
+    objective: Objective,
+    kwargs: Mapping[str, Any],
+    frozen: tuple[str, ...],
+    graph: Any,
+    optimizing: Any,
+    state: tuple[Any, Any, Any, jax.Array],
+    batch: Batch,
+) -> tuple[tuple[Any, Any, Any, jax.Array], Metrics]:
+    """The state after a step, of model, optimizer, loss scale and number of rejected steps."""
+    variables, opt_state, loss_scale, rejected = state
+    old = jax.tree.map(lambda leaf: leaf, opt_state)  # an update changes the optimizer in place
+    model, optimizer = nnx.merge(graph, variables), nnx.merge(optimizing, opt_state)
+    freeze_fitting(model, frozen)
+    copy = Copy(model, training=True)
+    before, trained = flatten_dict(copy.variables), copy.keys_of(optimizer.wrt)
+    params = {key: leaf for key, leaf in before.items() if key in trained}
+    others = unflatten_dict({key: leaf for key, leaf in before.items() if key not in trained})
+    labels = dict.fromkeys(params) | flatten_dict(_labels(params, frozen))
+
+    def model_of(params: Any) -> nnx.Module:
+        return copy.model_with(unflatten_dict(before | params))
+
+    def apply(params: Any, collections: Any, args: tuple, inputs: dict, _key: Any) -> Any:
+        params = held(params, labels, jax.lax.stop_gradient)
+        variables = unflatten_dict(params | flatten_dict(collections))
+        single = copy.holding(variables)
+        outputs, moved = single.apply(variables, *args, mutable=list(variables), **inputs, **kwargs)
+        moved = {key: leaf for key, leaf in flatten_dict(moved).items() if key not in trained}
+        return outputs, unflatten_dict(moved)
+
+    scale = Scale(loss_scale)
+    compute = functools.partial(objective, apply, collections=others, batch=batch, key=None)
+    grads, moved, loss, means = compute(params, scale=scale.up)
+    grads = scale.down(grads)
+    accepted = all_finite((loss, grads))
+
+    def again(state: nnx.State, part: int) -> Any:
+        single = model_of({})
+        nnx.update(single, state)
+        params = {key: leaf for key, leaf in copy.flat(single).items() if key in trained}
+        return compute(params, scale=lambda loss: loss)[part]
+
+    after, descent = model_of({}), nnx.state(model_of(grads), optimizer.wrt)
+    known = {"value_fn": lambda p: again(p, 2), "grad_fn": lambda p, _: again(p, 0)}
+    tx, pure = optimizer.tx, nnx.as_pure(descent)
+    optimizer.tx = told(tx, value=loss, grad=pure, **known)
+    optimizer.update(after, descent)
+    optimizer.tx = tx
+    new = {key: leaf for key, leaf in copy.flat(after).items() if key in trained}
+    new = held(new, labels, lambda _, old: old, params) | flatten_dict(moved)
+    chosen = choose(accepted, new, before)
+    opt_state = choose(accepted, nnx.state(optimizer), old)
+    state = copy.state(unflatten_dict(chosen)), opt_state, scale.adjusted(accepted)
+    metrics = {"loss": loss, "accepted": accepted} | means
+    return (*state, rejected + jnp.where(accepted, 0, 1)), metrics
+
+
+def _labels(params: Mapping[tuple, Any], frozen: tuple[str, ...]) -> dict[str, Any]:
+    tree = unflatten_dict(dict(params)).get("params")
+    return {"params": trainable_labels(tree, frozen)} if frozen and tree else {}
+
+
+def eval_step(
+    loss_fn: LossFn,
+    *,
+    inputs: Inputs = "x",
+    per_example: Sequence[str] | None = None,
+    apply_kwargs: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> Callable[[nnx.Module, Batch], Totals]:
+    """A compiled step of an nnx model in evaluation, as after `.eval()`; nothing of it changes.
+
+    Args:
+        loss_fn: as for `train_step`.
+        inputs: as for `train_step`.
+        per_example: as for `train_step`.
+        apply_kwargs: passed to the model's call.
+        mesh: split the batch over the devices of the mesh. It need not divide by them: it is
+            filled up with examples that do not count.
+
+    Returns:
+        `step(model, batch) -> totals`, for `evaluate(step, model, batches)`: sums over the examples
+        of the batch that count, by name, and their number, `totals.count`.
+    """
+    checks.loss_function(loss_fn)
+    batches = layout(inputs, per_example)
+
+    def totals(graph: Any, variables: Any, batch: Batch) -> Totals:
+        copy = Copy(nnx.merge(graph, variables))
+        args, inputs = batches.call(batch)
+        with counting(batch.get("mask")):
+            outputs = copy.apply(copy.variables, *args, **inputs, **(apply_kwargs or {}))
+        return batches.totals(loss_fn, outputs, batch)[1]
+
+    programs: dict[Any, Compiled] = {}
+
+    def step(model: nnx.Module, batch: Batch) -> Totals:
+        checks.nnx_model(model)
+        graph, variables = nnx.split(model)
+        if graph not in programs:
+            programs[graph] = Compiled(functools.partial(totals, graph), batches, mesh)
+        return programs[graph](variables, batch)
+
+    return step
