@@ -3,9 +3,11 @@
 What a tool does to a linen model from outside it does so to an nnx model, whoever wrote it.
 """
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -24,6 +26,7 @@ from bnjax.models import checks
 from bnjax.models.compat import modules_of, plain_arrays
 from bnjax.models.conventions import LINEAR_NNX, NNX
 from bnjax.models.freezing import fitting
+from bnjax.models.programs import kept_with
 from bnjax.models.visits import Path, mark, path_of
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
@@ -45,7 +48,8 @@ class Copy:
     """
 
     def __init__(self, model: nnx.Module, state: Any = None, *, training: bool = False) -> None:
-        self._training = training
+        self._training, self._original = training, weakref.ref(model)
+        self._graph = nnx.graphdef(model)
         self.model = plain_arrays(nnx.clone(model))
         nnx.pop(self.model, nnx.Intermediate)  # what a call has sown is no variable
         if state is not None:
@@ -113,6 +117,18 @@ class Copy:
             value = flat[(collection, *path, name)]
             setattr(modules[tuple(path)], name, _COLLECTIONS[collection](value))
         return copy
+
+    def abstract(self) -> "Copy":
+        """The same with shapes in the place of arrays, which a program need not keep."""
+        copy = Copy(self.model, training=self._training)
+        shapes = jax.tree.map(jax.typeof, copy.variables)
+        copy.model = copy.model_with(shapes)
+        return copy
+
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What was made for this model, as it is now, and a key."""
+        original = self._original()
+        return make() if original is None else kept_with(original, (self._graph, key), make)
 
     def fitting(self, paths: globs.Paths) -> set[Path]:
         """The paths of the batch norms that fit."""

@@ -3,10 +3,13 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
+from flax import nnx
 
 _NAME = "_bnjax_kept"
+_kept: WeakKeyDictionary[nnx.Module, "_Kept"] = WeakKeyDictionary()  # an attribute is a part of nnx
 
 
 class Program:
@@ -58,9 +61,10 @@ def kept_with(model: Any, key: Hashable, make: Callable[[], Any], at_most: int =
         hash(key)
     except TypeError:
         return make()
-    kept = vars(model).get(_NAME)
-    if kept is None:
-        kept = _Kept()
+    if isinstance(model, nnx.Module):
+        kept = _kept.setdefault(model, _Kept())
+    else:
+        kept = vars(model).get(_NAME) or _Kept()
         object.__setattr__(model, _NAME, kept)
     if key not in kept:
         kept[key] = make()

@@ -20,7 +20,7 @@ from bnjax.models.batches import Batch, Inputs, Layout, layout, on_all, sharding
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.programs import Program, kept_with
 from bnjax.models.statistics import Path, layers_of, map_layers
-from bnjax.models.visits import Visit, settings, visiting
+from bnjax.models.visits import Visit, settings_key, visiting
 
 Batches = Iterable[Any]
 
@@ -102,6 +102,7 @@ class _Measurement:
         mesh: Mesh | None,
     ) -> None:
         self.model, self.layout, self.kwargs = model, batches, dict(kwargs or {})
+        self.original = model
         self.patterns = globs.as_tuple(paths)
         self.stats = variables["batch_stats"]
         self.others = {k: unfreeze(tree) for k, tree in variables.items() if k != "batch_stats"}
@@ -113,7 +114,7 @@ class _Measurement:
         self.fits = self.named = _named(self.patterns)
         if isinstance(model, Copy):
             self.fits = model.fitting(paths).__contains__  # by any path of a shared layer
-            self.model = model.holding({**variables, "batch_stats": begin(self.stats)})
+            self.model = model.holding({**variables, "batch_stats": begin(self.stats)}).abstract()
 
     def __call__(self, batches: Batches, sequential: bool, progress: bool) -> Any:
         """The statistics, with those of the data in each layer that fits."""
@@ -158,12 +159,11 @@ class _Measurement:
     def _program(self, path: Path | None) -> Program:
         how = self.layout, self.kwargs, self.fits, path
         make = lambda: _program(self.model, *how)  # noqa: E731 - if new
-        if isinstance(self.model, Copy):
-            return make()
-        around = tuple(frame.key for frame in settings())
         settled = self.patterns, path, self.layout, tuple(self.kwargs.items())
-        key = ("recalibration", *settled, around)
-        return kept_with(self.model, key, make)
+        key = ("recalibration", *settled, settings_key())
+        if isinstance(self.original, Copy):
+            return self.original.kept(key, make)
+        return kept_with(self.original, key, make)
 
     def _check(self, notes: Mapping[str, Any]) -> None:
         """Each pattern fits a layer that is called, and each layer that fits is."""

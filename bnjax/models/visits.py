@@ -300,6 +300,11 @@ def settings() -> tuple[Settings, ...]:
     return tuple(frame for frame in active() if isinstance(frame, Settings))
 
 
+def settings_key() -> Hashable:
+    """What tells the settings that hold here from others."""
+    return tuple(frame.key for frame in settings())
+
+
 @contextlib.contextmanager
 def setting(layer: Any, **fields: Any) -> Iterator[None]:
     """A context in which a layer, of linen or nnx, has other fields."""

@@ -21,7 +21,7 @@ from bnjax.models.conventions import Facts
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.programs import Program, kept_with
 from bnjax.models.statistics import Path, layers_of, map_layers
-from bnjax.models.visits import Visit, settings, visiting
+from bnjax.models.visits import Visit, settings_key, visiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +140,10 @@ def passes_of(
     kwargs: Mapping[str, Any],
 ) -> Passes:
     """The passes, those of the last diagnoses where they were the same: they are compiled."""
+    key = "diagnosis", loss_fn, batches, tuple(kwargs.items()), settings_key()
     if isinstance(model, Copy):
-        return Passes(model, modes, loss_fn, batches, kwargs)
-    around = tuple(frame.key for frame in settings())
-    key = "diagnosis", loss_fn, batches, tuple(kwargs.items()), around
+        make = lambda: Passes(model.abstract(), modes, loss_fn, batches, kwargs)  # noqa: E731
+        return model.kept((*key, tuple(modes.items())), make)
     return kept_with(model, key, lambda: Passes(model, modes, loss_fn, batches, kwargs))
 
 
