@@ -284,12 +284,6 @@ def test_facts_of_other_names_are_refused():
             "config.eps",
             "epsilon",
         ),
-        (
-            {"momentum": float},
-            {"use_running_average": "not training"},
-            "not training",
-            "use_running_average",
-        ),
     ],
 )
 def test_facts_that_a_class_does_not_tell_are_asked_for(fields, facts, missing, name):
@@ -379,11 +373,12 @@ def test_each_tool_names_a_class_that_is_not_registered(tool):
     names_the_class(*start(unknown(strangers.Stranger)), tool, "Stranger")
 
 
+@pytest.mark.parametrize("kind", [strangers.Parent, strangers.Rewritten])
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
-def test_a_registered_class_does_not_hide_the_class_whose_call_it_inherits(tool):
+def test_a_known_class_does_not_hide_one_that_it_shares_code_with(tool, kind):
     if not is_registered(strangers.Child()):
         bnjax.register(strangers.Child)
-    names_the_class(*start(unknown(strangers.Parent)), tool, "Parent")
+    names_the_class(*start(unknown(kind)), tool, kind.__name__)
 
 
 @pytest.mark.parametrize("tool", ["recalibrate", "diagnose", "fold"])
