@@ -40,7 +40,7 @@ def refused(kind: type[Exception], sentence: str) -> Any:
     ("batches", "got"), [(X, "an array of shape (4, 3)"), ({"x": X}, "a dict")], ids=["x", "dict"]
 )
 def test_one_batch_is_not_several(tool, batches, got):
-    sentence = f"`batches` must be a list or an iterator of batches, got {got}: write [x]."
+    sentence = f"`batches` must be a list or an iterator of batches, got {got}: write [batch]."
     with refused(TypeError, sentence):
         tool(NET, VARIABLES, batches, apply_kwargs={"train": False})
 
@@ -55,7 +55,7 @@ def test_a_batch_is_an_array_or_names_it_x(tool):
         tool(NET, VARIABLES, [(X, X)], apply_kwargs={"train": False})
     sentence = (
         "A batch must hold the model's input as `x`, got ['image']. Rename it, as in "
-        '{"x": images, "y": labels}.'
+        '{"x": images, "y": labels}, or name it: inputs="image", inputs=("obs", "action").'
     )
     with refused(ValueError, sentence):
         tool(NET, VARIABLES, [{"image": X}], apply_kwargs={"train": False})

@@ -13,9 +13,9 @@ import bnjax
 FLOORS = {
     "bnjax": (
         {"core", "globs", "plotting", "_files", "_words"},
-        {"layers"},
+        {"layers", "masks"},
         {"models"},
-        {"training", "checkpoints", "masks"},
+        {"training", "checkpoints"},
         {"linen", "nnx", "diagnosis"},
         {"cli"},
         {"__main__"},
@@ -31,13 +31,19 @@ FLOORS = {
     "bnjax.layers": ({"conventions", "modes"}, {"linen", "nnx"}),
     "bnjax.models": (
         {"checks", "compat", "conventions", "programs", "statistics"},
-        {"batches", "contexts"},
+        {"batches", "contexts", "registered"},
+        {"frames"},
         {"visits"},
         {"accumulation", "freezing", "overrides"},
         {"nnx_copies"},
         {"recalibration", "folding", "diagnosis"},
     ),
-    "bnjax.training": ({"state"}, {"steps"}, {"history"}),
+    "bnjax.training": (
+        {"checks", "scaling"},
+        {"gradients", "state"},
+        {"steps"},
+        {"history", "nnx_steps"},
+    ),
     "bnjax.checkpoints": ({"tensors"}, {"files", "inspection", "conversion"}),
 }
 CORE = {"jax", "chex", "numpy"}

@@ -326,7 +326,9 @@ def test_the_tools_run_without_jit():
     state = init_state(net, optax.sgd(0.1), jax.random.key(0), X)
 
     def use() -> list[Any]:
-        step = train_step(lambda y, _: (y**2).sum(-1), microbatches=2, donate=False)
+        step = train_step(
+            lambda y, _: (y**2).sum(-1), microbatches=2, donate=False, apply_kwargs={"train": True}
+        )
         with bnjax.freeze("layer"):
             frozen = net.apply(variables, X, train=True, mutable=["batch_stats"])
         right = bnjax.recalibrate(net, variables, PARTS)

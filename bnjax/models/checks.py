@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 from flax import linen as nn
-from jax.sharding import Mesh
 
 from bnjax.core.checks import feature_axes as feature_axes
 from bnjax.core.checks import given as given
@@ -110,65 +109,6 @@ def mean_or_each(name: str, value: Any, size: int) -> Any:
     return value
 
 
-def loss_function(value: Any) -> None:
-    """A step is made of a function."""
-    if not callable(value):
-        raise TypeError(
-            f"`loss_fn` must be a function, loss_fn(outputs, batch), got {type(value).__name__}."
-        )
-
-
-@contextlib.contextmanager
-def evaluation_step(step: Any) -> Iterator[None]:
-    """`evaluate` takes the step, not what it is made of."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        if getattr(step, "__module__", "").startswith("bnjax."):
-            raise
-        raise TypeError(
-            "`step` must be what eval_step returned: evaluate(eval_step(loss_fn), state, batches), "
-            f"got {getattr(step, '__name__', type(step).__name__)}."
-        ) from error
-
-
-def mesh(value: Any) -> None:
-    """A mesh is JAX's."""
-    if not isinstance(value, Mesh):
-        raise TypeError(
-            f"`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
-            f"{type(value).__name__}."
-        )
-
-
-def microbatches(value: Any) -> None:
-    """A batch is cut into a whole number of parts."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`microbatches` must be an int of 1 or more, got {value!r}.")
-
-
-def not_donated(state: Any) -> None:
-    """A state that a step has used up can't be used again."""
-    gone = (isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    if any(gone):
-        raise ValueError(
-            "This state was passed to a step before, which reuses its memory, so its arrays are "
-            "gone. Go on with the state that the step returned: state, metrics = step(state, "
-            "batch); or keep it by train_step(..., donate=False)."
-        )
-
-
-def divides(size: int, devices: int, microbatches: int) -> None:
-    """A training batch is cut into equal parts."""
-    if size % (devices * microbatches):
-        mesh = [f"the {devices} devices of the mesh (of this process)"] if devices > 1 else []
-        parts = [f"{microbatches} micro-batches"] if microbatches > 1 else []
-        raise ValueError(
-            f"A training batch must divide by {' times '.join(mesh + parts)}, got {size} examples. "
-            "Drop the last partial batch."
-        )
-
-
 def has_examples(layer: Any, shape: tuple[int, ...], size: int, path: str) -> None:
     """The leading axis of a batch norm's input are the examples that a mask speaks of."""
     if shape[:1] != (size,):
@@ -181,16 +121,15 @@ def has_examples(layer: Any, shape: tuple[int, ...], size: int, path: str) -> No
         )
 
 
-def some_moves(met: Mapping[str, tuple[bool, bool]]) -> None:
-    """In a training step the statistics of some batch norm move, unless all are frozen."""
-    left = [path for path, (moves, frozen) in met.items() if not frozen]
-    if left and not any(moves for moves, _ in met.values()):
-        warn_once(
-            "This training step updates no running statistics: the batch norm at "
-            f"{where([left[0]])}{f' and {len(left) - 1} more run' if left[1:] else ' runs'} in "
-            "evaluation mode. Pass what makes the model train, such as apply_kwargs={'train': "
-            "True}, or call model.train() of an nnx model; to freeze them, pass frozen='**'."
+def step_of_schedule(step: Any, path: Any) -> Any:
+    """A momentum that is a schedule goes by the number of the step."""
+    if step is None:
+        raise ValueError(
+            f"The momentum of the batch norm at {where(['/'.join(path)])} is a schedule, but no "
+            "step is known here, and the layer keeps no count. Use bnjax.training.train_step or "
+            "bnjax.nnx.train_step, or pass its value: override(paths, momentum=schedule(step))."
         )
+    return step
 
 
 def number_of_calls(counted: Any, path: str) -> int:
@@ -271,29 +210,6 @@ def flax_model(model: Any) -> None:
         )
 
 
-def linen_model(model: Any) -> None:
-    """A linen state is of a linen model."""
-    if isinstance(model, nnx.Module):
-        raise TypeError(
-            "`model` is an nnx model, whose parameters and statistics are its own. Train it with "
-            "optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param); step = "
-            "bnjax.nnx.train_step(loss_fn); metrics = step(model, optimizer, batch)."
-        )
-    flax_model(model)
-
-
-def same_leaves(new: Any, old: Any) -> list[Any]:
-    """What a step returns has the tree of what it was given, dicts of one kind or another."""
-    new, old = jax.tree.leaves_with_path(new), jax.tree.leaves_with_path(old)
-    names = [{jax.tree_util.keystr(path) for path, _ in tree} for tree in (new, old)]
-    if names[0] != names[1]:
-        raise ValueError(
-            "A step must leave the tree of the state as it is, but the model has added "
-            f"{sorted(names[0] - names[1])} and left out {sorted(names[1] - names[0])}."
-        )
-    return [leaf for _, leaf in new]
-
-
 def some_batch_norm(some: bool, unknown: Mapping[str, str] | None = None) -> None:
     """A tool for batch norms needs one."""
     if not some:
@@ -322,25 +238,6 @@ def all_called(missing: Collection[str], unknown: Mapping[str, str]) -> None:
         raise ValueError(
             f"All batch norms that fit `paths` are measured, but {'; '.join(found)}. Or name the "
             "others in `paths`."
-        )
-
-
-def nnx_model(model: Any) -> None:
-    """An nnx step takes an nnx model."""
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"`model` must be a flax.nnx.Module, got {type(model).__name__}. For a linen model "
-            "there are bnjax.training.train_step and eval_step."
-        )
-
-
-def nnx_training(model: Any, optimizer: Any) -> None:
-    """An nnx model is trained by an nnx optimizer."""
-    nnx_model(model)
-    if not isinstance(optimizer, nnx.Optimizer):
-        raise TypeError(
-            "`optimizer` must be an nnx.Optimizer, as nnx.Optimizer(model, optax.adam(1e-3), "
-            f"wrt=nnx.Param) makes it, got {type(optimizer).__name__}."
         )
 
 
@@ -403,9 +300,22 @@ def variables_fit(variables: Any, call: tuple[tuple, dict[str, Any]]) -> Iterato
             f"`variables` do not fit the model, or the model an input of shape {given}: {error}"
         ) from error
     except TypeError as error:
-        if re.match(r".*__call__\(\) (missing|got an unexpected keyword)", str(error)) is None:
-            raise
+        _missing(error, "Give what it evaluates with, as in `apply_kwargs={'train': False}`.")
+        raise
+
+
+@contextlib.contextmanager
+def called_with(repair: str) -> Iterator[None]:
+    """A model is called with all that it takes."""
+    try:
+        yield
+    except TypeError as error:
+        _missing(error, repair)
+        raise
+
+
+def _missing(error: TypeError, repair: str) -> None:
+    if re.match(r".*__call__\(\) (missing|got an unexpected keyword|takes)", str(error)):
         raise TypeError(
-            f"The model is called with an input and with `apply_kwargs`, but {error}. Give what it "
-            "evaluates with, as in `apply_kwargs={'train': False}`."
+            f"The model is called with its inputs and with `apply_kwargs`, but {error}. {repair}"
         ) from error

@@ -56,7 +56,7 @@ class Facts:
         flax: whether its momentum is written in Flax's convention.
         axis: the feature axis, or axes.
         eps: what it adds to the variance.
-        momentum: weight of a new batch in the running statistics; None for the average of all.
+        written: its momentum as it is written.
         correction: 1 where it keeps the unbiased variance.
         tracked: whether it keeps running statistics.
         running: whether its fields say to use them; None leaves that to the call, or to `mutable`.
@@ -71,7 +71,7 @@ class Facts:
     flax: bool
     axis: Axes
     eps: Any
-    momentum: Any
+    written: Any
     correction: int
     tracked: bool
     running: bool | None
@@ -81,13 +81,19 @@ class Facts:
     axis_index_groups: Groups | None
     virtual_batch_size: int | None
 
+    @property
+    def momentum(self) -> Any:
+        """Weight of a new batch in the running statistics; None for the average of all."""
+        return 1 - self.written if self.flax else self.written
+
 
 def facts(
     layer: Any, fields: Mapping[str, Any] = types.MappingProxyType({}), told: Any = None
 ) -> Facts:
     """The facts of a batch norm, or of what is told of it; `fields` are looked at first."""
     told = _Told(layer if told is None else told, fields)
-    torch = conventions.is_torch(told)
+    torch, settings = conventions.is_torch(told), conventions.settings(told)
+    del settings["momentum"]  # in PyTorch's terms, it may be traced in a loop that it outlives
     return Facts(
         layer=own_type(layer).__name__,
         flax=not torch,
@@ -95,7 +101,8 @@ def facts(
         running=told.use_running_average,
         by_mutability=torch and isinstance(layer, nn.Module),
         affine=conventions.parameters(told),
-        **conventions.settings(told),
+        written=told.momentum,
+        **settings,
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Hashable
 from contextvars import ContextVar
 from types import TracebackType
@@ -12,7 +13,8 @@ import numpy as np
 from bnjax import globs
 from bnjax.models import checks
 from bnjax.models.conventions import OWN_LINEN
-from bnjax.models.visits import Settings, applying
+from bnjax.models.frames import Settings
+from bnjax.models.visits import applying
 
 # Patterns, and names of fields, that fitted a batch norm while a program was traced. Called again,
 # it is not traced, and nothing is met. They are the user's own words, so they are few.
@@ -36,7 +38,9 @@ class override(contextlib.ContextDecorator):  # noqa: N801 - used as a function 
         **fields: the settings, by the names of the layers' fields and in their convention: a
             momentum of 0.01 means 0.99 in a layer of Flax's. `use_running_average` wins over what
             the model passes to the call. A momentum may be traced: then the context must be entered
-            where it is traced.
+            where it is traced. It may be a schedule of optax, or another function of the number of
+            the step, where a step of bnjax runs the model, linen or nnx; else of the layer's own
+            count. Neither compiles anew when it changes.
 
     Raises:
         TypeError: no layer has a field of that name.
@@ -92,5 +96,8 @@ def _plain(value: Any) -> Hashable:
     """A value by which JAX's caches can tell settings apart, if it keeps nothing alive."""
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
+    if callable(value):
+        with contextlib.suppress(TypeError):
+            return weakref.ref(value)
     plain = value is None or isinstance(value, bool | int | float | str | np.number)
     return (type(value), value) if plain else object()

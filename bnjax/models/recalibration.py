@@ -17,10 +17,11 @@ from bnjax.core.moments import Moments
 from bnjax.models import checks
 from bnjax.models.accumulation import begin, population, run_and_add
 from bnjax.models.batches import Batch, Inputs, Layout, layout, on_all, shardings, tracked
+from bnjax.models.frames import settings_key
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.programs import Program, kept_with
 from bnjax.models.statistics import Path, layers_of, map_layers
-from bnjax.models.visits import Visit, settings_key, visiting
+from bnjax.models.visits import Visit, visiting
 
 Batches = Iterable[Any]
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -18,89 +18,20 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import meta
 
-from bnjax import globs
 from bnjax.core.batch_norm import batch_norm
 from bnjax.core.moments import working_dtype
 from bnjax.layers.conventions import is_torch
 from bnjax.layers.modes import asked_to_train
 from bnjax.models import checks
-from bnjax.models.compat import is_tracing
 from bnjax.models.contexts import Frame, active, holding
 from bnjax.models.conventions import CALLS, NNX, Facts, Frozen, Linen, facts
+from bnjax.models.frames import Examples, Met, Settings, Visitor, Watch
 from bnjax.models.registered import Bound, is_registered
 from bnjax.models.statistics import Path, is_layer
 
 _COLLECTION = "batch_stats"
 _PATH = "_bnjax_path"
 _AS_GIVEN: Any = object()
-
-
-class Settings(Frame):
-    """Fields that batch norms take while it holds, those whose path fits.
-
-    Attributes:
-        met: the paths of the batch norms that were called.
-        traced: those of which a compiled function may run without being met again.
-    """
-
-    def __init__(self, key: Hashable, patterns: tuple[str, ...], fields: Mapping[str, Any]) -> None:
-        super().__init__(key)
-        self.fields = fields
-        self.matchers = {pattern: globs.matcher(pattern) for pattern in patterns}
-        self.met: set[str] = set()
-        self.traced: set[str] = set()
-
-    def again(self) -> "Settings":
-        """The same, to hold elsewhere."""
-        return Settings(self.key, tuple(self.matchers), self.fields)
-
-    def meet(self, path: str) -> Mapping[str, Any]:
-        """The fields for a batch norm that is called."""
-        self.met.add(path)
-        if is_tracing():
-            self.traced.add(path)
-        return self.fields if any(fits(path) for fits in self.matchers.values()) else {}
-
-
-class Visitor(Frame):
-    """A function that gets each call of a batch norm, and one that gets those of linear layers."""
-
-    def __init__(self, norm: Callable, linear: Callable | None, key: Hashable) -> None:
-        super().__init__(key)
-        self.norm, self.linear = norm, linear
-
-
-class Examples(Frame):
-    """The examples that count in batch norms while it holds: bool (N,)."""
-
-    def __init__(self, mask: chex.Array) -> None:
-        super().__init__(object())
-        self.mask = mask
-
-
-class Met(NamedTuple):
-    """What a batch norm that keeps statistics does in a call."""
-
-    facts: Facts
-    moves: bool  # its statistics
-    frozen: bool  # by a context, and not by the model
-
-
-class Watch(Frame):
-    """Something that sees which batch norms are called while it holds.
-
-    What it watches is compiled as a whole: there an axis that is not mapped has its devices pooled.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(object())
-        self.met: dict[str, Met] = {}
-
-    def meet(self, visit: "Visit") -> None:
-        """Note a call."""
-        if visit.facts.tracked:
-            told = "use_running_average" in visit._fields
-            self.met["/".join(visit.path)] = Met(visit.facts, not visit.running, told)
 
 
 @dataclasses.dataclass
@@ -188,6 +119,11 @@ class Visit:
         """Whether it uses its running statistics whatever the call says."""
         fixed = self.facts.by_mutability and self.facts.running
         return bool(self._fields.get("use_running_average") or fixed)
+
+    @property
+    def told(self) -> bool:
+        """Whether a context says what mode it is in."""
+        return "use_running_average" in self._fields
 
     @property
     def statistics(self) -> dict[str, chex.Array]:
@@ -281,9 +217,9 @@ def counting(examples: chex.Array | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[dict[str, Met]]:
-    """A context that tells what batch norms that keep statistics do while it holds, by path."""
-    watch = Watch()
+def watching(step: chex.Array) -> Iterator[dict[str, Met]]:
+    """A context of a training step, with what batch norms that keep statistics do, by path."""
+    watch = Watch(step)
     with applying(watch):
         yield watch.met
 
@@ -293,16 +229,6 @@ def applying(*frames: Frame, outermost: bool = False) -> Iterator[None]:
     """A context in which frames hold for the layers that are called."""
     with holding(*frames, outermost=outermost), nn.intercept_methods(_intercept):
         yield
-
-
-def settings() -> tuple[Settings, ...]:
-    """The settings that hold here, the innermost last."""
-    return tuple(frame for frame in active() if isinstance(frame, Settings))
-
-
-def settings_key() -> Hashable:
-    """What tells the settings that hold here from others."""
-    return tuple(frame.key for frame in settings())
 
 
 @contextlib.contextmanager
@@ -405,9 +331,16 @@ def _visit(
     layer: Any, call: Callable, frames: tuple[Frame, ...], args: tuple, kwargs: dict[str, Any]
 ) -> Visit:
     path, fields = path_of(layer), {}
+    watches = [frame for frame in frames if isinstance(frame, Watch)]
     for frame in frames:
-        if isinstance(frame, Settings) and isinstance(layer, nn.Module):
+        if isinstance(frame, Settings) and (watches or isinstance(layer, nn.Module)):
             fields |= frame.meet("/".join(path))
+    if callable(fields.get("momentum")):
+        if watches:
+            fields["momentum"] = watches[-1].momentum(fields["momentum"])
+        else:
+            count = variables_of(layer).get(_COLLECTION, {}).get("count")
+            fields["momentum"] = fields["momentum"](checks.step_of_schedule(count, path))
     if is_registered(layer):
         bound = Bound(layer, checks.where(path), args, kwargs)
         told, x, given, mask = bound.facts, bound.facts.x, None, bound.facts.mask

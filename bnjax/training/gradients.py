@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from bnjax.core.moments import working_dtype
-from bnjax.models import checks
 from bnjax.models.accumulation import accumulating, begin, finish, next_pass, rehearse
 from bnjax.models.batches import Batch, Layout, LossFn, Metrics
-from bnjax.models.visits import Met, counting, watching
+from bnjax.models.frames import Met
+from bnjax.models.visits import counting, watching
+from bnjax.training import checks
 
 # XLA has no fast convolutions inside a loop on CPUs, so few micro-batches stand one after another.
 _FEW = 8
+_REPAIR = "Give what it trains with, as in train_step(loss_fn, apply_kwargs={'train': True})."
 
 # `apply(params, collections, args, kwargs, key)` gives outputs and new collections.
 Apply = Callable[[Any, Any, tuple, dict, Any], tuple[Any, Any]]
@@ -39,7 +41,14 @@ class Objective:
     met: dict[str, Met] = dataclasses.field(default_factory=dict)  # when it was traced
 
     def __call__(
-        self, apply: Apply, params: Any, collections: Any, batch: Batch, key: Any, scale: Callable
+        self,
+        apply: Apply,
+        params: Any,
+        collections: Any,
+        batch: Batch,
+        key: Any,
+        step: Any,
+        scale: Callable,
     ) -> tuple[Any, Any, jax.Array, Metrics]:
         """Gradients, collections after the step, the loss and the means of all that is reported.
 
@@ -49,6 +58,7 @@ class Objective:
             collections: what the model may change; the statistics are `batch_stats`.
             batch: a batch.
             key: a random key for the model, or None.
+            step: the number of this step.
             scale: of the loss, before its gradients are taken.
         """
         count = jnp.maximum(self.layout.counted(batch), 1)
@@ -57,7 +67,7 @@ class Objective:
             def objective(params: Any) -> tuple[jax.Array, tuple[Any, tuple]]:
                 args, kwargs = self.layout.call(batch)
                 mask = batch.get("mask") if self.mask_statistics else None
-                with counting(mask):
+                with counting(mask), checks.called_with(_REPAIR):
                     outputs, moved = apply(params, collections, args, kwargs, key)
                 loss, totals = self.layout.totals(self.loss_fn, outputs, batch)
                 return scale(loss / count), (moved, (loss / count, dict(totals)))
@@ -65,12 +75,13 @@ class Objective:
             grads, (moved, found) = jax.grad(objective, has_aux=True)(params)
             return grads, moved, found
 
-        with watching() as met:
+        with watching(step) as met:
             if self.microbatches == 1:
                 grads, moved, (loss, totals) = one(collections, batch, key)
             else:
                 grads, moved, (loss, totals) = self._accumulated(one, collections, batch, key)
-        checks.some_moves({path: (each.moves, each.frozen) for path, each in met.items()})
+        moving = [path for path, each in met.items() if each.moves]
+        checks.some_moves(moving, [path for path, each in met.items() if not each.frozen])
         self.met.update(met)
         return grads, moved, loss, {name: total / count for name, total in totals.items()}
 

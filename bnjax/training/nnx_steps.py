@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 
 from bnjax import globs
 from bnjax.masks import trainable_labels
-from bnjax.models import checks
 from bnjax.models.batches import Batch, Inputs, LossFn, Metrics, Totals, layout
 from bnjax.models.freezing import freeze_fitting
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.visits import counting
+from bnjax.training import checks
 from bnjax.training.gradients import Objective
 from bnjax.training.scaling import Scale
-from bnjax.training.state import choose
+from bnjax.training.state import choose, own_buffers
 from bnjax.training.steps import Compiled, all_finite, held, told
 
 Step = Callable[[nnx.Module, nnx.Optimizer, Batch], Metrics]
@@ -108,6 +108,7 @@ class TrainStep:
     ) -> None:
         self.layout, self.met = objective.layout, objective.met
         self.loss_scale, self.rejected = loss_scale, jnp.zeros((), jnp.int32)
+        self._donate = donate
         options = {"microbatches": microbatches, "donate": donate}
         self._compile = lambda *graphs: Compiled(
             functools.partial(update, *graphs), objective.layout, mesh, **options
@@ -121,6 +122,7 @@ class TrainStep:
         if (graph, optimizing) not in self._programs:
             self._programs[graph, optimizing] = self._compile(graph, optimizing)
         state = variables, opt_state, self.loss_scale, self.rejected
+        state = own_buffers(state) if self._donate else state
         state, metrics = self._programs[graph, optimizing](state, batch)
         variables, opt_state, self.loss_scale, self.rejected = state
         nnx.update(model, variables)
@@ -140,55 +142,80 @@ def _update(
     """The state after a step, of model, optimizer, loss scale and number of rejected steps."""
     variables, opt_state, loss_scale, rejected = state
     old = jax.tree.map(lambda leaf: leaf, opt_state)  # an update changes the optimizer in place
-    model, optimizer = nnx.merge(graph, variables), nnx.merge(optimizing, opt_state)
-    freeze_fitting(model, frozen)
-    copy = Copy(model, training=True)
-    before, trained = flatten_dict(copy.variables), copy.keys_of(optimizer.wrt)
-    params = {key: leaf for key, leaf in before.items() if key in trained}
-    others = unflatten_dict({key: leaf for key, leaf in before.items() if key not in trained})
-    labels = dict.fromkeys(params) | flatten_dict(_labels(params, frozen))
-
-    def model_of(params: Any) -> nnx.Module:
-        return copy.model_with(unflatten_dict(before | params))
-
-    def apply(params: Any, collections: Any, args: tuple, inputs: dict, _key: Any) -> Any:
-        params = held(params, labels, jax.lax.stop_gradient)
-        variables = unflatten_dict(params | flatten_dict(collections))
-        single = copy.holding(variables)
-        outputs, moved = single.apply(variables, *args, mutable=list(variables), **inputs, **kwargs)
-        moved = {key: leaf for key, leaf in flatten_dict(moved).items() if key not in trained}
-        return outputs, unflatten_dict(moved)
-
+    optimizer = nnx.merge(optimizing, opt_state)
+    model = _Model(nnx.merge(graph, variables), optimizer.wrt, frozen, kwargs)
     scale = Scale(loss_scale)
-    compute = functools.partial(objective, apply, collections=others, batch=batch, key=None)
-    grads, moved, loss, means = compute(params, scale=scale.up)
+    now = {"batch": batch, "key": None, "step": optimizer.step[...]}
+    compute = functools.partial(objective, model.apply, collections=model.others, **now)
+    grads, moved, loss, means = compute(model.params, scale=scale.up)
     grads = scale.down(grads)
     accepted = all_finite((loss, grads))
 
-    def again(state: nnx.State, part: int) -> Any:
-        single = model_of({})
-        nnx.update(single, state)
-        params = {key: leaf for key, leaf in copy.flat(single).items() if key in trained}
-        return compute(params, scale=lambda loss: loss)[part]
+    def again(params: nnx.State, part: int) -> Any:
+        single = model.with_params({})
+        nnx.update(single, params)
+        return compute(model.params_of(single), scale=lambda loss: loss)[part]
 
-    after, descent = model_of({}), nnx.state(model_of(grads), optimizer.wrt)
+    after = model.with_params({})
+    descent = nnx.state(model.with_params(grads), optimizer.wrt)
     known = {"value_fn": lambda p: again(p, 2), "grad_fn": lambda p, _: again(p, 0)}
-    tx, pure = optimizer.tx, nnx.as_pure(descent)
-    optimizer.tx = told(tx, value=loss, grad=pure, **known)
+    tx = optimizer.tx
+    optimizer.tx = told(tx, value=loss, grad=nnx.as_pure(descent), **known)
     optimizer.update(after, descent)
     optimizer.tx = tx
-    new = {key: leaf for key, leaf in copy.flat(after).items() if key in trained}
-    new = held(new, labels, lambda _, old: old, params) | flatten_dict(moved)
-    chosen = choose(accepted, new, before)
+    variables = model.state(accepted, model.params_of(after), moved)
     opt_state = choose(accepted, nnx.state(optimizer), old)
-    state = copy.state(unflatten_dict(chosen)), opt_state, scale.adjusted(accepted)
+    rejected = rejected + jnp.where(accepted, 0, 1)
     metrics = {"loss": loss, "accepted": accepted} | means
-    return (*state, rejected + jnp.where(accepted, 0, 1)), metrics
+    return (variables, opt_state, scale.adjusted(accepted), rejected), metrics
 
 
-def _labels(params: Mapping[tuple, Any], frozen: tuple[str, ...]) -> dict[str, Any]:
-    tree = unflatten_dict(dict(params)).get("params")
-    return {"params": trainable_labels(tree, frozen)} if frozen and tree else {}
+class _Model:
+    """A model in training, as functions of its arrays, by collection and path.
+
+    Attributes:
+        params: those that the optimizer updates.
+        others: all others, nested.
+    """
+
+    def __init__(
+        self, model: nnx.Module, wrt: Any, frozen: tuple[str, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        freeze_fitting(model, frozen)
+        self._copy, self._kwargs = Copy(model, training=True), kwargs
+        self._before, self._trained = flatten_dict(self._copy.variables), self._copy.keys_of(wrt)
+        self.params = self.params_of(self._copy.model)
+        self.others = unflatten_dict(self._untrained(self._before))
+        labels, tree = dict.fromkeys(self.params), unflatten_dict(self.params).get("params")
+        if frozen and tree:
+            labels |= flatten_dict({"params": trainable_labels(tree, frozen)})
+        self._labels = labels
+
+    def apply(self, params: Any, collections: Any, args: tuple, inputs: dict, _key: Any) -> Any:
+        """Outputs, and the other arrays after the call."""
+        params = held(params, self._labels, jax.lax.stop_gradient)
+        variables = unflatten_dict(params | flatten_dict(collections))
+        model, names = self._copy.holding(variables), list(variables)
+        outputs, moved = model.apply(variables, *args, mutable=names, **inputs, **self._kwargs)
+        return outputs, unflatten_dict(self._untrained(flatten_dict(moved)))
+
+    def with_params(self, params: Mapping[Any, Any]) -> nnx.Module:
+        """A model with these parameters; those that are left out are as they were."""
+        return self._copy.model_with(unflatten_dict(self._before | dict(params)))
+
+    def params_of(self, model: nnx.Module) -> dict[Any, Any]:
+        """What the optimizer updates, in a model."""
+        flat = self._copy.flat(model)
+        return {key: leaf for key, leaf in flat.items() if key in self._trained}
+
+    def state(self, accepted: jax.Array, params: Any, others: Any) -> nnx.State:
+        """The state of the model, with new arrays where the step is accepted."""
+        params = held(params, self._labels, lambda _, old: old, self.params)
+        new = choose(accepted, params | flatten_dict(others), self._before)
+        return self._copy.state(unflatten_dict(new))
+
+    def _untrained(self, flat: Mapping[Any, Any]) -> dict[Any, Any]:
+        return {key: leaf for key, leaf in flat.items() if key not in self._trained}
 
 
 def eval_step(

@@ -14,9 +14,9 @@ from flax.core import FrozenDict
 from flax.core.scope import DenyList
 from flax.training import train_state
 
-from bnjax.models import checks
 from bnjax.models.batches import layout
 from bnjax.models.compat import is_traced
+from bnjax.training import checks
 
 # What a step counts and draws, whether it is committed or not.
 _GO_ON = ("step", "rejected", "rng", "loss_scale")
@@ -88,7 +88,9 @@ def init_state(
     init_key, dropout_key = jax.random.split(key)
     keys = {"params": init_key, "dropout": dropout_key}
     mutable = DenyList("intermediates")
-    variables = model.lazy_init(keys, *args, mutable=mutable, **kwargs, **apply_kwargs)
+    repair = "Write what else it takes, as in init_state(model, tx, key, x, train=False)."
+    with checks.called_with(repair):
+        variables = model.lazy_init(keys, *args, mutable=mutable, **kwargs, **apply_kwargs)
     others = {k: v for k, v in variables.items() if k not in ("params", "batch_stats")}
     params: Any = variables.get("params", {})
     if _is_lookahead(tx, params):

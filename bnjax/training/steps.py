@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from bnjax import globs
 from bnjax.masks import trainable_labels
-from bnjax.models import checks
 from bnjax.models.batches import (
     Batch,
     Inputs,
@@ -26,7 +25,9 @@ from bnjax.models.batches import (
     shardings,
     tracked,
 )
-from bnjax.models.visits import Met, Settings, applying, counting
+from bnjax.models.frames import Met, Settings
+from bnjax.models.visits import applying, counting
+from bnjax.training import checks
 from bnjax.training.gradients import Objective
 from bnjax.training.scaling import Scale
 from bnjax.training.state import TrainState, commit
@@ -113,7 +114,8 @@ def train_step(
 
         scale = Scale(state.loss_scale)
         fast = getattr(state.params, "fast", state.params)
-        compute = functools.partial(objective, apply, collections=collections, batch=batch, key=key)
+        now = {"collections": collections, "batch": batch, "key": key, "step": state.step}
+        compute = functools.partial(objective, apply, **now)
         grads, moved, loss, means = compute(fast, scale=scale.up)
         grads = scale.down(grads)
         accepted = all_finite((loss, grads))
@@ -162,7 +164,10 @@ def eval_step(
 
     def step(state: TrainState, batch: Batch) -> Totals:
         args, kwargs = batches.call(batch)
-        with counting(batch.get("mask")):
+        repair = (
+            "Give what it evaluates with, as in eval_step(loss_fn, apply_kwargs={'train': False})."
+        )
+        with counting(batch.get("mask")), checks.called_with(repair):
             outputs = state.apply_fn(state.variables, *args, **kwargs, **(apply_kwargs or {}))
         return batches.totals(loss_fn, outputs, batch)[1]
 

@@ -18,10 +18,11 @@ from bnjax.models import checks
 from bnjax.models.batches import Batch, Layout, LossFn
 from bnjax.models.compat import in_filter, union_filters
 from bnjax.models.conventions import Facts
+from bnjax.models.frames import settings_key
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.programs import Program, kept_with
 from bnjax.models.statistics import Path, layers_of, map_layers
-from bnjax.models.visits import Visit, settings_key, visiting
+from bnjax.models.visits import Visit, visiting
 
 
 @dataclasses.dataclass(frozen=True)

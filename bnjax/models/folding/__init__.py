@@ -19,17 +19,9 @@ from bnjax._words import number_of
 from bnjax.models import checks
 from bnjax.models.batches import Inputs, Layout, layout
 from bnjax.models.folding.program import Call, Program, pair
+from bnjax.models.frames import Settings, settings
 from bnjax.models.nnx_copies import Copy
-from bnjax.models.visits import (
-    Path,
-    Settings,
-    Visit,
-    applying,
-    path_of,
-    setting,
-    settings,
-    visiting,
-)
+from bnjax.models.visits import Path, Visit, applying, path_of, setting, visiting
 
 
 class Row(NamedTuple):

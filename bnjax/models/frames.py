@@ -1,0 +1,100 @@
+"""What may hold while a model runs: settings of its batch norms, and those who look at them."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+
+from bnjax import globs
+from bnjax.models.compat import is_tracing
+from bnjax.models.contexts import Frame, active
+from bnjax.models.conventions import Facts
+
+
+class Settings(Frame):
+    """Fields that batch norms take while it holds, those whose path fits.
+
+    Attributes:
+        met: the paths of the batch norms that were called.
+        traced: those of which a compiled function may run without being met again.
+    """
+
+    def __init__(self, key: Hashable, patterns: tuple[str, ...], fields: Mapping[str, Any]) -> None:
+        super().__init__(key)
+        self.fields = fields
+        self.matchers = {pattern: globs.matcher(pattern) for pattern in patterns}
+        self.met: set[str] = set()
+        self.traced: set[str] = set()
+
+    def again(self) -> "Settings":
+        """The same, to hold elsewhere."""
+        return Settings(self.key, tuple(self.matchers), self.fields)
+
+    def meet(self, path: str) -> Mapping[str, Any]:
+        """The fields for a batch norm that is called."""
+        self.met.add(path)
+        if is_tracing():
+            self.traced.add(path)
+        return self.fields if any(fits(path) for fits in self.matchers.values()) else {}
+
+
+class Visitor(Frame):
+    """A function that gets each call of a batch norm, and one that gets those of linear layers."""
+
+    def __init__(self, norm: Callable, linear: Callable | None, key: Hashable) -> None:
+        super().__init__(key)
+        self.norm, self.linear = norm, linear
+
+
+class Examples(Frame):
+    """The examples that count in batch norms while it holds: bool (N,)."""
+
+    def __init__(self, mask: chex.Array) -> None:
+        super().__init__(object())
+        self.mask = mask
+
+
+class Met(NamedTuple):
+    """What a batch norm that keeps statistics does in a call."""
+
+    facts: Facts
+    moves: bool  # its statistics
+    frozen: bool  # by a context, and not by the model
+
+
+class Watch(Frame):
+    """A training step: it sees which batch norms are called while it holds.
+
+    It is compiled as a whole: there an axis that is not mapped has its devices pooled.
+
+    Attributes:
+        step: the number of the step, int32, ().
+        met: what batch norms that keep statistics do, by path.
+    """
+
+    def __init__(self, step: chex.Array) -> None:
+        super().__init__(object())
+        self.step = step
+        # Of those that hold around it: inside, in a loop over micro-batches, they would be its own.
+        told = [each.fields.get("momentum") for each in settings()]
+        self._momenta = {each: each(step) for each in told if callable(each)}
+        self.met: dict[str, Met] = {}
+
+    def momentum(self, schedule: Callable) -> Any:
+        """What a schedule says at this step."""
+        return self._momenta[schedule] if schedule in self._momenta else schedule(self.step)
+
+    def meet(self, visit: Any) -> None:
+        """Note a visit."""
+        if visit.facts.tracked:
+            self.met["/".join(visit.path)] = Met(visit.facts, not visit.running, visit.told)
+
+
+def settings() -> tuple[Settings, ...]:
+    """The settings that hold here, the innermost last."""
+    return tuple(frame for frame in active() if isinstance(frame, Settings))
+
+
+def settings_key() -> Hashable:
+    """What tells the settings that hold here from others."""
+    return tuple(frame.key for frame in settings())
