@@ -75,8 +75,10 @@ WAYS: dict[str, tuple[nn.Module, Any, Any]] = {
     "function_of_nested": (OfDict(), lambda b: (nested(b),), lambda each: each),
 }
 each_way = pytest.mark.parametrize(("model", "inputs", "make"), WAYS.values(), ids=WAYS)
-SOME = [name for name in WAYS if name not in ("function_of_one", "one_name", "function_of_tuple")]
-some_ways = pytest.mark.parametrize(("model", "inputs", "make"), map(WAYS.get, SOME), ids=SOME)
+SOME = ("several", "keywords", "function_of_keywords", "nested")
+some_ways = pytest.mark.parametrize(
+    ("model", "inputs", "make"), [WAYS[name] for name in SOME], ids=SOME
+)
 
 
 def loss(outputs, each):

@@ -264,6 +264,11 @@ def test_a_class_that_is_known_is_not_registered(kind):
         bnjax.register(kind)
 
 
+def test_a_subclass_that_does_not_call_a_known_class_is_registered():
+    bnjax.register(kind := type("Anew", (strangers.Rewritten,), {}))
+    assert is_registered(kind(True))
+
+
 def test_facts_of_other_names_are_refused():
     message = (
         "`facts` go by the names of flax.linen.BatchNorm, x, use_running_average, momentum, axis, "
