@@ -185,11 +185,10 @@ def test_a_diagnosis_and_a_fold_of_each_form_of_inputs(model, inputs, make):
         model, fresh, batches, loss_fn=loss, inputs=inputs, per_example=(*PER_EXAMPLE, "image")
     )
     assert list(report.findings) == []
-    values = [loss(model_of(fresh, each), each)[0].mean() for each in BATCHES]
-    assert report.losses["eval"]["loss"] == pytest.approx(np.mean(values), rel=1e-5)
+    wanted = np.mean([loss(model_of(fresh, each), each)[0].mean() for each in BATCHES])
+    assert report.losses["eval"]["loss"] == pytest.approx(wanted, rel=1e-5)
     folded = bnjax.fold(model, fresh, batches[0], inputs=inputs)
-    y = folded.apply(folded.variables, make(batch(3, 5)))
-    close(y, model_of(fresh, batch(3, 5)), 1e-4)
+    close(folded.apply(folded.variables, make(batch(3, 5))), model_of(fresh, batch(3, 5)), 1e-4)
     assert "bn" not in folded.variables["params"]
 
 
@@ -215,8 +214,8 @@ def test_masked_examples_count_nowhere_in_models_of_several_inputs(number):
         close((after.params, metrics["loss"]), (params, value))
     del how["donate"]
     found = evaluate(eval_step(loss, **how), start(), [each])
-    kept = {name: BATCHES[0][name][mask] for name in PER_EXAMPLE}
-    alone = evaluate(eval_step(loss, **how), start(), [BATCHES[0] | kept])
+    kept = BATCHES[0] | {name: BATCHES[0][name][mask] for name in PER_EXAMPLE}
+    alone = evaluate(eval_step(loss, **how), start(), [kept])
     assert found == pytest.approx(alone, rel=1e-5)
 
 
