@@ -52,17 +52,30 @@ def trainable_labels(params: Any, frozen: globs.Paths) -> Any:
     >>> trainable_labels({"a": {"bn": {"scale": 1}}, "b": {"kernel": 2}}, frozen="a/**")
     {'a': {'bn': {'scale': 'frozen'}}, 'b': {'kernel': 'trainable'}}
     """
+    modules = modules_of(params)
+    for pattern in globs.as_tuple(frozen):
+        fits = any(map(globs.matcher(pattern), modules))
+        globs.check_fits(pattern, fits, modules, "module with parameters")
+    return labels(params, frozen)
 
-    def module(path: Any) -> str:
-        return "/".join(_names(path)[:-1])
 
-    modules = {module(path) for path, _ in tree_flatten_with_path(params)[0]}
+def labels(params: Any, frozen: globs.Paths) -> Any:
+    """What `trainable_labels` returns, also where a pattern fits nothing."""
     matchers = [globs.matcher(pattern) for pattern in globs.as_tuple(frozen)]
-    for pattern, fits in zip(globs.as_tuple(frozen), matchers, strict=True):
-        globs.check_fits(pattern, any(map(fits, modules)), modules, "module with parameters")
-    return tree_map_with_path(
-        lambda path, _: "frozen" if any(f(module(path)) for f in matchers) else "trainable", params
-    )
+
+    def label(path: Any, _: Any) -> str:
+        return "frozen" if any(fits(_module(path)) for fits in matchers) else "trainable"
+
+    return tree_map_with_path(label, params)
+
+
+def modules_of(params: Any) -> set[str]:
+    """The paths of the modules that have parameters."""
+    return {_module(path) for path, _ in tree_flatten_with_path(params)[0]}
+
+
+def _module(path: Any) -> str:
+    return "/".join(_names(path)[:-1])
 
 
 def _names(path: Any) -> tuple[str, ...]:

@@ -222,7 +222,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "The outputs on `example_x` must stay the same, to 3.5e-04 of their scale 0, but folding "
         "changed them by nan. Is there NaN or inf in them, or does a layer change its kernel "
-        "before using it?",
+        "before using it, or a registered batch norm its scale?",
     ),
     "the old variables": (
         lambda: bnjax.fold(MODEL, VARIABLES, X).apply(VARIABLES, X),

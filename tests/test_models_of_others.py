@@ -183,5 +183,5 @@ def test_fold_names_a_batch_norm_that_is_not_known_beside_those_that_it_folds(ap
         report = bnjax.fold(WithItsOwnNnx(), None, BATCHES[0]).report
     reasons = {row.batch_norm: row.reason for row in report.rows if row.batch_norm}
     kind = "KeepsAxes" if api == "linen" else "OwnNnx"
-    why = f"{kind} is neither bnjax's nor Flax's batch norm, nor a subclass"
+    why = f"bnjax.register({kind}, ...) tells what it does; {kind} is not known"
     assert reasons == {"bn": None, "own": why}

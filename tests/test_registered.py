@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from bnjax.models.registered import is_registered
+from bnjax.models.conventions import is_registered
 from bnjax.training import init_state, train_step
 from tests.support import strangers
 from tests.support.strangers import (

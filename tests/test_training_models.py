@@ -392,6 +392,6 @@ def test_a_history_tells_the_statistics_of_a_batch_by_the_momentum_of_each_layer
     wide = X.astype(np.float64)
     for name, correction in (("flax", 0), ("torch", 1)):
         lines = record["layers"][name]
-        close(lines["batch_mean"], wide.mean(0)[None], 1e-4)
-        close(lines["batch_var"], wide.var(0, ddof=correction)[None], 1e-3)
+        close(np.asarray(lines["batch_mean"]), wide.mean(0)[None], 1e-4)
+        close(np.asarray(lines["batch_var"]), wide.var(0, ddof=correction)[None], 1e-3)
     assert "batch_mean" not in record["layers"]["average"]

@@ -61,6 +61,8 @@ class Layout:
         batch = checks.batch_as_dict(batch)
         if not callable(self.inputs):
             checks.batch_holds(batch, self._names)
+        if self.per_example is not None:
+            checks.per_example(batch, self.per_example, self.size(batch))
         if "mask" in batch:
             checks.mask_of_examples(batch["mask"], self.size(batch))
         return batch
@@ -89,10 +91,15 @@ class Layout:
 
     def size(self, batch: Batch) -> int:
         """The number of examples: the leading axis of the first input."""
-        named = self.per_example or self._names
-        first = batch[named[0]] if named else jax.eval_shape(lambda: self.call(batch))
-        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(first)]
-        return checks.leading_axis(shapes, named[0] if named else "inputs")
+        found = jax.eval_shape(self.call, batch) if callable(self.inputs) else self.call(batch)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(found) if hasattr(leaf, "shape")]
+        lengths = [shape[0] for shape in shapes if shape]
+        # A mask tells examples from a table that is an input, too.
+        masked = np.shape(batch.get("mask", 0))[:1]
+        named = [name for name in self._names if name in {*(self.per_example or ())} & batch.keys()]
+        if named:
+            lengths = [np.shape(leaf)[0] for leaf in jax.tree.leaves(batch[named[0]])]
+        return masked[0] if {*masked} & {*lengths} else checks.leading_axis(lengths, shapes)
 
     def each(self, batch: Batch) -> dict[str, Any]:
         """For every array of a batch, whether it has an entry for each example."""

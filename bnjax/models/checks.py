@@ -33,7 +33,10 @@ _MISFITS = (
 def inputs(value: Any) -> None:
     """How a batch is called is said by names or by a function."""
     names = value.values() if isinstance(value, Mapping) else value
-    if callable(value) or isinstance(value, str) or all(isinstance(name, str) for name in names):
+    several = isinstance(value, Mapping | tuple | list) and names
+    if callable(value) or isinstance(value, str):
+        return
+    if several and all(isinstance(name, str) for name in names):
         return
     raise TypeError(
         "`inputs` must be a name in the batch, several of them, a dict of names by keyword, or a "
@@ -75,15 +78,30 @@ def mask_of_examples(mask: Any, size: int) -> None:
         )
 
 
-def leading_axis(shapes: Collection[tuple[int, ...]], name: str) -> int:
-    """The examples of a batch lie along the leading axis of its input."""
-    for shape in shapes:
-        if shape:
-            return shape[0]
-    raise ValueError(
-        f"`{name}` of a batch must hold arrays whose leading axis are the examples, got shapes "
-        f"{list(shapes)}."
-    )
+def per_example(batch: Mapping[str, Any], names: Collection[str], size: int) -> None:
+    """What is named as having an entry for each example is there, and has."""
+    there = [name for name in names if name in batch]
+    if not there:
+        raise ValueError(
+            f"A batch must hold an entry of `per_example`, {list(names)}, got {sorted(batch)}."
+        )
+    for name in there:
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch[name])]
+        if any(shape[:1] != (size,) for shape in shapes):
+            raise ValueError(
+                f"`{name}` is named in `per_example`, so its leading axis must be the {size} "
+                f"examples of the batch, got shapes {shapes}."
+            )
+
+
+def leading_axis(lengths: list[int], shapes: list[tuple[int, ...]]) -> int:
+    """The examples of a batch lie along the leading axis of its first input."""
+    if not lengths:
+        raise ValueError(
+            "The inputs in a batch must be arrays whose leading axis are the examples, got shapes "
+            f"{shapes}."
+        )
+    return lengths[0]
 
 
 def loss_and_metrics(result: Any) -> tuple[Any, dict[str, Any]]:

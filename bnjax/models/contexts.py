@@ -24,12 +24,14 @@ class Frame:
     Attributes:
         strangers: classes, by path, of modules that were called, keep a mean and a variance, and
             are no batch norms that are known.
+        known: paths of batch norms that were met.
     """
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
         self.thread: int | None = None
         self.strangers: dict[str, str] = {}
+        self.known: set[str] = set()
 
 
 _frames: ContextVar[tuple[Frame, ...]] = ContextVar("bnjax.frames", default=())

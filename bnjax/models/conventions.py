@@ -27,24 +27,50 @@ class NNX(abc.ABC):  # noqa: B024
 
 OWN_LINEN: tuple[Any, ...] = (linen_layers.TorchBatchNorm, linen_layers.BatchNorm, nn.BatchNorm)
 OWN_NNX: tuple[Any, ...] = (nnx_layers.TorchBatchNorm, nnx_layers.BatchNorm, nnx.BatchNorm)
+OWN = (*OWN_LINEN[:2], *OWN_NNX[:2])  # of bnjax alone
 LINEAR_LINEN = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
 LINEAR_NNX = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
 LINEAR: tuple[Any, ...] = LINEAR_LINEN + LINEAR_NNX
 
-# The code of the layers themselves, below whatever a subclass wraps around it.
-CALLS: set[Any] = {inspect.unwrap(kind.__call__) for kind in LINEAR_LINEN}
-CALLS |= {kind.__call__ for kind in LINEAR_NNX}
+# The code of the layers themselves, below whatever a subclass wraps around it; and, by class, that
+# of those which a user has registered.
+_OWN_CALLS = {inspect.unwrap(kind.__call__) for kind in OWN_LINEN + LINEAR_LINEN}
+_OWN_CALLS |= {kind.__call__ for kind in OWN_NNX + LINEAR_NNX}
+_calls: dict[type, Any] = {}
+for _kind in OWN_LINEN + OWN_NNX:
+    (Linen if _kind in OWN_LINEN else NNX).register(_kind)
 
 
 def know(kind: Any) -> None:
     """Take a class, and its subclasses, for batch norms."""
     linen = issubclass(kind, nn.Module)
     (Linen if linen else NNX).register(kind)
-    CALLS.add(inspect.unwrap(kind.__call__) if linen else kind.__call__)
+    _calls[kind] = inspect.unwrap(kind.__call__) if linen else kind.__call__
 
 
-for _kind in OWN_LINEN + OWN_NNX:
-    know(_kind)
+def is_registered(layer: Any) -> bool:
+    """Whether a layer is known because a user has registered its class."""
+    return any(kind in _calls for kind in type(layer).__mro__)
+
+
+def is_call(layer: Any, function: Any) -> bool:
+    """Whether a function is the call of a batch norm, or of a linear layer, itself."""
+    registered = next((kind for kind in type(layer).__mro__ if kind in _calls), None)
+    if registered is not None:
+        return _calls[registered] is function
+    return function in _OWN_CALLS and isinstance(layer, (Linen, NNX, *LINEAR))
+
+
+def is_some_call(function: Any) -> bool:
+    """Whether a function is the call of some layer that is known."""
+    return function in _OWN_CALLS or function in _calls.values()
+
+
+def is_rewritten(kind: Any) -> bool:
+    """Whether a subclass has a call of its own that leaves out that of the known class."""
+    call = inspect.unwrap(kind.__call__)
+    names = {*call.__code__.co_names, *call.__code__.co_freevars}
+    return not is_some_call(call) and not names & {"super", "__class__", "__call__"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from jax.tree_util import (
 from bnjax import globs
 from bnjax.models import checks
 from bnjax.models.compat import modules_of, plain_arrays
-from bnjax.models.conventions import LINEAR_NNX, NNX
+from bnjax.models.conventions import LINEAR_NNX, NNX, is_rewritten
 from bnjax.models.freezing import fitting
 from bnjax.models.programs import kept_with
 from bnjax.models.visits import Path, mark, path_of
@@ -64,7 +64,7 @@ class Copy:
         self.strangers: dict[str, str] = {}
         for path, module in self._modules().items():
             kept = [n for n in ("mean", "var") if isinstance(vars(module).get(n), nnx.BatchStat)]
-            if isinstance(module, NNX):
+            if isinstance(module, NNX) and not is_rewritten(type(module)):
                 self.norms[path] = module
             elif len(kept) == 2:
                 self.strangers["/".join(path)] = type(module).__name__

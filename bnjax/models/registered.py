@@ -9,7 +9,7 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
-from bnjax.models.conventions import NNX, Linen, know
+from bnjax.models.conventions import NNX, Linen, is_rewritten, know
 
 # What a batch norm is told, in the words of `flax.linen.BatchNorm`, and what holds if nobody does.
 _UNTOLD = {
@@ -78,22 +78,19 @@ def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) 
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module | nnx.Module)):
         raise TypeError(f"`kind` must be a class of linen or nnx modules, got {kind!r}.")
-    if issubclass(kind, Linen | NNX) and kind not in _registered:
+    if issubclass(kind, Linen | NNX) and kind not in _registered and not is_rewritten(kind):
         raise ValueError(f"{kind.__name__} is known already, by a class that it inherits from.")
     if unknown := [name for name in facts if name not in _FACTS]:
         raise TypeError(
             f"`facts` go by the names of flax.linen.BatchNorm, {', '.join(_FACTS)}, got {unknown}."
         )
     reading = _Reading(kind, inspect.signature(inspect.unwrap(kind.__call__)), dict(facts))
+    if len(reading.signature.parameters) < 2:
+        raise ValueError(f"A call of {kind.__name__} takes no argument, so it has no input.")
     for name in _FACTS:
         reading.check(name)
     _registered[kind] = reading
     know(kind)
-
-
-def is_registered(layer: Any) -> bool:
-    """Whether a layer is known by `register` alone."""
-    return any(kind in _registered for kind in type(layer).__mro__)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,9 +24,19 @@ from bnjax.layers.conventions import is_torch
 from bnjax.layers.modes import asked_to_train
 from bnjax.models import checks
 from bnjax.models.contexts import Frame, active, holding
-from bnjax.models.conventions import CALLS, NNX, Facts, Frozen, Linen, facts
+from bnjax.models.conventions import (
+    NNX,
+    OWN,
+    Facts,
+    Frozen,
+    Linen,
+    facts,
+    is_call,
+    is_registered,
+    is_some_call,
+)
 from bnjax.models.frames import Examples, Met, Settings, Visitor, Watch
-from bnjax.models.registered import Bound, is_registered
+from bnjax.models.registered import Bound
 from bnjax.models.statistics import Path, is_layer
 
 _COLLECTION = "batch_stats"
@@ -95,7 +105,13 @@ class Visit:
         else:
             options["use_running_average"] = mode
         with setting(self.layer, **fields):
-            return self._call(x, **options)
+            if self.mask is None or isinstance(self.layer, OWN) or mode or self.running:
+                return self._call(x, **options)
+            # Without an example that counts, Flax's output and statistics would be NaN.
+            some, before = jnp.any(self.mask), self.statistics
+            y = self._call(x, **{**options, "mask": self.mask | ~some})
+            self.put({k: jnp.where(some, new, before[k]) for k, new in self.statistics.items()})
+            return y
 
     def where(self, examples: chex.Array | None) -> "Visit":
         """The same call, of which these examples count: bool (N,), or None for all."""
@@ -252,7 +268,7 @@ def listen_to(kind: type[nnx.Module]) -> None:
     """
     for each in kind.__mro__:
         call = vars(each).get("__call__")
-        if call in CALLS:
+        if is_some_call(call):
             each.__call__ = _asking(call)
 
 
@@ -289,13 +305,14 @@ def _intercept(
     call: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext
 ) -> Any:
     layer, function = context.module, getattr(context.orig_method, "func", None)
-    if function in CALLS:
+    if is_call(layer, function):
         return _meet(layer, call, args, kwargs)
     y = call(*args, **kwargs)
-    if context.method_name == "__call__" and not isinstance(layer, Linen):
-        if is_layer(layer.variables.get(_COLLECTION, {})):
-            for frame in active():
-                frame.strangers["/".join(layer.path)] = type(layer).__name__
+    if context.method_name == "__call__" and is_layer(layer.variables.get(_COLLECTION, {})):
+        path = "/".join(layer.path)
+        for frame in active():
+            if path not in frame.known:  # a subclass that does not call the known code, too
+                frame.strangers[path] = type(layer).__name__
     return y
 
 
@@ -303,7 +320,8 @@ def _intercept(
 def _asking(function: Callable) -> Callable:
     @functools.wraps(function)
     def asking(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _meet(self, functools.partial(function, self), args, kwargs)
+        call = functools.partial(function, self)
+        return _meet(self, call, args, kwargs) if is_call(self, function) else call(*args, **kwargs)
 
     return asking
 
@@ -318,6 +336,8 @@ def _meet(layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> An
     before = _met_now.set(layer)
     try:
         if isinstance(layer, Linen | NNX):
+            for frame in frames:
+                frame.known.add("/".join(path_of(layer)))
             visit = _visit(layer, call, frames, args, kwargs)
             return visit.run() if visitor is None else visitor.norm(visit)
         if visitor is None or visitor.linear is None:

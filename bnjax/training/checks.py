@@ -1,7 +1,7 @@
 """What a step of a training is made of, and what it is given."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +35,16 @@ def same_leaves(new: Any, old: Any) -> list[Any]:
             f"{sorted(names[0] - names[1])} and left out {sorted(names[1] - names[0])}."
         )
     return [leaf for _, leaf in new]
+
+
+def without_mutable(apply_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is passed to the model, in which a step says itself what is mutable."""
+    if "mutable" in (apply_kwargs or {}):
+        raise TypeError(
+            "`apply_kwargs` must leave `mutable` out: a training step keeps what every collection "
+            "of the model becomes."
+        )
+    return dict(apply_kwargs or {})
 
 
 def loss_function(value: Any) -> None:

@@ -114,9 +114,9 @@ class Objective:
             carry = jax.tree.map(_zeros, results), begun
             if self.microbatches <= _FEW and jax.default_backend() == "cpu":
                 for number in range(self.microbatches):
-                    # One after another, as a loop would, so that each takes the memory of the last.
-                    carry, cut = jax.lax.optimization_barrier((carry, cut))
-                    carry, _ = add(carry, (number, [leaf[number] for leaf in cut]))
+                    at = number + _nothing(carry[0])
+                    part = [jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False) for leaf in cut]
+                    carry, _ = add(carry, (number, part))
             else:
                 parts = jnp.arange(self.microbatches), cut
                 carry, _ = jax.lax.scan(add, carry, parts)
@@ -129,6 +129,12 @@ def _stats(change: Callable[[Any], Any], collections: Mapping[str, Any]) -> dict
     """The collections with other statistics, if there are any."""
     new = dict(collections)
     return new | {"batch_stats": change(new["batch_stats"])} if "batch_stats" in new else new
+
+
+def _nothing(sums: Any) -> jax.Array:
+    """0, but XLA knows that only when the sums are there: no two micro-batches are held at once."""
+    ends = sum(jnp.real(jnp.ravel(leaf)[0]) for leaf in jax.tree.leaves(sums) if leaf.size)
+    return jnp.asarray((ends == ends) & (ends != ends), jnp.int32)
 
 
 def _zeros(like: Any) -> jax.Array:

@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from bnjax import globs
-from bnjax.masks import trainable_labels
+from bnjax.masks import labels as labels_of
+from bnjax.masks import modules_of
 from bnjax.models.batches import Batch, Inputs, LossFn, Metrics, Totals, layout
 from bnjax.models.freezing import freeze_fitting
 from bnjax.models.nnx_copies import Copy
@@ -20,7 +21,7 @@ from bnjax.training import checks
 from bnjax.training.gradients import Objective
 from bnjax.training.scaling import Scale
 from bnjax.training.state import choose, own_buffers
-from bnjax.training.steps import Compiled, all_finite, held, told
+from bnjax.training.steps import Compiled, all_finite, frozen_fit, held, told
 
 Step = Callable[[nnx.Module, nnx.Optimizer, Batch], Metrics]
 
@@ -150,6 +151,7 @@ def _update(
     grads, moved, loss, means = compute(model.params, scale=scale.up)
     grads = scale.down(grads)
     accepted = all_finite((loss, grads))
+    frozen_fit(frozen, model.modules | objective.met.keys())
 
     def again(params: nnx.State, part: int) -> Any:
         single = model.with_params({})
@@ -176,6 +178,7 @@ class _Model:
     Attributes:
         params: those that the optimizer updates.
         others: all others, nested.
+        modules: the paths of modules with parameters.
     """
 
     def __init__(
@@ -188,8 +191,8 @@ class _Model:
         self.others = unflatten_dict(self._untrained(self._before))
         labels, tree = dict.fromkeys(self.params), unflatten_dict(self.params).get("params")
         if frozen and tree:
-            labels |= flatten_dict({"params": trainable_labels(tree, frozen)})
-        self._labels = labels
+            labels |= flatten_dict({"params": labels_of(tree, frozen)})
+        self._labels, self.modules = labels, modules_of(tree or {})
 
     def apply(self, params: Any, collections: Any, args: tuple, inputs: dict, _key: Any) -> Any:
         """Outputs, and the other arrays after the call."""

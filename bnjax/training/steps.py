@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ import optax
 from jax.sharding import Mesh
 
 from bnjax import globs
-from bnjax.masks import trainable_labels
+from bnjax.masks import labels as labels_of
+from bnjax.masks import modules_of
 from bnjax.models.batches import (
     Batch,
     Inputs,
@@ -68,6 +69,8 @@ def train_step(
             statistics are exactly those of the whole batch: moments are pooled, those of a virtual
             batch size too. The gradients are not, since each micro-batch normalizes by its own
             statistics; with few examples in each they are noisier. They add up in float32 at least.
+            On CPUs up to 8 are compiled one after another, which is faster there than a loop, and
+            saves less memory.
         mask_statistics: False takes examples that the mask leaves out into the statistics, for
             models whose batch norms see other arrays than one row for each example.
         mesh: train data-parallel: the batch is split over all devices of the mesh, the state is on
@@ -90,14 +93,15 @@ def train_step(
     checks.microbatches(microbatches)
     batches = layout(inputs, per_example)
     objective = Objective(loss_fn, batches, microbatches, mask_statistics)
-    patterns, kwargs = globs.as_tuple(frozen), dict(apply_kwargs or {})
+    patterns, kwargs = globs.as_tuple(frozen), checks.without_mutable(apply_kwargs)
     streams = kwargs.pop("rngs", {})
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None if state.rng is None else jax.random.fold_in(state.rng, state.step)
         collections = {"batch_stats": state.batch_stats, **state.collections}
         collections = {name: tree for name, tree in collections.items() if tree}
-        labels = trainable_labels(state.params, patterns) if patterns else None
+        fast = getattr(state.params, "fast", state.params)
+        labels = labels_of(fast, patterns) if patterns else None
 
         def apply(params: Any, collections: Any, args: tuple, inputs: dict, key: Any) -> Any:
             params = held(params, labels, jax.lax.stop_gradient)
@@ -113,12 +117,12 @@ def train_step(
             return outputs, {**collections, **moved}
 
         scale = Scale(state.loss_scale)
-        fast = getattr(state.params, "fast", state.params)
         now = {"collections": collections, "batch": batch, "key": key, "step": state.step}
         compute = functools.partial(objective, apply, **now)
         grads, moved, loss, means = compute(fast, scale=scale.up)
         grads = scale.down(grads)
         accepted = all_finite((loss, grads))
+        frozen_fit(patterns, modules_of(fast) | objective.met.keys())
         again = functools.partial(compute, scale=lambda loss: loss)
         known = {"value_fn": lambda p: again(p)[2], "grad_fn": lambda p, _: again(p)[0]}
         tx = told(state.tx, value=loss, grad=grads, **known)
@@ -128,6 +132,7 @@ def train_step(
             collections=moved,
             loss_scale=scale.adjusted(accepted),
         )
+        labels = labels_of(state.params, patterns) if patterns else None
         params = held(proposed.params, labels, lambda _, old: old, state.params)
         proposed = proposed.replace(tx=state.tx, params=params)
         return commit(accepted, proposed, state), {"loss": loss, "accepted": accepted} | means
@@ -199,11 +204,12 @@ def evaluate(
     for batch in tracked(batches, progress, "evaluating"):
         with checks.evaluation_step(step):
             new = step(state, batch)
-            new = Totals({k: v for k, v in new.items() if k != "count"}, new["count"])
+            if not isinstance(new, Totals):  # of a user's own step
+                new = Totals({k: v for k, v in new.items() if k != "count"}, new["count"])
         totals = new if totals is None else _add(totals, new)
-    count, sums = jax.device_get((totals.count, dict(totals)) if totals else (0.0, {}))
-    checks.some_batch(float(count), "example that counts")
-    return {name: float(total) / float(count) for name, total in sums.items()}
+    found = Totals({}, 0.0) if totals is None else jax.device_get(totals)
+    checks.some_batch(float(found.count), "example that counts")
+    return {name: float(total) / float(found.count) for name, total in found.items()}
 
 
 @jax.jit
@@ -216,6 +222,12 @@ def _freezing(patterns: tuple[str, ...]) -> contextlib.AbstractContextManager:
     if not patterns:
         return contextlib.nullcontext()
     return applying(Settings(("frozen", patterns), patterns, {"use_running_average": True}))
+
+
+def frozen_fit(patterns: tuple[str, ...], there: Collection[str]) -> None:
+    """Each pattern fits a module with parameters, or a batch norm without."""
+    for pattern in patterns:
+        globs.check_fits(pattern, any(map(globs.matcher(pattern), there)), there, "module")
 
 
 def held(params: Any, labels: Any, hold: Callable, *others: Any) -> Any:

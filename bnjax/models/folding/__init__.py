@@ -196,7 +196,7 @@ def _fold(model: nn.Module | Copy, variables: Any, x: Any, form: _Form) -> Folde
     checks.some_batch_norm(any(call.norm for call in program.calls), unknown)
     pairs, reasons = pair(program)
     rows = tuple(Row("/".join(layer), "/".join(norm), why) for layer, norm, why in reasons)
-    why = "{} is neither bnjax's nor Flax's batch norm, nor a subclass".format
+    why = "bnjax.register({0}, ...) tells what it does; {0} is not known".format
     rows += tuple(Row("", path, why(kind)) for path, kind in sorted(unknown.items()))
     if all(reason for *_, reason in rows):
         lines = [f"\n  {layer or '-'}, {norm or '-'}: {reason}." for layer, norm, reason in rows]
@@ -225,7 +225,8 @@ def _fold(model: nn.Module | Copy, variables: Any, x: Any, form: _Form) -> Folde
         raise ValueError(
             f"The outputs on `example_x` must stay the same, to {tolerance:.1e} of their scale "
             f"{scale:.3g}, but folding changed them by {difference:.3g}. Is there NaN or inf in "
-            "them, or does a layer change its kernel before using it?"
+            "them, or does a layer change its kernel before using it, or a registered batch norm "
+            "its scale?"
         )
     report = Report(rows, difference, scale, tolerance)
     return dataclasses.replace(folded, report=report)

@@ -218,6 +218,8 @@ class Program:
 
     def trouble(self, visit: _Visit) -> str | None:
         """Why a call can't be folded, whatever stands around it; None if it can."""
+        if not visit.end:
+            return visit.call.reason
         path = visit.call.path
         spans = [(v.start, v.end) for v in self.visits if v.call.path == path]
         for name, value in visit.leaves.items():
