@@ -1,9 +1,7 @@
 """`bnjax.linen.BatchNorm` beside `flax.linen.BatchNorm`: the same but for the accuracy."""
 
-import collections
 import dataclasses
 import inspect
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +13,7 @@ from flax import linen as nn
 import bnjax
 from tests.support import oracle
 from tests.support.cases import NCHW, outcome
+from tests.support.hlo import compiled
 from tests.support.oracle import assert_close
 
 KEY = jax.random.key(0)
@@ -189,10 +188,9 @@ def test_float32_reductions_that_are_not_forced_keep_the_parameters_dtype():
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_evaluation_is_compiled_to_the_same_instructions(axis, dtype):
-    def instructions(layer: Any) -> collections.Counter[str]:
+    def types(layer: Any) -> Any:
         module = layer(use_running_average=True, axis=axis, dtype=dtype)
         variables = module.init(KEY, X)
-        compiled = jax.jit(module.apply).lower(variables, X.astype(dtype)).compile()
-        return collections.Counter(re.findall(r"= (\S+ [\w-]+)\(", str(compiled.as_text())))
+        return compiled(jax.jit(module.apply), variables, X.astype(dtype)).types()
 
-    assert instructions(bnjax.linen.BatchNorm) == instructions(nn.BatchNorm)
+    assert types(bnjax.linen.BatchNorm) == types(nn.BatchNorm)
