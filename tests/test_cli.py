@@ -22,8 +22,6 @@ from tests.support.command_line import run
 
 pytestmark = pytest.mark.quick_compile
 
-pytestmark = pytest.mark.quick_compile
-
 F32 = np.float32
 
 

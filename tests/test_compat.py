@@ -24,6 +24,8 @@ from tests.support.cases import NC, NCHW, NHWC, as_on_accelerators
 from tests.support.hlo import operations, primitives
 from tests.support.oracle import assert_close
 
+pytestmark = pytest.mark.quick_compile
+
 MESH = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
 CALLS = {
     "train": (NHWC, {"mutable": True}),

@@ -16,6 +16,8 @@ from tests.support.cases import NCHW, outcome
 from tests.support.hlo import compiled
 from tests.support.oracle import assert_close
 
+pytestmark = pytest.mark.quick_compile
+
 KEY = jax.random.key(0)
 X = np.random.default_rng(1).standard_normal((8, 4, 2, 3)).astype(np.float32) * 3 + 1
 ROWS = np.arange(8).reshape(8, 1, 1, 1) < 5
@@ -165,6 +167,7 @@ def test_the_layer_takes_the_name_and_the_place_of_flaxs_in_a_model():
         assert_close(found, theirs.apply(variables, x, train, mutable=["batch_stats"]), rtol=1e-5)
 
 
+@pytest.mark.quick_compile(False)
 @pytest.mark.parametrize("settings", [{"use_fast_variance": True}, {"use_fast_variance": False}])
 def test_the_accuracy_is_not_flaxs(rng, settings):
     x = (1e4 + rng.standard_normal((4096, 2))).astype(np.float32)
@@ -185,6 +188,7 @@ def test_float32_reductions_that_are_not_forced_keep_the_parameters_dtype():
     assert calls.trained.dtype == jnp.bfloat16
 
 
+@pytest.mark.quick_compile(False)
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_evaluation_is_compiled_to_the_same_instructions(axis, dtype):

@@ -30,6 +30,8 @@ from tests.support.nnx_layers import (
 )
 from tests.support.oracle import assert_close
 
+pytestmark = pytest.mark.quick_compile
+
 NAMES = ("mean", "var", "scale", "bias", "count")
 UNLIKE = list({(case.layer, case.axis): case for case in CASES}.values())
 

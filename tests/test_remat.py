@@ -14,6 +14,8 @@ import bnjax
 from tests.support.hlo import collectives, compiled
 from tests.support.oracle import assert_close
 
+pytestmark = pytest.mark.quick_compile
+
 AXIS = "devices"
 BLOCKS = 3
 NORMS = {
@@ -91,6 +93,7 @@ def test_outputs_gradients_and_statistics_are_the_same(norm):
     assert_close(remade, plain, rtol=1e-5)
 
 
+@pytest.mark.quick_compile(False)
 @pytest.mark.parametrize(
     ("policy", "gathers"),
     [
@@ -114,6 +117,7 @@ def test_devices_do_not_talk_again_in_the_backward_pass(policy, gathers):
     assert found.count("all-reduce") == BLOCKS + 1  # and one of the parameters' gradients
 
 
+@pytest.mark.quick_compile(False)
 def test_no_sum_over_the_batch_is_made_again():
     loss, params, x = make(NORMS["torch"])
 

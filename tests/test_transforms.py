@@ -16,6 +16,8 @@ import bnjax
 from tests.support.cases import NC, NCHW, NHWC, Case
 from tests.support.oracle import assert_close
 
+pytestmark = pytest.mark.quick_compile
+
 KEY = jax.random.key(0)
 
 

@@ -27,6 +27,7 @@ COMPUTATION = re.compile(r"(ENTRY )?(%[\w.-]+) \(.*\) -> .* \{")
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.-]+) = ")
 NAME = re.compile(r"%[\w.-]+")
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
@@ -99,7 +100,7 @@ class Program(NamedTuple):
 
 def compiled(function: Any, *arguments: Any) -> Program:
     """What XLA makes of a function that JAX compiles, for arguments or their shapes."""
-    return parse(str(function.lower(*arguments).compile().as_text()))
+    return parse(str(function.lower(*arguments).compile(OPTIONS).as_text()))
 
 
 def parse(text: str) -> Program:
