@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,8 +70,7 @@ def call(layer: Any, x: jax.Array, mask: Any = None) -> Calls:
 
 def assert_same(found: Calls, expected: Calls, *, within: float) -> None:
     assert_close(found, expected, rtol=within, atol=1e-6)
-    dtypes = [[leaf.dtype for leaf in jax.tree.leaves(calls)] for calls in (found, expected)]
-    assert dtypes[0] == dtypes[1]
+    chex.assert_trees_all_equal_dtypes(found, expected)
 
 
 @each_setting

@@ -4,6 +4,7 @@ import functools
 import inspect
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +109,7 @@ def calls(kind: Any, x: jax.Array, mask: Any = None, **settings: Any) -> tuple[A
 
 def assert_same(found: Any, expected: Any, *, within: float) -> None:
     assert_close(found, expected, rtol=within, atol=1e-6)
-    assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, expected)
+    chex.assert_trees_all_equal_dtypes(found, expected)
 
 
 @each_setting
