@@ -77,7 +77,8 @@ def no_traces_so_far() -> None:
 def variant(request: pytest.FixtureRequest) -> Any:
     """What `chex.variants` calls `self.variant`, for the variant that the parameter names."""
     held: Any = types.SimpleNamespace()
-    (test,) = chex.variants(lambda self: self.variant(len), **{request.param: True})
+    variants: Any = chex.variants(lambda self: self.variant(len), **{request.param: True})
+    (test,) = variants
     test(held)
     return held.variant
 
