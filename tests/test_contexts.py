@@ -19,6 +19,7 @@ from flax import nnx
 
 import bnjax
 from bnjax.models import contexts
+from tests.support.compilers import quickly
 
 pytestmark = pytest.mark.quick_compile
 
@@ -69,7 +70,6 @@ def tools(net: Net, variables: Any) -> list[Any]:
     return [frozen, faster, new, folded.apply(folded.variables, X), kinds]
 
 
-@pytest.mark.quick_compile(False)  # a context of this thread alone
 def test_tools_in_threads_give_what_each_gives_alone():
     models = [start(width) for width in range(3, 7)]
     expected = [tools(*model) for model in models]
@@ -78,7 +78,8 @@ def test_tools_in_threads_give_what_each_gives_alone():
 
     def work(number: int) -> None:
         try:
-            found[number] = [tools(*models[number]) for _ in range(2)]
+            with quickly(True):  # as the main thread does
+                found[number] = [tools(*models[number]) for _ in range(2)]
         except BaseException as error:  # an assertion in a thread is lost
             errors.append(error)
 
