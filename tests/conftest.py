@@ -5,6 +5,8 @@ import gc
 import os
 import shutil
 import tempfile
+import types
+from typing import Any
 
 # Before jax is imported: the tests of several devices run on virtual ones.
 os.environ["XLA_FLAGS"] = (
@@ -16,12 +18,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import chex
 import jax
 import numpy as np
 import pytest
 from hypothesis import settings
 
 from tests.support import compilers
+
+# Half a minute and more: they start first, so that no worker is left alone with one.
+LONG = ("test_examples.py", "test_multihost.py", "test_benchmarks.py")
 
 settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=10)
 settings.load_profile("bnjax")
@@ -32,6 +38,19 @@ def pytest_collection_finish() -> None:
     """Let the collector of garbage look less often, and never at what stays, as modules do."""
     gc.freeze()
     gc.set_threshold(50_000)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files first whose tests take long."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker whole files, as far as it goes; who is done early takes of the others'."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,6 +65,22 @@ def pytest_runtest_protocol(item: pytest.Item):
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def no_traces_so_far() -> None:
+    """`chex.assert_max_traces` counts those of each case, not of all that a test has."""
+    chex.clear_trace_counter()
+
+
+@pytest.fixture
+def variant(request: pytest.FixtureRequest) -> Any:
+    """What `chex.variants` calls `self.variant`, for the variant that the parameter names."""
+    held: Any = types.SimpleNamespace()
+    variants: Any = chex.variants(lambda self: self.variant(len), **{request.param: True})
+    (test,) = variants
+    test(held)
+    return held.variant
 
 
 @pytest.fixture

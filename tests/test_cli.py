@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,6 @@ from bnjax.checkpoints import inspection
 pytest.importorskip("typer", reason="the command line is in the extra `tools`")
 
 from tests.support.command_line import run
-
-pytestmark = pytest.mark.quick_compile
 
 pytestmark = pytest.mark.quick_compile
 
@@ -184,7 +183,7 @@ def test_convert_changes_the_format_and_nothing_else(tmp_path, suffix):
     bnjax.save(tmp_path / "model.msgpack", FINE)
     code, output = run("convert", tmp_path / "model.msgpack", tmp_path / f"other{suffix}")
     assert (code, output) == (0, f"wrote {tmp_path / f'other{suffix}'}\n")
-    jax.tree.map(np.testing.assert_array_equal, bnjax.load(tmp_path / f"other{suffix}"), FINE)
+    chex.assert_trees_all_equal(bnjax.load(tmp_path / f"other{suffix}"), FINE)
 
 
 def test_convert_like_a_checkpoint_goes_between_pytorch_and_flax(tmp_path):
@@ -205,11 +204,11 @@ def test_convert_like_a_checkpoint_goes_between_pytorch_and_flax(tmp_path):
     expected = bnjax.from_torch(
         state_dict, None, variables, rename={"stem": ""}, flatten={"fc": (3, 2, 2)}
     )
-    jax.tree.map(np.testing.assert_array_equal, bnjax.load(there), expected)
+    chex.assert_trees_all_equal(bnjax.load(there), expected)
     code, output = run("convert", there, back, "--like", source, *options)
     assert code == 0, output
     same = state_dict | layer("head")
-    jax.tree.map(np.testing.assert_array_equal, bnjax.load(back), same)
+    chex.assert_trees_all_equal(bnjax.load(back), same)
 
 
 @pytest.mark.parametrize(

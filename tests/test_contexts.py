@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from flax import nnx
 
 import bnjax
 from bnjax.models import contexts
+from tests.support.compilers import quickly
 
 pytestmark = pytest.mark.quick_compile
 
@@ -68,13 +70,6 @@ def tools(net: Net, variables: Any) -> list[Any]:
     return [frozen, faster, new, folded.apply(folded.variables, X), kinds]
 
 
-def assert_same(found: Any, expected: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.quick_compile(False)  # a context of this thread alone
 def test_tools_in_threads_give_what_each_gives_alone():
     models = [start(width) for width in range(3, 7)]
     expected = [tools(*model) for model in models]
@@ -83,7 +78,8 @@ def test_tools_in_threads_give_what_each_gives_alone():
 
     def work(number: int) -> None:
         try:
-            found[number] = [tools(*models[number]) for _ in range(2)]
+            with quickly(True):  # as the main thread does
+                found[number] = [tools(*models[number]) for _ in range(2)]
         except BaseException as error:  # an assertion in a thread is lost
             errors.append(error)
 
@@ -94,8 +90,7 @@ def test_tools_in_threads_give_what_each_gives_alone():
         thread.join()
     assert errors == []
     for number, results in found.items():
-        for result in results:
-            assert_same(result, expected[number])
+        chex.assert_trees_all_equal(expected[number], *results)
 
 
 def test_tools_in_tasks_give_what_each_gives_alone():
@@ -196,6 +191,27 @@ def test_a_context_can_be_entered_again_and_inside_of_itself():
     assert not decorated()
 
 
+@pytest.mark.parametrize(
+    "context",
+    [lambda: bnjax.freeze("bn"), lambda: bnjax.override("bn", momentum=0.25)],
+    ids=["freeze", "override"],
+)
+def test_a_step_is_traced_once_inside_of_a_context_and_once_outside(context):
+    net, variables = start()
+
+    @jax.jit
+    @chex.assert_max_traces(n=2)
+    def step(variables):
+        return net.apply(variables, X, mutable=["batch_stats"])
+
+    once = context()
+    for _ in range(3):
+        step(variables)
+        for again in (context(), once):
+            with again:
+                step(variables)
+
+
 def test_one_context_in_two_threads_ends_for_each_by_itself():
     net, variables = start()
     frozen, both = bnjax.freeze("bn"), threading.Barrier(2)
@@ -273,6 +289,30 @@ def test_what_is_kept_with_a_model_is_not_copied_nor_pickled():
     for again in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), net.clone()):
         assert again == net
         assert bnjax.diagnose(again, variables, [X]).findings[0].kind == "never updated"
+
+
+class Counted(Net):
+    """A network that may be traced so often."""
+
+    traces: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(chex.assert_max_traces(counted, self.traces)(x))
+
+
+def counted(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    ("tool", "traces"),
+    [("recalibrate", 1), ("diagnose", 2)],  # which also looks at an evaluation
+)
+def test_a_tool_traces_a_model_as_often_for_many_batches_as_for_one(tool, traces):
+    net, (_, variables) = Counted(traces=traces), start()
+    for batches in ([X], [X, X + 1, X + 2], [X]):
+        getattr(bnjax, tool)(net, variables, batches)
 
 
 def test_recalibrating_and_diagnosing_the_same_model_again_compiles_nothing():

@@ -4,6 +4,7 @@ import copy
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,6 @@ from flax import linen as nn
 import bnjax
 from tests.support.state_dicts import (
     F32,
-    assert_same,
     batch_norm,
     batch_norm_variables,
     misfit,
@@ -45,7 +45,7 @@ def test_a_module_path_has_its_usual_names(name, path):
     new = bnjax.from_torch({name: value}, None, {"params": tree})["params"]
     for part in path:
         new = new[part]
-    assert_same(new, {"scale": value})
+    chex.assert_trees_all_equal(new, {"scale": value})
 
 
 @pytest.mark.parametrize(
@@ -61,16 +61,16 @@ def test_rename_names_what_has_another_name(rename):
     weight = np.arange(6, dtype=F32).reshape(2, 3)
     variables = params(encoder={"conv1": {"kernel": np.zeros((3, 2), F32)}})
     new = bnjax.from_torch({"module.stem.weight": weight}, None, variables, rename=rename)
-    assert_same(new, params(encoder={"conv1": {"kernel": weight.T}}))
+    chex.assert_trees_all_equal(new, params(encoder={"conv1": {"kernel": weight.T}}))
     back = bnjax.to_torch(new, {"module.stem.weight": weight}, rename=rename, numpy=True)
-    assert_same(back, {"module.stem.weight": weight})
+    chex.assert_trees_all_equal(back, {"module.stem.weight": weight})
 
 
 def test_an_array_of_no_known_layer_goes_under_its_own_name_as_it_is():
     embedding = np.arange(6, dtype=F32).reshape(1, 2, 3)
     variables = params(pos_embed=np.zeros((1, 2, 3), F32))
     new = bnjax.from_torch({"pos_embed": embedding}, None, variables)
-    assert_same(new, params(pos_embed=embedding))
+    chex.assert_trees_all_equal(new, params(pos_embed=embedding))
 
 
 def test_all_that_does_not_fit_is_in_one_error_with_the_nearest_names():
@@ -113,9 +113,9 @@ def test_ignored_names_are_dropped_or_keep_their_values():
     fresh = {"kernel": np.full((2, 7), 3, F32), "bias": np.full(7, 4, F32)}
     variables = params(fc=fresh, conv={"bias": np.zeros(3, F32)})
     new = bnjax.from_torch(state_dict, None, variables, ignore="fc.*")
-    assert_same(new, params(fc=fresh, conv={"bias": np.ones(3, F32)}))
+    chex.assert_trees_all_equal(new, params(fc=fresh, conv={"bias": np.ones(3, F32)}))
     back = bnjax.to_torch(new, state_dict, ignore="fc/*", numpy=True)
-    assert_same(back, state_dict)
+    chex.assert_trees_all_equal(back, state_dict)
     assert list(bnjax.to_torch(new, ignore="fc/*", numpy=True)) == ["conv.bias"]
 
 
@@ -185,11 +185,15 @@ def test_a_batch_norm_has_its_statistics_and_its_counter_where_it_counts():
     stats = {"mean": np.array([3, 4], F32), "var": np.array([4, 5], F32)}
     affine = {"scale": np.array([1, 2], F32), "bias": np.array([2, 3], F32)}
     expected = {"params": {"bn": affine}, "batch_stats": {"bn": stats}}
-    assert_same(bnjax.from_torch(batch_norm(), None, batch_norm_variables()), expected)
+    chex.assert_trees_all_equal(
+        bnjax.from_torch(batch_norm(), None, batch_norm_variables()), expected
+    )
     counting = batch_norm_variables(count=np.array(0, np.int32))
     new = bnjax.from_torch(batch_norm(), None, counting)
     assert new["batch_stats"]["bn"]["count"].dtype == np.int32
-    assert_same(new, {"params": {"bn": affine}, "batch_stats": {"bn": {**stats, "count": 7}}})
+    chex.assert_trees_all_equal(
+        new, {"params": {"bn": affine}, "batch_stats": {"bn": {**stats, "count": 7}}}
+    )
 
 
 def test_the_counter_back_is_that_of_the_layer_or_of_like_or_zero():
@@ -227,7 +231,7 @@ def test_statistics_in_half_precision_become_float32(dtype):
     new = bnjax.from_torch(half, None, variables)
     assert {v.dtype.name for v in new["batch_stats"]["bn"].values()} == {"float32"}
     assert {v.dtype.name for v in new["params"]["bn"].values()} == {jnp.dtype(dtype).name}
-    assert_same(new["batch_stats"]["bn"]["var"], np.array([4, 5], F32))
+    chex.assert_trees_all_equal(new["batch_stats"]["bn"]["var"], np.array([4, 5], F32))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16])
@@ -262,11 +266,11 @@ def test_inputs_are_untouched_and_no_memory_is_shared():
     new = bnjax.from_torch(state_dict, None, variables)
     back = bnjax.to_torch(new, state_dict, numpy=True)
     kept = jax.device_get(new)
-    assert_same((state_dict, variables), before)
+    chex.assert_trees_all_equal((state_dict, variables), before)
     for array in (*state_dict.values(), *back.values()):
         array += 1
-    assert_same(new, kept)
-    assert_same(variables, before[1])
+    chex.assert_trees_all_equal(new, kept)
+    chex.assert_trees_all_equal(variables, before[1])
 
 
 def test_collections_that_pytorch_does_not_know_stay_as_they_are():
@@ -283,7 +287,7 @@ def test_shapes_alone_and_boxed_parameters_will_do():
     new = bnjax.from_torch(state_dict, model, shapes)
     assert new["params"]["kernel"].names == ("in", "out")
     np.testing.assert_array_equal(new["params"]["kernel"].value, state_dict["weight"].T)
-    assert_same(bnjax.to_torch(new, numpy=True), state_dict)
+    chex.assert_trees_all_equal(bnjax.to_torch(new, numpy=True), state_dict)
 
 
 def test_a_prefix_too_many_is_told_in_time_for_any_number_of_names():

@@ -5,6 +5,7 @@ import re
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bnjax
-from tests.support.state_dicts import F32, assert_same, batch_norm, misfit, params
+from tests.support.state_dicts import F32, batch_norm, misfit, params
 
 pytestmark = pytest.mark.quick_compile
 
@@ -107,7 +108,7 @@ def test_an_nnx_model_gives_a_new_state_and_stays_as_it_is():
     state_dict = small_state_dict()
     before = jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))))
     state = bnjax.from_torch(state_dict, model)
-    assert_same(nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))), before)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))), before)
     nnx.update(model, state)
     kernel = state_dict["convs.0.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(model.convs[0].kernel[...], kernel)
@@ -115,8 +116,8 @@ def test_an_nnx_model_gives_a_new_state_and_stays_as_it_is():
     flipped = state_dict["up.weight"][:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
     np.testing.assert_array_equal(model.up.kernel[...], flipped)
     assert int(model.bn.count[...]) == 7
-    assert_same(bnjax.to_torch(model, state_dict, numpy=True), state_dict)
-    assert_same(bnjax.to_torch(state, numpy=True, transposed="up"), state_dict)
+    chex.assert_trees_all_equal(bnjax.to_torch(model, state_dict, numpy=True), state_dict)
+    chex.assert_trees_all_equal(bnjax.to_torch(state, numpy=True, transposed="up"), state_dict)
 
 
 # Transposed convolutions of linen models

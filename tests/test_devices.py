@@ -35,6 +35,8 @@ from tests.support.ways import (
     spread,
 )
 
+pytestmark = pytest.mark.quick_compile
+
 
 @functools.cache
 def core_step(way: Way) -> Any:

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 import bnjax
 from tests.support.oracle import assert_close
 
+pytestmark = pytest.mark.quick_compile
+
 DEVICES = 8
 AXIS = "devices"
 MESH = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))

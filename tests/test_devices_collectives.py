@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import bnjax
 from bnjax.core.sums import sums
 from tests.support.cases import Case, as_on_accelerators
+from tests.support.compilers import quickly
 from tests.support.hlo import Sent, collectives
 from tests.support.oracle import assert_close
 from tests.support.ways import (
@@ -42,6 +43,8 @@ from tests.support.ways import (
     of_layer,
     placed,
 )
+
+pytestmark = pytest.mark.quick_compile
 
 CHANNELS = CORE.channels
 GATHER = ("all-gather", 3 * (CHANNELS + 1))  # origin, offset and m2, each with the count
@@ -199,6 +202,18 @@ def test_virtual_batches_that_follow_the_shards_talk_about_running_statistics_al
         assert sent(way, forward(apply), untracked, conditional=conditional) == []
         assert sent(way, to_x(apply), untracked, conditional=conditional) == []
     assert sent(way, to_x(apply), data) == [("all-reduce", 3 * CHANNELS)]
+
+
+@pytest.mark.quick_compile(False)
+@each_of((SHARD_MAP, *JIT_WAYS))
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_compiler_in_a_hurry_sends_the_same(way, conditional):
+    found = []
+    for hurry in (True, False):
+        with quickly(hurry):
+            step = differentiated(core(way.axis_name))
+            found.append(sent(way, step, make(), conditional=conditional))
+    assert found[0] == found[1]
 
 
 class Block(nn.Module):

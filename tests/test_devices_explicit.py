@@ -16,6 +16,8 @@ from bnjax.models.accumulation import accumulating, begin, finish
 from tests.support.oracle import assert_close
 from tests.support.ways import Case, Data, core, differentiated, expected, make
 
+pytestmark = pytest.mark.quick_compile
+
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 CASE = Case("core", (16, 4, 6), -1, bnjax.BatchNorm1d)
 SPLITS = (P("data"), P(("data", "model")), P("data", None, "model"), P(None, "data"))

@@ -37,6 +37,8 @@ from tests.support.ways import (
     spread,
 )
 
+pytestmark = pytest.mark.quick_compile
+
 FOURS = [[0, 3, 5, 6], [1, 2, 4, 7]]
 SOME_OF_ALL = tuple(np.linspace(0.3, 1, DEVICES))
 MIXED = (1.0, 0.0, 0.5, 0.2, 1.0, 0.7, 0.1, 0.9)

@@ -39,6 +39,8 @@ from tests.support.mistakes import (
     untyped,
 )
 
+pytestmark = pytest.mark.quick_compile
+
 RANK = (
     Mistake(
         "1d of 1",

@@ -3,6 +3,7 @@
 import re
 import signal
 
+import chex
 import numpy as np
 import pytest
 
@@ -28,10 +29,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     code, output = run(TRAIN, "--out", killed, "--resume", *settings)
     assert code == 0, output
     assert result(output) == result(expected)
-    ours, theirs = arrays(killed), arrays(whole)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    chex.assert_trees_all_equal(arrays(killed), arrays(whole))
 
 
 def test_all_promises_hold_and_pictures_are_written(tmp_path):

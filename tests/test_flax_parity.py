@@ -1,11 +1,10 @@
 """`bnjax.linen.BatchNorm` beside `flax.linen.BatchNorm`: the same but for the accuracy."""
 
-import collections
 import dataclasses
 import inspect
-import re
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,10 @@ from flax import linen as nn
 import bnjax
 from tests.support import oracle
 from tests.support.cases import NCHW, outcome
+from tests.support.hlo import compiled
 from tests.support.oracle import assert_close
+
+pytestmark = pytest.mark.quick_compile
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(1).standard_normal((8, 4, 2, 3)).astype(np.float32) * 3 + 1
@@ -68,8 +70,7 @@ def call(layer: Any, x: jax.Array, mask: Any = None) -> Calls:
 
 def assert_same(found: Calls, expected: Calls, *, within: float) -> None:
     assert_close(found, expected, rtol=within, atol=1e-6)
-    dtypes = [[leaf.dtype for leaf in jax.tree.leaves(calls)] for calls in (found, expected)]
-    assert dtypes[0] == dtypes[1]
+    chex.assert_trees_all_equal_dtypes(found, expected)
 
 
 @each_setting
@@ -166,6 +167,7 @@ def test_the_layer_takes_the_name_and_the_place_of_flaxs_in_a_model():
         assert_close(found, theirs.apply(variables, x, train, mutable=["batch_stats"]), rtol=1e-5)
 
 
+@pytest.mark.quick_compile(False)
 @pytest.mark.parametrize("settings", [{"use_fast_variance": True}, {"use_fast_variance": False}])
 def test_the_accuracy_is_not_flaxs(rng, settings):
     x = (1e4 + rng.standard_normal((4096, 2))).astype(np.float32)
@@ -186,13 +188,13 @@ def test_float32_reductions_that_are_not_forced_keep_the_parameters_dtype():
     assert calls.trained.dtype == jnp.bfloat16
 
 
+@pytest.mark.quick_compile(False)
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_evaluation_is_compiled_to_the_same_instructions(axis, dtype):
-    def instructions(layer: Any) -> collections.Counter[str]:
+    def types(layer: Any) -> Any:
         module = layer(use_running_average=True, axis=axis, dtype=dtype)
         variables = module.init(KEY, X)
-        compiled = jax.jit(module.apply).lower(variables, X.astype(dtype)).compile()
-        return collections.Counter(re.findall(r"= (\S+ [\w-]+)\(", str(compiled.as_text())))
+        return compiled(jax.jit(module.apply), variables, X.astype(dtype)).types()
 
-    assert instructions(bnjax.linen.BatchNorm) == instructions(nn.BatchNorm)
+    assert types(bnjax.linen.BatchNorm) == types(nn.BatchNorm)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -245,7 +246,7 @@ def test_the_variables_that_were_given_are_not_edited():
     before = jax.tree.map(np.array, variables)
     assert_folded(model, freeze(variables), x)
     assert_folded(model, variables, x)
-    jax.tree.map(np.testing.assert_array_equal, variables, before)
+    chex.assert_trees_all_equal(variables, before)
 
 
 def test_partitioned_kernels_stay_partitioned():

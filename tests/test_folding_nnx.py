@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +52,7 @@ def assert_folded(model: Any, x: jax.Array) -> Any:
     """All batch norms are gone, the outputs are the same, and the model is as it was."""
     before, graphdef = held(model), nnx.graphdef(model)
     folded = bnjax.fold(model, None, x)
-    jax.tree.map(np.testing.assert_array_equal, held(model), before)
+    chex.assert_trees_all_equal(held(model), before)
     assert nnx.graphdef(model) == graphdef
     expected = nnx.view(model, use_running_average=True, raise_if_not_found=False)(x)
     actual = folded.apply(folded.variables, x)

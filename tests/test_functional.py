@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 import bnjax
 from tests.support import oracle
-from tests.support.cases import NC, NCHW, NHWC, each_case, run
+from tests.support.cases import NC, NCHW, NHWC, each_case, each_variant, outcome, run
 from tests.support.oracle import assert_close
 
 SETTINGS = (
@@ -61,6 +62,25 @@ def test_every_mask_agrees_with_the_oracle(rng, shape, correction):
     assert_close(run(*arrays, **settings), expected, rtol=5e-6, atol=2e-6)
 
 
+@pytest.mark.quick_compile
+@each_variant
+@pytest.mark.parametrize("case", [NC, NCHW], ids=lambda case: case.name)
+@pytest.mark.parametrize("kind", ["train", "masked", "eval"])
+def test_every_variant_of_a_call_agrees_with_the_oracle(rng, variant, case, kind):
+    settings = {"mutable": kind != "eval", "axis": case.axis}
+    mask = case.row_mask(case.shape[0] // 2) if kind == "masked" else np.True_
+
+    def everything(params, stats, x, dy, mask):
+        def apply(params, x):
+            return bnjax.batch_norm(params, stats, x, mask=mask, **settings)
+
+        return outcome(apply, params, x, dy)
+
+    arrays = data(case, rng)
+    expected = oracle.batch_norm(*arrays, **settings, mask=mask)
+    assert_close(variant(everything)(*arrays, mask), expected, rtol=5e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("keys", [(), ("scale",), ("bias",)], ids=str)
 @pytest.mark.parametrize("mutable", [True, False])
 def test_a_parameter_that_is_left_out_is_one_or_zero(rng, keys, mutable):
@@ -104,6 +124,17 @@ def test_init_gives_flax_names_and_the_identity():
     assert_close(bnjax.init(3, affine=False), ({}, stats))
     assert_close(bnjax.init(3, track_running_stats=False), (params, {}))
     assert_close(bnjax.init(3, momentum=None), (params, {**stats, **count}))
+
+
+@each_variant
+@pytest.mark.parametrize(
+    "settings", [{}, {"momentum": None}, {"affine": False, "dtype": jnp.bfloat16}], ids=str
+)
+def test_init_is_the_same_in_every_variant(variant, settings):
+    found = variant(lambda _: bnjax.init(3, **settings))(np.zeros(()))
+    expected = bnjax.init(3, **settings)
+    chex.assert_trees_all_equal(found, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
 
 
 @pytest.mark.parametrize("dtype", HALF)

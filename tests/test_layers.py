@@ -17,6 +17,8 @@ from jax.experimental import checkify
 import bnjax
 from tests.support.oracle import assert_close
 
+pytestmark = pytest.mark.quick_compile
+
 KEY = jax.random.key(0)
 SHAPES = {"BatchNorm1d": (8, 3), "BatchNorm2d": (4, 2, 2, 3), "BatchNorm3d": (2, 2, 2, 1, 3)}
 

@@ -13,6 +13,8 @@ import bnjax
 from tests.support.cases import NHWC, each_case, run, run_layer
 from tests.support.oracle import assert_close
 
+pytestmark = pytest.mark.quick_compile
+
 KEY = jax.random.key(0)
 X = jnp.asarray(2 + np.random.default_rng(1).standard_normal((8, 4, 4, 3)), jnp.float32)
 LAYERS = (

@@ -9,6 +9,8 @@ import bnjax
 from tests.support.cases import NC, NCHW, NHWC, Outcome, each_case, run
 from tests.support.oracle import assert_close
 
+pytestmark = pytest.mark.quick_compile
+
 BAD = (np.nan, np.inf, -np.inf)
 
 

@@ -16,6 +16,8 @@ import bnjax
 from bnjax.core import checks
 from tests.support.oracle import assert_close
 
+pytestmark = pytest.mark.quick_compile
+
 KEY = jax.random.key(0)
 X = jnp.asarray(np.random.default_rng(0).normal(3, 2, (8, 3)), jnp.float32)
 DENIED = DenyList(["params"])

@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
+import chex
 
 from tests.support.commands import EXAMPLES, arrays, result, run, start, wait_for_checkpoint
 
@@ -35,10 +35,7 @@ def test_a_lost_process_stops_the_run_and_resuming_gives_the_undisturbed_numbers
     assert code == 0, expected
     assert "1 processes, 2 devices" in expected
     assert result(output) == result(expected)
-    ours, theirs = arrays(broken), arrays(whole)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    chex.assert_trees_all_equal(arrays(broken), arrays(whole))
 
 
 def children(pid: int) -> list[int]:

@@ -4,6 +4,7 @@ import functools
 import inspect
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +30,8 @@ from tests.support.nnx_layers import (
     net,
 )
 from tests.support.oracle import assert_close
+
+pytestmark = pytest.mark.quick_compile
 
 NAMES = ("mean", "var", "scale", "bias", "count")
 UNLIKE = list({(case.layer, case.axis): case for case in CASES}.values())
@@ -106,7 +109,7 @@ def calls(kind: Any, x: jax.Array, mask: Any = None, **settings: Any) -> tuple[A
 
 def assert_same(found: Any, expected: Any, *, within: float) -> None:
     assert_close(found, expected, rtol=within, atol=1e-6)
-    assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, expected)
+    chex.assert_trees_all_equal_dtypes(found, expected)
 
 
 @each_setting

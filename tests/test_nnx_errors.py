@@ -9,6 +9,8 @@ from flax import nnx
 import bnjax
 from tests.support.nnx_layers import KINDS, ROW, ROWS, X, make
 
+pytestmark = pytest.mark.quick_compile
+
 NOTE = "\nIn {} of {} features."
 RANGE = (
     "`momentum` must lie between 0 and 1, got {}. In PyTorch's convention it is the weight of the "

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,7 +130,7 @@ def test_masked_examples_do_not_count(batches):
     ]
     new = bnjax.recalibrate(model, variables, padded)
     expected = bnjax.recalibrate(model, variables, batches)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), new, expected)
+    chex.assert_trees_all_close(new, expected, rtol=2e-5, atol=1e-5)
 
 
 def test_chosen_layers_alone_are_recalibrated(batches):
@@ -153,7 +154,7 @@ def test_nothing_changes_when_the_iterator_fails(batches, sequential):
 
     with pytest.raises(OSError, match=r"^the disk is gone$"):
         bnjax.recalibrate(model, variables, Failing(), sequential=sequential)
-    jax.tree.map(np.testing.assert_array_equal, variables, before)
+    chex.assert_trees_all_equal(variables, before)
 
 
 def test_parameters_and_other_collections_are_the_same_objects(batches):
@@ -163,7 +164,7 @@ def test_parameters_and_other_collections_are_the_same_objects(batches):
     new = bnjax.recalibrate(model, variables, iter(batches), progress=True)
     assert new["params"] is variables["params"]
     assert new["cache"] is variables["cache"]
-    jax.tree.map(np.testing.assert_array_equal, variables, before)
+    chex.assert_trees_all_equal(variables, before)
     assert jax.tree.structure(new) == jax.tree.structure(variables)
 
 
@@ -171,7 +172,7 @@ def test_dropout_stays_off_though_batch_norm_measures(batches):
     model = Residual()
     variables = model.init(jax.random.key(0), batches[0])
     a, b = (bnjax.recalibrate(model, variables, batches) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 class Normalized(nn.Module):

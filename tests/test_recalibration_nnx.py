@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,11 +85,7 @@ def test_masked_examples_do_not_count(norm, batches):
         for x in batches
     ]
     new, expected = (updated(model, bnjax.recalibrate(model, None, b)) for b in (padded, batches))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5),
-        held_stats(new),
-        held_stats(expected),
-    )
+    chex.assert_trees_all_close(held_stats(new), held_stats(expected), rtol=2e-5, atol=1e-5)
 
 
 def held_stats(model: Any) -> dict[str, Any]:
@@ -173,7 +170,7 @@ def test_nothing_changes_when_the_iterator_fails(batches, sequential):
 
     with pytest.raises(OSError, match=r"^the disk is gone$"):
         bnjax.recalibrate(model, None, Failing(), sequential=sequential)
-    jax.tree.map(np.testing.assert_array_equal, held(model), before)
+    chex.assert_trees_all_equal(held(model), before)
     assert nnx.graphdef(model) == graphdef
 
 
@@ -184,7 +181,7 @@ def test_the_model_stays_as_it_is_and_all_but_the_statistics_is_the_same(batches
     model(batches[0])
     before, graphdef = held(model), nnx.graphdef(model)
     state = bnjax.recalibrate(model, None, iter(batches), progress=True)
-    jax.tree.map(np.testing.assert_array_equal, held(model), before)
+    chex.assert_trees_all_equal(held(model), before)
     assert nnx.graphdef(model) == graphdef
     assert jax.tree.structure(nnx.to_pure_dict(state)) == jax.tree.structure(
         nnx.to_pure_dict(nnx.state(model))
@@ -192,7 +189,7 @@ def test_the_model_stays_as_it_is_and_all_but_the_statistics_is_the_same(batches
     new = updated(model, state)
     norms = ("first", "norms/0", "norms/1")
     assert moved(before, held(new)) == {f"{n}/{s}" for n in norms for s in ("mean", "var")}
-    jax.tree.map(np.testing.assert_array_equal, held(model), before)
+    chex.assert_trees_all_equal(held(model), before)
 
 
 def test_chosen_layers_alone_are_recalibrated_a_shared_one_by_any_of_its_names(batches):

@@ -1,7 +1,6 @@
 """`remat_policy`: what is kept between the passes, and what is not done twice."""
 
 import functools
-import re
 from typing import Any
 
 import jax
@@ -12,8 +11,10 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-from tests.support.hlo import collectives
+from tests.support.hlo import collectives, compiled
 from tests.support.oracle import assert_close
+
+pytestmark = pytest.mark.quick_compile
 
 AXIS = "devices"
 BLOCKS = 3
@@ -92,6 +93,7 @@ def test_outputs_gradients_and_statistics_are_the_same(norm):
     assert_close(remade, plain, rtol=1e-5)
 
 
+@pytest.mark.quick_compile(False)
 @pytest.mark.parametrize(
     ("policy", "gathers"),
     [
@@ -115,13 +117,13 @@ def test_devices_do_not_talk_again_in_the_backward_pass(policy, gathers):
     assert found.count("all-reduce") == BLOCKS + 1  # and one of the parameters' gradients
 
 
+@pytest.mark.quick_compile(False)
 def test_no_sum_over_the_batch_is_made_again():
     loss, params, x = make(NORMS["torch"])
 
     def reductions(policy: Any) -> int:
         step = jax.grad(functools.partial(loss, policy=policy), has_aux=True)
-        program = jax.jit(step).lower(params, x).compile().as_text() or ""
-        return len(re.findall(r" reduce\(", program))
+        return len(compiled(jax.jit(step), params, x).instructions("reduce"))
 
     assert reductions(bnjax.remat_policy()) <= reductions(None)
     assert reductions(jax.checkpoint_policies.nothing_saveable) > reductions(None)

@@ -14,7 +14,10 @@ from tests.support.oracle import assert_close
 torch = pytest.importorskip("torch", reason="PyTorch is pinned for Python < 3.12 only")
 
 # PyTorch allows 1.0, so it is compared here; that it warns is tested elsewhere.
-pytestmark = pytest.mark.filterwarnings(r"ignore:momentum=1\.0 gives the new batch:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:momentum=1\.0 gives the new batch:UserWarning"),
+    pytest.mark.quick_compile,
+]
 
 MOMENTA = (0.1, 0.0, 1.0, None)
 WITHIN = {"float32": 1e-5, "float64": 1e-12}

@@ -1,7 +1,9 @@
 """The train state, its steps, and the commit of an accepted step."""
 
 import re
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,16 +40,6 @@ def make(rng, size=16, **fields) -> tuple[TrainState, dict[str, np.ndarray]]:
     return state, {"x": x, "y": x.sum(1)}
 
 
-def assert_same_bits(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
-def test_comparison_of_bits_can_fail():
-    with pytest.raises(AssertionError, match="Arrays are not equal"):
-        assert_same_bits({"a": jnp.ones(2)}, {"a": jnp.ones(2).at[1].add(1e-7)})
-
-
 def test_training_lowers_the_loss_and_moves_the_statistics(rng):
     state, batch = make(rng)
     before = jax.device_get(state.batch_stats)
@@ -64,6 +56,21 @@ def test_training_lowers_the_loss_and_moves_the_statistics(rng):
     assert (int(state.step), int(state.rejected)) == (101, 0)
 
 
+@pytest.mark.parametrize(("microbatches", "traces"), [(1, 1), (4, 2)])  # once for shapes alone
+def test_steps_and_evaluations_are_traced_once_for_each_shape(rng, microbatches, traces):
+    state, batch = make(rng)
+    loss_fn: Any = chex.assert_max_traces(squared_error, n=traces)
+    step = train_step(loss_fn, microbatches=microbatches)
+    for _ in range(3):
+        state, _ = step(state, batch)
+    chex.clear_trace_counter()
+    loss_fn = chex.assert_max_traces(squared_error, n=2)
+    test = eval_step(loss_fn)
+    ragged = [{k: v[i : i + 6] for k, v in batch.items()} for i in (0, 6, 12)]
+    for _ in range(2):
+        evaluate(test, state, ragged)
+
+
 def test_a_step_equals_the_same_by_hand(rng):
     state, batch = make(rng)
 
@@ -75,11 +82,8 @@ def test_a_step_equals_the_same_by_hand(rng):
     (loss, stats), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(state.params)
     expected = state.apply_gradients(grads=grads)
     after, metrics = train_step(squared_error, donate=False)(state, batch)
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.batch_stats, stats)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.params, expected.params
-    )
+    found = metrics["loss"], after.batch_stats, after.params
+    chex.assert_trees_all_close(found, (loss, stats, expected.params), rtol=1e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e38])
@@ -92,11 +96,11 @@ def test_a_rejected_step_leaves_everything_as_it_was_and_is_counted(rng, poison)
     after, metrics = step(state, bad)
     assert not metrics["accepted"]
     for name in ("params", "opt_state", "batch_stats"):
-        assert_same_bits(getattr(after, name), getattr(state, name))
+        chex.assert_trees_all_equal(getattr(after, name), getattr(state, name))
     assert (int(after.rejected), int(after.step)) == (1, 2)
     again, metrics = step(after, batch)
     assert metrics["accepted"]
-    assert_same_bits(again.params, step(state, batch)[0].params)
+    chex.assert_trees_all_equal(again.params, step(state, batch)[0].params)
 
 
 def test_commit_takes_all_or_nothing(rng):
@@ -105,9 +109,11 @@ def test_commit_takes_all_or_nothing(rng):
         params=jax.tree.map(jnp.ones_like, state.params),
         batch_stats=jax.tree.map(jnp.ones_like, state.batch_stats),
     )
-    assert_same_bits(commit(jnp.array(True), proposed, state).params, proposed.params)
+    chex.assert_trees_all_equal(commit(jnp.array(True), proposed, state).params, proposed.params)
     refused = commit(jnp.array(False), proposed, state)
-    assert_same_bits((refused.params, refused.batch_stats), (state.params, state.batch_stats))
+    chex.assert_trees_all_equal(
+        (refused.params, refused.batch_stats), (state.params, state.batch_stats)
+    )
 
 
 def test_the_state_is_donated_unless_told_otherwise(rng):
@@ -128,7 +134,7 @@ def test_evaluation_counts_each_example_once_and_moves_nothing(rng):
     padded = {k: np.concatenate([v[8:], np.zeros_like(v[:2])]) for k, v in batch.items()}
     padded["mask"] = np.array([True, True, False, False])
     assert evaluate(step, state, [*ragged[:2], padded]) == pytest.approx(whole, rel=1e-6)
-    assert_same_bits(state.batch_stats, before)
+    chex.assert_trees_all_equal(state.batch_stats, before)
 
 
 def test_masked_examples_do_not_count_in_the_training_loss(rng):

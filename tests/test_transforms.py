@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,8 @@ from jax import export
 import bnjax
 from tests.support.cases import NC, NCHW, NHWC, Case
 from tests.support.oracle import assert_close
+
+pytestmark = pytest.mark.quick_compile
 
 KEY = jax.random.key(0)
 
@@ -79,11 +82,9 @@ def stacked(trees: list[Any]) -> Any:
 
 @each_call
 def test_jit_gives_the_same_and_does_not_trace_again(call):
-    traces = []
-
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def step(params, batch_stats, x):
-        traces.append(x)
         return call(params, batch_stats, x)
 
     params, batch_stats, x = call.arrays()
@@ -92,22 +93,20 @@ def test_jit_gives_the_same_and_does_not_trace_again(call):
         y, batch_stats = step(params, batch_stats, x)
         expected, plain = call(params, plain, x)
         assert_close((y, batch_stats), (expected, plain), rtol=1e-6)
-    assert len(traces) == 1
 
 
 def test_new_layers_and_statistics_start_without_a_second_trace(rng):
-    layer, traces = bnjax.BatchNorm2d(6, axis=1), []
+    layer = bnjax.BatchNorm2d(6, axis=1)
     x = jnp.asarray(NCHW.values(rng))
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def step(variables, x):
-        traces.append(x)
         return layer.apply(variables, x, mutable=["batch_stats"])
 
     variables = layer.init(KEY, x)
     for _ in range(3):
         variables = {**variables, **step(variables, x)[1]}
-    assert len(traces) == 1
 
 
 def double(tree: Any) -> Any:

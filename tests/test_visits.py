@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -338,5 +339,4 @@ def test_the_tools_run_without_jit():
     expected = use()
     with jax.disable_jit():
         found = use()
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)

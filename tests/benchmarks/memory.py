@@ -12,6 +12,7 @@ from tests.benchmarks import blocks
 from tests.benchmarks.cases import DTYPES, Case, inputs
 from tests.benchmarks.contenders import OURS, REFERENCE, Apply, affine, available
 from tests.benchmarks.environment import Options
+from tests.support.hlo import equations
 
 DEPTH = 8
 POLICIES: dict[str, Callable[[], Any]] = {
@@ -106,25 +107,12 @@ def _remat(policy: Any, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
 def _counted(program: Any, size: int) -> dict[str, int]:
     """The reductions of activations, and the collectives, in a program and all inside it."""
     found = {"reductions": 0, "collectives": 0}
-    for equation in program.eqns:
+    for equation in equations(program):
         name = equation.primitive.name
         large = any(getattr(v.aval, "size", 0) >= size for v in equation.invars)
         found["reductions"] += name in _SUMS and large
         found["collectives"] += name.startswith(_COLLECTIVES)
-        for inner in _inner(equation):
-            for key, number in _counted(inner, size).items():
-                found[key] += number
     return found
-
-
-def _inner(equation: Any) -> Iterator[Any]:
-    for value in jax.tree.leaves(
-        list(equation.params.values()), is_leaf=lambda v: hasattr(v, "jaxpr") or hasattr(v, "eqns")
-    ):
-        if hasattr(value, "eqns"):
-            yield value
-        elif hasattr(value, "jaxpr"):
-            yield value.jaxpr
 
 
 def tables(data: dict[str, Any]) -> Iterator[Table]:

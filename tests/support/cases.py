@@ -74,6 +74,9 @@ CASES = (
     Case("NDHWC_one_channel", (3, 1, 2, 1, 1), -1, bnjax.BatchNorm3d),
 )
 
+VARIANTS = ("with_jit", "without_jit", "with_device", "without_device", "with_pmap")
+
+each_variant = pytest.mark.parametrize("variant", VARIANTS, indirect=True)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

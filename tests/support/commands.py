@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.compilers import flags
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WIDE = {"COLUMNS": "300", "MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu"}
 
@@ -16,7 +18,7 @@ WIDE = {"COLUMNS": "300", "MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu"}
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, *map(str, arguments)]
     pipe = subprocess.PIPE
-    env = os.environ | WIDE
+    env = os.environ | WIDE | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags()}"}
     return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=env)
 
 

@@ -34,6 +34,12 @@ def known() -> dict[str, Any]:
     return found
 
 
+def flags() -> str:
+    """The same for a process of its own, in which programs run many times: a bit optimized."""
+    options = {**known(), "xla_backend_optimization_level": 1}
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
+
+
 def install() -> None:
     """Give the options to all programs of the context, those of single operations included.
 

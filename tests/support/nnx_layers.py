@@ -2,13 +2,13 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import bnjax
-from tests.support.oracle import assert_close
 
 X = jnp.asarray(2 + np.random.default_rng(1).standard_normal((8, 4, 2, 3)) * 3, jnp.float32)
 ROWS = jnp.arange(8).reshape(8, 1, 1, 1) < 5
@@ -26,8 +26,8 @@ def held(layer: Any) -> dict[str, Any]:
 
 
 def assert_bits(found: Any, expected: Any) -> None:
-    assert_close(found, expected)
-    assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, expected)
+    chex.assert_trees_all_equal(found, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
 
 
 def moved(before: dict[str, Any], after: dict[str, Any]) -> set[str]:

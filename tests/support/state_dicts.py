@@ -3,7 +3,6 @@
 import re
 from typing import Any
 
-import jax
 import numpy as np
 
 F32 = np.float32
@@ -32,7 +31,3 @@ def batch_norm_variables(channels: int = 2, **more: Any) -> dict[str, Any]:
     ones = np.ones(channels, F32)
     stats = {"mean": ones, "var": ones, **more}
     return {"params": {"bn": {"scale": ones, "bias": ones}}, "batch_stats": {"bn": stats}}
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
