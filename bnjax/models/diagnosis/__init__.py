@@ -21,6 +21,7 @@ _RULES = (
     findings.not_known,
     findings.devices_disagree,
     findings.statistics_move,
+    findings.in_training_mode,
     findings.depends_on_batch,
     findings.momentum_inverted,
     findings.batch_too_small,
@@ -48,8 +49,8 @@ def diagnose(
     that is passed in changes, whatever happens.
 
     Args:
-        model: a linen or nnx model, bnjax's or Flax's own batch norms. An nnx model is taken in the
-            mode it is in: call `.eval()` first, as before an evaluation.
+        model: a linen or nnx model, bnjax's or Flax's own batch norms. An nnx model is taken as
+            after `.eval()`; one in training mode is asked about.
         variables: its variables, as for `recalibrate`. Statistics with a leading device axis are
             compared between devices, and merged.
         batches: inputs of the model; or dicts with `"x"`, perhaps `"mask"`, bool (N,), and what the
@@ -79,16 +80,19 @@ def diagnose(
     True
     """
     seen = measured(model, variables, batches, loss_fn, dict(apply_kwargs or {}))
-    record = history or {}
-    if steps is None and record.get("step"):
-        steps = record["step"][-1]
-    evidence = Evidence(seen, None if steps is None else int(steps), record)
+    evidence = Evidence(seen, steps, history or {})
+    return report_of(evidence)
+
+
+def report_of(evidence: Evidence) -> Report:
+    """What the rules find in the evidence."""
+    seen = evidence.measured
     found = [finding for rule in _RULES if (finding := rule(evidence))] + misfits(evidence)
     if not found and (unclear := findings.too_few_data(evidence)):
         found = [unclear]
     return Report(
         findings=tuple(sorted(found, key=lambda finding: finding.severity)),
-        layers=tuple(row_of(layer) for layer in seen.layers),
+        layers=tuple(row_of(layer, seen.batches) for layer in seen.layers),
         outputs={"gap": seen.gap, "mates": seen.mates},
         losses=seen.losses,
         batches=seen.batches,
