@@ -135,7 +135,8 @@ class Evidence:
     @property
     def suspect(self) -> bool:
         """Whether loss or record say, and not the distances, that the statistics are wrong."""
-        return self._worse("eval", "train") or self.same_weights is False
+        lost = any(x.fresh or x.poisoned.any() for x in self.measured.layers)  # no wonder, then
+        return self.same_weights is False or (self._worse("eval", "train") and not lost)
 
     @functools.cached_property
     def same_weights(self) -> bool | None:
@@ -162,8 +163,8 @@ class Evidence:
 
     def _worse(self, mode: str, other: str) -> bool:
         """Whether the loss, if it is known, is higher in a mode by more than chance."""
-        losses = self.measured.losses
-        return bool(losses[mode]) and losses[mode]["loss"] > WORSE * losses[other]["loss"]
+        one, two = (self.measured.losses[name].get("loss", math.nan) for name in (mode, other))
+        return one - two > (WORSE - 1) * abs(two)
 
 
 def part(value: float) -> str:

@@ -353,9 +353,9 @@ def too_few_data(evidence: Evidence) -> Finding | None:
         "warning",
         worst.path,
         paths_of(bad),
-        f"'{worst.path}' is {worst.distance:.2g} standard deviations from these data, but by as "
-        f"much scatter {number_of(measured.batches, 'batch')} of "
-        f"{number_of(measured.examples, 'example')}.",
+        f"'{worst.path}' is {worst.distance:.2g} standard deviations from these data, and "
+        f"{number_of(measured.batches, 'batch')} of {number_of(measured.examples, 'example')} may "
+        "be as far by chance.",
         {"distance": worst.distance, "batches": measured.batches, "examples": measured.examples},
         "So few examples can't tell wrong statistics from chance.",
         "bnjax.diagnose(model, variables, batches)  # eight batches of the training's size",

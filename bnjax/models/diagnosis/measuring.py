@@ -69,6 +69,11 @@ class Layer:
         return impossible(self.mean, self.var)
 
     @property
+    def fresh(self) -> bool:
+        """Whether the running statistics are what initialization makes them."""
+        return not self.mean.any() and bool((self.var == 1).all())
+
+    @property
     def compared(self) -> bool:
         """Whether there is anything to compare: both statistics, in a channel at least."""
         return self.seen and not self.poisoned.all()
@@ -147,7 +152,7 @@ def measured(
 def _training(model: Any) -> set[str]:
     """The batch norms of an nnx model that are in training mode, by path."""
     norms: Iterable[tuple[str, Any]] = batch_norms(model) if isinstance(model, nnx.Module) else ()
-    return {path for path, layer in norms if layer.use_running_average is False}
+    return {p for p, layer in norms if getattr(layer, "use_running_average", None) is False}
 
 
 def _fitting(

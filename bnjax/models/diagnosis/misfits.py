@@ -54,7 +54,7 @@ STALLED = 0.5
 def misfits(evidence: Evidence) -> list[Finding]:
     """What explains the layers whose running statistics are far from those of the batches."""
     layers = evidence.measured.layers
-    fresh = [x for x in layers if not x.mean.any() and (x.var == 1).all()]
+    fresh = [x for x in layers if x.fresh]
     others = [x for x in evidence.layers if x not in fresh]
     # Statistics merged from devices that disagree are an estimate, and fit nobody's data exactly;
     # batches that are not alike change what each layer after the first normalizes.
