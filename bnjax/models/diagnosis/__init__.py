@@ -20,9 +20,8 @@ _RULES = (
     findings.not_finite,
     findings.not_known,
     findings.devices_disagree,
-    findings.statistics_move,
-    findings.in_training_mode,
     findings.depends_on_batch,
+    findings.in_training_mode,
     findings.momentum_inverted,
     findings.batch_too_small,
     findings.batches_not_alike,
@@ -57,9 +56,10 @@ def diagnose(
             loss needs. Batches of the training's data and size tell most; eight do.
         loss_fn: `loss_fn(outputs, batch)`, as for `training.train_step`: the report has loss and
             metrics in both modes.
-        steps: how many steps the model was trained for: tells statistics that lag from others.
-        history: the record of `training.history`: tells averaged weights from shifted data, and
-            knows the steps and the batch size.
+        steps: how many steps the model was trained for: tells statistics that lag from others, and
+            scales that no gradient reaches from new ones.
+        history: the record of `training.history`: tells averaged weights from shifted data, layers
+            left in evaluation from new ones, and knows the steps and the batch size.
         apply_kwargs: what you evaluate the model with, such as `{"train": False}`; with
             `"mutable"`, if you pass that.
 

@@ -146,21 +146,32 @@ def devices_disagree(evidence: Evidence) -> Finding | None:
     )
 
 
-def statistics_move(evidence: Evidence) -> Finding | None:
-    """An evaluation that changes the running statistics."""
-    moved = evidence.measured.moved
-    if not moved:
+def depends_on_batch(evidence: Evidence) -> Finding | None:
+    """An evaluation that normalizes by the batch, and may keep what it has seen."""
+    measured, repairs = evidence.measured, evidence.repairs
+    moved, untracked = measured.moved, measured.untracked
+    paths = moved or untracked + measured.by_batch
+    if not paths:
         return None
+    if moved:
+        cause, repair = f"Evaluation runs in training mode, {repairs.left_on}.", repairs.stay
+    elif untracked:
+        cause = "The layers keep no running statistics (track_running_stats=False)."
+        repair = "BatchNorm2d(..., track_running_stats=True)  # then bnjax.recalibrate"
+    else:
+        cause = "Evaluation runs in training mode (use_running_average=False)."
+        repair = repairs.evaluate
+    does = "changed the statistics of" if moved else "normalizes by the batch in"
     return Finding(
-        "statistics move in eval",
+        "statistics move in eval" if moved else "eval depends on the batch",
         "error",
-        moved[0],
-        moved,
-        f"An evaluation changed the statistics of {count_of(moved)}; among other batch mates an "
-        f"example's output changes by {part(evidence.measured.mates)} its deviation.",
-        {"layers": len(moved), "mates": evidence.measured.mates},
-        f"The model is evaluated in training mode, {evidence.repairs.left_on}.",
-        evidence.repairs.stay,
+        paths[0],
+        paths,
+        f"An evaluation {does} {count_of(paths)}; among other batch mates an example's output "
+        f"changes by {part(measured.mates)} its deviation.",
+        {"layers": len(paths), "mates": measured.mates},
+        cause,
+        repair,
     )
 
 
@@ -180,33 +191,6 @@ def in_training_mode(evidence: Evidence) -> Finding | None:
         "Is this how you evaluate it? Then each example depends on its batch mates, and each "
         "evaluation moves the statistics.",
         "model.eval()  # before you evaluate, and before bnjax.diagnose",
-    )
-
-
-def depends_on_batch(evidence: Evidence) -> Finding | None:
-    """Outputs in evaluation that depend on who shares the batch."""
-    measured = evidence.measured
-    by_batch = tuple(path for path in measured.by_batch if path not in measured.moved)
-    paths = measured.untracked + by_batch
-    if not paths:
-        return None
-    if measured.untracked:
-        cause = "The layers keep no running statistics (track_running_stats=False)."
-        repair = "BatchNorm2d(..., track_running_stats=True)  # then bnjax.recalibrate"
-    else:
-        cause = "Evaluation runs in training mode (use_running_average=False)."
-        repair = evidence.repairs.evaluate
-    return Finding(
-        "eval depends on the batch",
-        "error",
-        paths[0],
-        paths,
-        f"In evaluation {count_of(paths)} {'normalize' if len(paths) > 1 else 'normalizes'} by the "
-        f"batch: among other batch mates an "
-        f"example's output changes by {part(measured.mates)} its deviation.",
-        {"layers": len(paths), "mates": measured.mates},
-        cause,
-        repair,
     )
 
 

@@ -73,8 +73,7 @@ def misfits(evidence: Evidence) -> list[Finding]:
     if still:
         found.append(stands_still(still))
     if fresh:
-        alone = len(fresh) + len(still) < len(layers)
-        found.append((left_in_evaluation if alone else never_updated)(evidence, fresh))
+        found.append(never_updated(evidence, fresh, len(fresh) + len(still) < len(layers)))
     if half:
         found.append(half_precision(evidence, half, stalled))
     if lagging:
@@ -103,45 +102,39 @@ def stands_still(still: Sequence[Layer]) -> Finding:
     )
 
 
-def never_updated(evidence: Evidence, fresh: Sequence[Layer]) -> Finding:
-    """Statistics that are what initialization made them, in all layers."""
-    worst, lost = farthest(fresh), evidence.repairs.thrown_away
+def never_updated(evidence: Evidence, fresh: Sequence[Layer], alone: bool) -> Finding:
+    """Statistics that are what initialization made them, in all layers or beside others."""
+    worst, repairs, total = farthest(fresh), evidence.repairs, len(evidence.measured.layers)
+    lost = f"the updates were thrown away: {repairs.thrown_away}."
+    if alone and _seen_to_evaluate(evidence, fresh):
+        cause = "These layers evaluate while the model trains: its mode is not handed on to them."
+    elif alone:
+        cause = (
+            "These layers evaluate while the model trains, as its mode is not handed on to them,"
+        )
+        cause += " or they are new. Pass `history=` of the training to tell."
+    elif evidence.has_trained:
+        cause = lost[0].upper() + lost[1:]
+    else:
+        cause = f"The model is new, or {lost} Pass `steps=` of the training to tell."
     return Finding(
-        "never updated",
+        "left in evaluation" if alone else "never updated",
         "error",
         worst.path,
         paths_of(fresh),
-        f"Mean 0 and variance 1, exactly, in {count_of(fresh)} of {len(evidence.measured.layers)}; "
-        f"these data are {worst.distance:.2g} standard deviations away at '{worst.path}'.",
+        f"Mean 0 and variance 1, exactly, in {count_of(fresh)} of {total}; these data are "
+        f"{worst.distance:.2g} standard deviations away at '{worst.path}'.",
         {"layers": len(fresh), "distance": worst.distance},
-        f"The updates were thrown away: {lost}."
-        if evidence.has_trained
-        else f"The model is new, or the updates were thrown away: {lost}. Pass `steps=` or "
-        "`history=` of a training to tell.",
-        evidence.repairs.train,
+        cause,
+        repairs.hand_on if alone else repairs.train,
     )
 
 
-def left_in_evaluation(evidence: Evidence, fresh: Sequence[Layer]) -> Finding:
-    """Layers whose statistics are as new, beside others that were updated."""
-    worst, total = farthest(fresh), len(evidence.measured.layers)
+def _seen_to_evaluate(evidence: Evidence, fresh: Sequence[Layer]) -> bool:
+    """Whether they stood still on the record, while others moved."""
     kept = {x.path: evidence.recorded(x).get("mean") for x in evidence.measured.layers}
-    moved = {path for path, rows in kept.items() if rows and rows[0] != rows[-1]}
-    on_record = evidence.record_fits and moved and all(kept[x.path] for x in fresh)
-    return Finding(
-        "left in evaluation",
-        "error",
-        worst.path,
-        paths_of(fresh),
-        f"Mean 0 and variance 1, exactly, in {count_of(fresh)} of {total}, while the others were "
-        f"updated; these data are {worst.distance:.2g} standard deviations away at '{worst.path}'.",
-        {"layers": len(fresh), "distance": worst.distance},
-        "These layers evaluate while the model trains: its mode is not handed on to them."
-        if on_record
-        else "These layers evaluate while the model trains, as its mode is not handed on to them, "
-        "or they are new and not trained yet. Pass `history=` of the training to tell.",
-        evidence.repairs.hand_on,
-    )
+    moved = any(rows and rows[0] != rows[-1] for rows in kept.values())
+    return evidence.record_fits and moved and all(kept[x.path] for x in fresh)
 
 
 def half_precision(evidence: Evidence, half: Sequence[Layer], stalled: Sequence[Layer]) -> Finding:

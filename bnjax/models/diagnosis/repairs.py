@@ -36,8 +36,8 @@ class Repairs(NamedTuple):
 NNX = Repairs(
     train="model.train(); logits = model(x)  # in nnx.jit and nnx.grad, not in jax.jit",
     hand_on="model.train(); norm(x)  # without use_running_average in the call",
-    evaluate="norm(x)  # without use_running_average=False in the call, and after model.eval()",
-    stay="norm(x)  # without use_running_average=False in the call, and after model.eval()",
+    evaluate="norm(x)  # in evaluation, without use_running_average=False in the call",
+    stay="norm(x)  # in evaluation, without use_running_average=False in the call",
     recalibrate="nnx.update(model, bnjax.recalibrate(model, None, batches))",
     widen="nnx.update(model, jax.tree.map(jnp.float32, nnx.state(model, nnx.BatchStat)))",
     merge="nnx.update(model, bnjax.merge_batch_stats(state))",
