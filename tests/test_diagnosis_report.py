@@ -257,6 +257,7 @@ def one_batch_cases(trained: Any) -> Iterator[tuple[Any, Any, Any]]:
     yield NET, {**trained, "batch_stats": jax.tree.map(jnp.bfloat16, trained["batch_stats"])}, x
 
 
+@pytest.mark.filterwarnings("ignore:momentum=0.9 gives:UserWarning")  # the layer sees it as well
 def test_of_one_batch_nothing_is_said_as_of_several(trained):
     # Said that statistics "scatter by 0.00 standard deviations between batches".
     kinds = set()

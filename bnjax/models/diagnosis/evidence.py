@@ -84,8 +84,11 @@ class Evidence:
 
     @property
     def has_trained(self) -> bool:
-        """Whether the model was trained for sure: by its steps, or by a scale that has moved."""
-        return bool(self.steps) or self.scales_moved > 0
+        """Whether the model was trained for sure: by its steps, or by a scale that has moved.
+
+        In a first step some scales stand still, as where what follows starts at zero.
+        """
+        return (self.steps or 0) > 1 or self.scales_moved > 0
 
     @property
     def scales_moved(self) -> float:

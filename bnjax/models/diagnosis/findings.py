@@ -304,7 +304,7 @@ def dead_channels(evidence: Evidence) -> Finding | None:
         repair = f"{kind.layer}(..., {'epsilon' if kind.flax else 'eps'}={_power(largest)})"
         repair += "  # or scale the input up"
     elif scaled == size and not np.any(worst.scale):
-        cause = "Its scales are exactly zero, where they started, and those of others have moved: "
+        cause = "Its scales are exactly zero, where they started, though the network has trained: "
         cause += "no gradient passes a relu at zero, or nothing trains them"
         cause += "." if evidence.steps else ", or they are new. Pass `steps=` to tell."
         repair = f"{kind.layer}(..., scale_init=jax.nn.initializers.ones)  # and train anew"
@@ -351,20 +351,20 @@ def _scaled_away(evidence: Evidence, layer: Layer) -> np.ndarray:
 
     The others are of the same layer, or, where those of other layers have moved, of any.
     """
-    if layer.scale is None:
-        return np.zeros(layer.var.size, bool)
-    scale = np.abs(layer.scale)
+    scale = np.abs(np.ones(layer.var.size) if layer.scale is None else layer.scale)
+    if not scale.any():
+        return np.full(scale.size, evidence.has_trained)
     return scale < NO_SCALE * max(scale.max(), evidence.scales_moved)
 
 
 def _before_zeros(evidence: Evidence) -> tuple[Layer, ...]:
-    """The layers up to the first that is scaled by zero, where no scale has moved yet.
+    """The layers up to the first that is scaled by zero, in a network that has just begun.
 
     What comes after it is constant until the first step.
     """
     layers = evidence.layers
     zeros = (n for n, x in enumerate(layers, 1) if x.scale is not None and not x.scale.any())
-    return layers if evidence.scales_moved else layers[: next(zeros, len(layers))]
+    return layers if evidence.has_trained else layers[: next(zeros, len(layers))]
 
 
 def _largest(dtype: Any) -> float:

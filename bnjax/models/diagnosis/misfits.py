@@ -78,9 +78,10 @@ def misfits(evidence: Evidence) -> list[Finding]:
         found.append(half_precision(evidence, half, stalled))
     if lagging:
         found.append(lagging_behind(evidence, lagging, left))
+    sure = evidence.suspect and not lagging
     if far and _data_are_to_blame(evidence, far, others, left):
         found.append(data_differ(evidence, far, others))
-    elif far := [x for x in far if x.distance > _reach(evidence, left[x.path])]:
+    elif far := [x for x in far if sure or x.distance > _reach(left[x.path])]:
         found.append(other_weights(evidence, far, others))
     return found
 
@@ -95,7 +96,7 @@ def stands_still(still: Sequence[Layer]) -> Finding:
         worst.path,
         paths_of(still),
         f"momentum={written} in {count_of(still)}; the statistics are {worst.distance:.2g} "
-        f"standard deviations from those of these data at '{worst.path}'.",
+        f"standard deviations from those of these data.",
         {"momentum": written, "layers": len(still), "distance": worst.distance},
         f"With momentum={written} a new batch has no weight, so no training moves the statistics.",
         f"{kind.layer}(..., momentum={usual})  # then bnjax.recalibrate",
@@ -239,7 +240,7 @@ def _data_are_to_blame(
     """Whether the data, rather than the weights, are not those of the statistics."""
     start, same = far[0], evidence.same_weights
     # What trails in so few steps as are known is no sign of other data.
-    reach = FAR if evidence.steps is None else _reach(evidence, left[start.path])
+    reach = FAR if evidence.steps is None else _reach(left[start.path])
     if same is False or start.distance <= reach:
         return False
     trailed = _trailed(evidence, start)
@@ -266,9 +267,9 @@ def _trailed(evidence: Evidence, layer: Layer) -> bool | None:
     return bool(off(mean, var) @ now > SAME_DATA * now @ now)
 
 
-def _reach(evidence: Evidence, left: float) -> float:
+def _reach(left: float) -> float:
     """How far statistics may trail the weights of a good training, in deviations."""
-    return 0.0 if evidence.suspect else TRAILING + FIRST_WEIGHTS * min(left, LAGGING)
+    return TRAILING + FIRST_WEIGHTS * min(left, LAGGING)
 
 
 def _left(evidence: Evidence, layer: Layer, layers: Sequence[Layer]) -> float:
@@ -293,17 +294,20 @@ def _lagging(
 ) -> tuple[list[Layer], list[Layer]]:
     """The layers that still hold a part of their initial values, and those far for other reasons.
 
-    In neither are those that hold a small part, which explains their distance.
+    In neither are those that hold a small part, which explains their distance, unless the loss says
+    that it is not small enough.
     """
     explained = {x.path: _explained(x, 1 - left[x.path]) for x in far}
-    limit = GONE if evidence.suspect else LAGGING
-    lagging = [x for x in far if left[x.path] > limit]
-    arrived = [x for x in far if 0 < left[x.path] <= limit and explained[x.path] > EXPLAINED]
+    lagging = [x for x in far if left[x.path] > LAGGING]
     # Without the steps, the distances themselves must say so.
     doubtful = evidence.steps is None and lagging
     if doubtful and np.median([explained[x.path] for x in lagging]) <= EXPLAINED:
         lagging = []
-    return lagging, [x for x in far if x not in lagging and x not in arrived]
+    small = [x for x in far if 0 < left[x.path] <= LAGGING and explained[x.path] > EXPLAINED]
+    others = [x for x in far if x not in lagging and x not in small]
+    if evidence.suspect and far and farthest(far) in small:
+        lagging += [x for x in small if left[x.path] > GONE]
+    return lagging, others
 
 
 def _shares(layer: Layer) -> list[tuple[float, float]]:
