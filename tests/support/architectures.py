@@ -124,9 +124,10 @@ def train(
     data = list(data)
     state = init_state(net, _TX[name], jax.random.key(seed), data[0]["x"])
     if zero:
-        last = {k: dict(v) for k, v in state.params.items() if k.startswith("last")}
-        last = {k: {**v, "scale": jnp.zeros_like(v["scale"])} for k, v in last.items()}
-        state = state.replace(params={**state.params, **last})
+        params: Any = dict(state.params)
+        for path in [path for path in params if path.startswith("last")]:
+            params[path] = {**params[path], "scale": jnp.zeros_like(params[path]["scale"])}
+        state = state.replace(params=params)
     step = step if record is None else history(step, record, every=10)
     for batch in data:
         state = each(step(state, batch)[0])
@@ -157,7 +158,8 @@ def train_nnx(name: str, data: Any, *, zero: bool = False, seed: int = 0) -> Nnx
 def fresh(name: str) -> Any:
     """The variables of a new linen network."""
     x = jnp.zeros((2, 8, 8, 3))
-    return jax.jit(compiled(name)[0].init)(jax.random.key(0), x)
+    init: Any = jax.jit(compiled(name)[0].init)
+    return init(jax.random.key(0), x)
 
 
 def averaged(trees: list[Any]) -> Any:

@@ -56,8 +56,7 @@ def diagnose(
             loss needs. Batches of the training's data and size tell most; eight do.
         loss_fn: `loss_fn(outputs, batch)`, as for `training.train_step`: the report has loss and
             metrics in both modes.
-        steps: how many steps the model was trained for: tells statistics that lag from others, and
-            scales that no gradient reaches from new ones.
+        steps: how many steps the model was trained for: tells statistics that lag from others.
         history: the record of `training.history`: tells averaged weights from shifted data, layers
             left in evaluation from new ones, and knows the steps and the batch size.
         apply_kwargs: what you evaluate the model with, such as `{"train": False}`; with
@@ -80,8 +79,7 @@ def diagnose(
     True
     """
     seen = measured(model, variables, batches, loss_fn, dict(apply_kwargs or {}))
-    evidence = Evidence(seen, steps, history or {})
-    return report_of(evidence)
+    return report_of(Evidence(seen, steps, history or {}))
 
 
 def report_of(evidence: Evidence) -> Report:
