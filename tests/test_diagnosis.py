@@ -69,11 +69,11 @@ def test_updates_thrown_away(trained):
     assert "mutable=['batch_stats']" in report.findings[0].repair
 
 
-def test_one_layer_never_updated(trained):
+def test_one_layer_beside_others_that_were_updated(trained):
     fresh = NET.init(jax.random.key(0), DATA[0]["x"])["batch_stats"]["BatchNorm2d_1"]
     stats = {**trained["batch_stats"], "BatchNorm2d_1": fresh}
     report = diagnose({**trained, "batch_stats": stats})
-    assert found(report) == [("error", "never updated")]
+    assert found(report) == [("error", "left in evaluation")]
     assert report.findings[0].layers == ("BatchNorm2d_1",)
 
 
@@ -138,7 +138,7 @@ def test_batches_of_four():
 def test_a_batch_of_one_that_a_layer_can_not_train_on(trained):
     report = diagnose(trained, list(batches(8, 1)))
     assert found(report) == [("warning", "batch too small")]
-    assert "1 values per channel in a batch of 1" in report.findings[0].evidence
+    assert "1 value per channel in a batch of 1: a variance is not" in report.findings[0].evidence
 
 
 @pytest.mark.parametrize("size", [16, 64])

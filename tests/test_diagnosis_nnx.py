@@ -26,13 +26,39 @@ def test_a_healthy_nnx_model(fitted):
     assert diagnose(nnx.state(fitted), model=fitted).healthy
 
 
-def test_an_nnx_model_left_in_training(fitted):
+def test_an_nnx_model_in_training_mode_is_asked_about_and_taken_as_after_eval(fitted):
+    # Said "statistics move in eval", an error, of each model that had just been made or trained.
     model = nnx.clone(fitted)
     model.train()
     report = diagnose(None, model=model)
-    assert found(report) == [("error", "statistics move in eval")]
-    assert report.findings[0].repair == "model.eval()"
-    assert report.findings[0].layers == ("norms/0", "norms/1", "norms/2")
+    assert found(report) == [("warning", "in training mode")]
+    (finding,) = report.findings
+    assert finding.layers == ("norms/0", "norms/1", "norms/2")
+    assert finding.cause.startswith("Is this how you evaluate it? ")
+    assert finding.repair.startswith("model.eval()")
+    assert report.layers == diagnose(None, model=fitted).layers
+    new = diagnose(None, model=NnxNet(nnx.Rngs(0)))
+    assert found(new) == [("error", "never updated"), ("warning", "in training mode")]
+
+
+class Told(nnx.Module):
+    """A layer whose mode each call gives, whatever `.train()` and `.eval()` say."""
+
+    def __init__(self) -> None:
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, running):
+        return self.norm(x, use_running_average=running)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_the_mode_that_a_call_gives_is_that_of_the_evaluation(running):
+    model, x = Told(), np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    nnx.update(model, bnjax.recalibrate(model, None, [x], apply_kwargs={"running": True}))
+    report = bnjax.diagnose(model, None, [x], apply_kwargs={"running": running})
+    assert found(report) == ([] if running else [("error", "eval depends on the batch")])
+    if not running:
+        assert "without use_running_average=False" in report.findings[0].repair
 
 
 def test_frozen_nnx_layers_stay_out_of_it(fitted):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -226,6 +227,53 @@ def test_the_record_of_a_training():
     again = 0.9 * np.array(old) + 0.1 * np.array(kept["batch_mean"][-1])
     np.testing.assert_allclose(again, mean[:3], rtol=1e-5)
     assert record["params_norm"][-1] > 0
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_same_diagnosis_twice_gives_equal_reports(trained, lost):
+    # Reports compared the arrays behind them by identity, and NaN is unlike itself.
+    stats = jax.tree.map(lambda leaf: leaf.at[0].set(np.nan) if lost else 2 * leaf, trained)
+    variables = {**trained, "batch_stats": stats["batch_stats"]}
+    one, two = (bnjax.diagnose(Net(), variables, DATA[:3], loss_fn=loss_fn) for _ in range(2))
+    assert not one.healthy
+    assert one == two
+    assert one.findings == two.findings
+    assert one.to_json() == two.to_json()
+    assert one != bnjax.diagnose(Net(), variables, DATA[:2], loss_fn=loss_fn)
+
+
+SEVERAL = r"\bbatches\b(?! and of a call)|(?<![.\d])1 \w+s\b|between batches|0\.00"
+
+
+def one_batch_cases(trained: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """A model with a fault, its variables, and a batch."""
+    x, fresh = DATA[0]["x"], NET.init(jax.random.key(0), DATA[0]["x"])["batch_stats"]
+    yield NET, {**trained, "batch_stats": fresh}, x
+    yield NET, trained, 3 * x
+    yield NET, trained, x[:2]
+    yield NET, trained, x[:1]
+    yield NET, trained, np.where(x > 2, np.inf, x)
+    yield NET, {**trained, "batch_stats": jax.tree.map(lambda a: 3 * a + 1, fresh)}, x
+    yield NET, jax.tree.map(lambda a: a.at[0].set(np.nan), trained), x
+    yield NET, {**trained, "batch_stats": jax.tree.map(jnp.bfloat16, trained["batch_stats"])}, x
+
+
+@pytest.mark.filterwarnings("ignore:momentum=0.9 gives:UserWarning")  # the layer sees it as well
+def test_of_one_batch_nothing_is_said_as_of_several(trained):
+    # Said that statistics "scatter by 0.00 standard deviations between batches".
+    kinds = set()
+    for model, variables, x in one_batch_cases(trained):
+        report = bnjax.diagnose(model, variables, [x])
+        assert report.findings
+        for finding in report.findings:
+            kinds.add(finding.kind)
+            assert not re.search(SEVERAL, finding.evidence + finding.cause), finding
+        assert all(np.isnan(row["spread"]) for row in report.layers)
+        assert "0.00  " not in str(report).split("batch, std")[0]
+    assert len(kinds) >= 6
+    with bnjax.override("**", momentum=0.9):
+        (finding,) = bnjax.diagnose(NET, trained, [DATA[0]["x"]]).findings
+    assert finding.evidence.endswith("gives the newest batch a weight of 0.9.")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from bnjax.training import init_state, train_step
+from bnjax.training import history, init_state, train_step
 
 pytestmark = pytest.mark.quick_compile
 
@@ -109,10 +109,9 @@ each_api = pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
 def test_a_layer_that_evaluates_while_the_model_trains_is_told_from_updates_thrown_away(trained):
     # Said "`mutable` was not given", where other layers had been updated.
     (finding,) = found(*trained(0.9))
-    assert (finding.kind, finding.layers) == ("never updated", ("forgotten",))
-    assert finding.cause == (
-        "Others were updated, so these are new, or evaluate while the model trains."
-    )
+    assert (finding.kind, finding.layers) == ("left in evaluation", ("forgotten",))
+    assert finding.cause.startswith("These layers evaluate while the model trains, ")
+    assert finding.cause.endswith("Pass `history=` of the training to tell.")
     assert "use_running_average" in finding.repair
 
 
@@ -120,9 +119,55 @@ def test_a_layer_that_evaluates_while_the_model_trains_is_told_from_updates_thro
 def test_a_momentum_that_gives_new_batches_no_weight_is_named(trained):
     # Said "`mutable` was not given", of statistics that no update could move.
     (finding,) = found(*trained(1.0))
-    assert finding.kind == "never updated"
-    assert finding.cause == "With momentum=1.0 a new batch has no weight."
+    assert finding.kind == "momentum moves nothing"
+    assert finding.cause.startswith("With momentum=1.0 a new batch has no weight")
     assert finding.repair == "BatchNorm(..., momentum=0.99)  # then bnjax.recalibrate"
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_a_record_knows_which_layers_evaluate_while_the_model_trains(steps):
+    net, record = Forgetful(), {}
+    state = init_state(net, optax.sgd(1e-3), jax.random.key(1), BATCHES[0])
+    step = train_step(lambda y, _: (y**2).sum(-1), apply_kwargs={"train": True}, donate=False)
+    step = history(step, record)
+    for x in BATCHES[:steps]:
+        state, _ = step(state, {"x": x})
+    report = bnjax.diagnose(net, state.variables, BATCHES, history=record)
+    (finding,) = (f for f in report.findings if f.kind == "left in evaluation")
+    assert ("Pass `history=`" in finding.cause) is (steps == 1)  # one line shows no movement
+
+
+def test_a_momentum_that_holds_statistics_of_other_data_is_named():
+    variables = trained_linen(0.9)[1]
+    shifted = [5 * x + 3 for x in BATCHES]
+    report = bnjax.diagnose(Forgetful(1.0), variables, shifted)
+    kinds = {finding.kind: finding.layers for finding in report.findings}
+    assert kinds["momentum moves nothing"] == ("told", "forgotten")
+
+
+class DeadBlock(nn.Module):
+    """A branch that starts at zero before a relu, whose gradient at zero is zero."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(not train, momentum=0.9, name="first")(nn.Dense(16)(x))
+        y = nn.Dense(16)(nn.relu(x))
+        y = nn.BatchNorm(not train, momentum=0.9, scale_init=nn.initializers.zeros, name="dead")(y)
+        return nn.Dense(2)(x + nn.relu(y))
+
+
+@pytest.mark.parametrize("steps", [0, 20])
+def test_scales_that_no_gradient_reaches_are_told_from_those_of_a_new_network(steps):
+    net = DeadBlock()
+    state = init_state(net, optax.adam(1e-2), jax.random.key(9), BATCHES[0])
+    step = train_step(lambda y, _: (y**2).sum(-1), apply_kwargs={"train": True})
+    for i in range(steps):
+        state, _ = step(state, {"x": BATCHES[i % 8]})
+    findings = found(net, bnjax.recalibrate(net, state.variables, BATCHES))
+    assert [(f.kind, f.layer) for f in findings] == [("dead channels", "dead")] * bool(steps)
+    if steps:
+        assert "no gradient passes a relu at zero" in findings[0].cause
+        assert findings[0].cause.endswith("Pass `steps=` to tell.")
 
 
 class KeepsAxes(nn.Module):

@@ -20,8 +20,8 @@ _RULES = (
     findings.not_finite,
     findings.not_known,
     findings.devices_disagree,
-    findings.statistics_move,
     findings.depends_on_batch,
+    findings.in_training_mode,
     findings.momentum_inverted,
     findings.batch_too_small,
     findings.batches_not_alike,
@@ -50,8 +50,8 @@ def diagnose(
     that is passed in changes, whatever happens.
 
     Args:
-        model: a linen or nnx model, bnjax's or Flax's own batch norms. An nnx model is taken in the
-            mode it is in: call `.eval()` first, as before an evaluation.
+        model: a linen or nnx model, bnjax's or Flax's own batch norms. An nnx model is taken as
+            after `.eval()`; one in training mode is asked about.
         variables: its variables, as for `recalibrate`. Statistics with a leading device axis are
             compared between devices, and merged.
         batches: inputs of the model; or dicts with `"x"`, perhaps `"mask"`, bool (N,), and what the
@@ -59,8 +59,8 @@ def diagnose(
         loss_fn: `loss_fn(outputs, batch)`, as for `training.train_step`: the report has loss and
             metrics in both modes.
         steps: how many steps the model was trained for: tells statistics that lag from others.
-        history: the record of `training.history`: tells averaged weights from shifted data, and
-            knows the steps and the batch size.
+        history: the record of `training.history`: tells averaged weights from shifted data, layers
+            left in evaluation from new ones, and knows the steps and the batch size.
         inputs: what of a batch the model is called with, as for `training.train_step`.
         per_example: what of a batch has an entry for each example, as for `training.train_step`.
         apply_kwargs: what you evaluate the model with, such as `{"train": False}`; with
@@ -85,16 +85,18 @@ def diagnose(
     seen = measured(
         model, variables, batches, loss_fn, layout(inputs, per_example), dict(apply_kwargs or {})
     )
-    record = history or {}
-    if steps is None and record.get("step"):
-        steps = record["step"][-1]
-    evidence = Evidence(seen, None if steps is None else int(steps), record)
+    return report_of(Evidence(seen, steps, history or {}))
+
+
+def report_of(evidence: Evidence) -> Report:
+    """What the rules find in the evidence."""
+    seen = evidence.measured
     found = [finding for rule in _RULES if (finding := rule(evidence))] + misfits(evidence)
     if not found and (unclear := findings.too_few_data(evidence)):
         found = [unclear]
     return Report(
         findings=tuple(sorted(found, key=lambda finding: finding.severity)),
-        layers=tuple(row_of(layer) for layer in seen.layers),
+        layers=tuple(row_of(layer, seen.batches) for layer in seen.layers),
         outputs={"gap": seen.gap, "mates": seen.mates},
         losses=seen.losses,
         batches=seen.batches,

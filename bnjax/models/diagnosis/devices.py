@@ -10,12 +10,11 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import meta
 
-from bnjax.models.freezing import batch_norms
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.statistics import Path, layers_of, merge_batch_stats
 
-# The model, for nnx the mode of each layer, its variables, and how far devices differ, by path.
-Reading = tuple[nn.Module | Copy, dict[str, bool | None], Any, dict[str, float]]
+# The model, its variables, and how far devices differ, by path.
+Reading = tuple[nn.Module | Copy, Any, dict[str, float]]
 
 
 def readings(model: Any, variables: Any) -> Iterator[Callable[[], Reading]]:
@@ -26,7 +25,7 @@ def readings(model: Any, variables: Any) -> Iterator[Callable[[], Reading]]:
     if isinstance(model, nnx.Module):
         yield from _of_nnx(model, variables)
         return
-    yield lambda: (model, {}, variables, _replicas(variables))
+    yield lambda: (model, variables, _replicas(variables))
     if not isinstance(variables, Mapping) or not _stacked(variables.get("batch_stats")):
         return
     stats = meta.unbox(variables["batch_stats"])
@@ -34,19 +33,15 @@ def readings(model: Any, variables: Any) -> Iterator[Callable[[], Reading]]:
     for first in (lambda tree: tree, _first):
         yield lambda first=first: (
             model,
-            {},
             {**first(others), "batch_stats": merge_batch_stats(stats)},
             _differences(stats),
         )
 
 
 def _of_nnx(model: nnx.Module, state: Any) -> Iterator[Callable[[], Reading]]:
-    norms: Iterator[tuple[str, Any]] = batch_norms(model)
-    modes = {path: getattr(layer, "use_running_average", None) for path, layer in norms}
-
     def read(model: nnx.Module, state: Any) -> Reading:
         copy = Copy(model, state)
-        return copy, modes, copy.variables, _replicas(copy.variables)
+        return copy, copy.variables, _replicas(copy.variables)
 
     yield lambda: read(model, state)
     flat = dict(nnx.to_flat_state(nnx.state(model)))
@@ -68,7 +63,7 @@ def _of_nnx(model: nnx.Module, state: Any) -> Iterator[Callable[[], Reading]]:
             single = nnx.clone(model)
             leaves = [(key, leaf.replace(values[key])) for key, leaf in flat.items()]
             nnx.update(single, nnx.from_flat_state(leaves))
-            return *read(single, None)[:3], _differences(stats)
+            return *read(single, None)[:2], _differences(stats)
 
         yield unstacked
 

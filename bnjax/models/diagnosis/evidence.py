@@ -1,19 +1,23 @@
 """What the rules judge by, and the findings that they return."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+import numpy as np
 
 from bnjax._words import number_of
 from bnjax.models.diagnosis.measuring import Layer, Measured
 from bnjax.models.diagnosis.repairs import Repairs, repairs
 
 # Distances are in standard deviations, of what a layer gives out in evaluation from what it gives
-# in training. Networks on digits that are right stay below 0.13, and lose nothing measurable; at
-# 0.2, in several layers, they lose accuracy (weights of one epoch, statistics of the one before:
-# 0.98 falls to 0.89). Where the loss says that evaluation is worse, half of it is enough: healthy
-# networks have a lower loss in evaluation, which has no noise of the batch, or 1.2 times at most.
+# in training. Networks that have trained for ten times 1/momentum stay below 0.13, and lose nothing
+# measurable; at 0.2, in several layers, they lose accuracy (weights of one epoch, statistics of the
+# one before: 0.98 falls to 0.89). Where the loss says that evaluation is worse, or the record that
+# the weights are others, half of it is enough: healthy networks have a lower loss in evaluation,
+# which has no noise of the batch, or 1.3 times at most while the statistics trail.
 FAR = 0.2
 WORSE = 1.5
 # Running statistics scatter as batches do. Three deviations, for there are many layers.
@@ -22,14 +26,16 @@ SIGMAS = 3.0
 # for each normalization, and steeply at 4 and 2.
 FEW_VALUES = 8
 # Statistics of examples that are drawn alike scatter by sqrt(1.5 / examples) if these are normal,
-# by 1.5 times that if a tenth of the values make the variance. Twenty healthy networks stay below
-# 0.8, as the pixels of an image average out; batches of one class each come to 1.2 (16 examples)
-# and 2.2 (64). The lower limit holds where the batches are worse normalizers than the running
-# statistics, by the loss: WORSE.
+# by 1.5 times that if a tenth of the values make the variance; eight batches tell that to a fifth,
+# so of vectors some layer is above 1. Batches of one class each come to 1.2 (16 examples) and 2.2
+# (64). The lower limit holds where the batches are worse normalizers than the running statistics:
+# the loss is higher (WORSE), and outputs differ by more than their deviation, as unrelated ones do.
 UNLIKE, UNLIKE_AND_WORSE = 1.6, 1.0
 # A weight of half or more for the newest batch: no statistics smooth so little, and the other
 # convention's usual 0.9 and 0.99 are there. The layers themselves warn from here.
 INVERTED = 0.5
+# The norm of the same parameters, in float32, in another order of summation.
+SAME_NORM = 1e-5
 # Rows of statistics that were pooled over devices are the same to rounding.
 APART = 1e-3
 
@@ -66,8 +72,29 @@ class Evidence:
     """What the rules judge by."""
 
     measured: Measured
-    steps: int | None  # how many the model was trained for, if that is known
+    given_steps: int | None
     record: Mapping[str, Any]  # what `training.history` kept of the training, or nothing
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps the model was trained for, if that is known."""
+        recorded = self.record.get("step") if self.record_fits else None
+        steps = recorded[-1] if self.given_steps is None and recorded else self.given_steps
+        return None if steps is None else int(steps)
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether the model was trained for sure: by its steps, or by a scale that has moved.
+
+        In a first step some scales stand still, as where what follows starts at zero.
+        """
+        return (self.steps or 0) > 1 or self.scales_moved > 0
+
+    @property
+    def scales_moved(self) -> float:
+        """How far scales have moved from where they start, alike in all channels of a layer."""
+        scales = [x.scale for x in self.measured.layers if x.scale is not None]
+        return float(np.median([np.std(scale) for scale in scales if scale.any()] or [0]))
 
     @property
     def repairs(self) -> Repairs:
@@ -86,9 +113,15 @@ class Evidence:
     @property
     def unlike(self) -> list[Layer]:
         """The layers whose statistics scatter more than those of batches drawn alike."""
-        limit = UNLIKE_AND_WORSE if self._worse("train", "eval") else UNLIKE
+        worse = self._worse("train", "eval") and self.measured.gap > 1
+
+        def limit(layer: Layer) -> float:
+            # What is farther than batches scatter is wrong for another reason.
+            among = worse and layer.distance < SIGMAS * layer.spread
+            return UNLIKE_AND_WORSE if among else UNLIKE
+
         several = (x for x in self.measured.layers if x.values > FEW_VALUES)
-        return [x for x in several if x.spread > limit * self.chance]
+        return [x for x in several if x.spread > limit(x) * self.chance]
 
     @property
     def chance(self) -> float:
@@ -99,13 +132,42 @@ class Evidence:
         """Whether running and batch statistics are apart by more than chance."""
         momentum = layer.kind.momentum or 0.0
         chance = math.sqrt(1 / max(self.measured.batches, 1) + momentum / (2 - momentum))
-        far = FAR / 2 if self._worse("eval", "train") else FAR
+        far = FAR / 2 if self.suspect else FAR
         return layer.distance > max(far, SIGMAS * self.spread(layer) * chance)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether loss or record say, and not the distances, that the statistics are wrong."""
+        lost = any(x.fresh or x.poisoned.any() for x in self.measured.layers)  # no wonder, then
+        return self.same_weights is False or (self._worse("eval", "train") and not lost)
+
+    @functools.cached_property
+    def same_weights(self) -> bool | None:
+        """Whether weights and statistics are those at the end of the record; None if neither is."""
+        norms = self.record.get("params_norm")
+        if not norms:
+            return None
+        weights = abs(self.measured.params_norm - norms[-1]) <= SAME_NORM * norms[-1]
+        return weights and self.record_fits if weights or self.record_fits else None
+
+    @property
+    def record_fits(self) -> bool:
+        """Whether the statistics are those at the end of the record, as far as it has them."""
+        pairs = ((x, self.recorded(x).get("mean")) for x in self.measured.layers)
+        return all(
+            np.allclose(kept[-1], x.mean[: len(kept[-1])], rtol=1e-5, atol=1e-7)
+            for x, kept in pairs
+            if kept
+        )
+
+    def recorded(self, layer: Layer) -> Mapping[str, Any]:
+        """What the record has of a layer."""
+        return self.record.get("layers", {}).get(layer.path, {})
 
     def _worse(self, mode: str, other: str) -> bool:
         """Whether the loss, if it is known, is higher in a mode by more than chance."""
-        losses = self.measured.losses
-        return bool(losses[mode]) and losses[mode]["loss"] > WORSE * losses[other]["loss"]
+        one, two = (self.measured.losses[name].get("loss", math.nan) for name in (mode, other))
+        return one - two > (WORSE - 1) * abs(two)
 
 
 def part(value: float) -> str:

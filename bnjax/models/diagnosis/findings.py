@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax._words import number_of
 from bnjax.globs import strangers
 from bnjax.models.diagnosis.evidence import (
     APART,
@@ -53,10 +54,11 @@ def poisoned(evidence: Evidence) -> Finding | None:
         "error",
         bad[0].path,
         paths_of(bad),
-        f"{channels} channels in {count_of(bad)} hold NaN, inf or a negative variance "
+        f"NaN, inf or a negative variance in {number_of(channels, 'channel')} of {count_of(bad)} "
         f"({negative} negative).",
         {"channels": channels, "negative": negative},
-        "A batch with NaN or inf, or a variance that cancelled, was committed to the statistics.",
+        ("A batch with NaN or inf" if negative < channels else "A variance that cancelled")
+        + " was committed to the statistics.",
         evidence.repairs.recalibrate
         + "  # and train with bnjax.training.train_step: it keeps such steps out",
     )
@@ -68,15 +70,20 @@ def not_finite(evidence: Evidence) -> Finding | None:
     if not bad:
         return None
     batches, channels = int(np.max(bad[0].lost)), int(np.count_nonzero(bad[0].lost))
+    total = evidence.measured.batches
+    where = f"{batches} of {total} batches have" if total > 1 else "The batch has"
+    some = batches < total
     return Finding(
         "values not finite",
         "error",
         bad[0].path,
         paths_of(bad),
-        f"{batches} of {evidence.measured.batches} batches have NaN or inf in {channels} channels "
-        "where it starts.",
+        f"{where} NaN or inf in {number_of(channels, 'channel')} where it starts.",
         {"batches": batches, "channels": channels},
-        "There is NaN or inf in these batches, or in the parameters before this layer.",
+        "The inputs of these batches hold NaN or inf, or overflow before this layer."
+        if some
+        else "There is NaN or inf in the inputs or in the parameters before this layer: the repair "
+        "tells which.",
         evidence.repairs.finite + "  # find it",
     )
 
@@ -139,47 +146,51 @@ def devices_disagree(evidence: Evidence) -> Finding | None:
     )
 
 
-def statistics_move(evidence: Evidence) -> Finding | None:
-    """An evaluation that changes the running statistics."""
-    moved = evidence.measured.moved
-    if not moved:
-        return None
-    return Finding(
-        "statistics move in eval",
-        "error",
-        moved[0],
-        moved,
-        f"An evaluation changed the statistics of {count_of(moved)}; among other batch mates an "
-        f"example's output changes by {part(evidence.measured.mates)} its deviation.",
-        {"layers": len(moved), "mates": evidence.measured.mates},
-        f"The model is evaluated in training mode, {evidence.repairs.left_on}.",
-        evidence.repairs.stay,
-    )
-
-
 def depends_on_batch(evidence: Evidence) -> Finding | None:
-    """Outputs in evaluation that depend on who shares the batch."""
-    measured = evidence.measured
-    by_batch = tuple(path for path in measured.by_batch if path not in measured.moved)
-    paths = measured.untracked + by_batch
+    """An evaluation that normalizes by the batch, and may keep what it has seen."""
+    measured, repairs = evidence.measured, evidence.repairs
+    moved, untracked = measured.moved, measured.untracked
+    paths = moved or untracked + measured.by_batch
     if not paths:
         return None
-    if measured.untracked:
+    if moved:
+        cause, repair = f"Evaluation runs in training mode, {repairs.left_on}.", repairs.stay
+    elif untracked:
         cause = "The layers keep no running statistics (track_running_stats=False)."
         repair = "BatchNorm2d(..., track_running_stats=True)  # then bnjax.recalibrate"
     else:
         cause = "Evaluation runs in training mode (use_running_average=False)."
-        repair = evidence.repairs.evaluate
+        repair = repairs.evaluate
+    does = "changed the statistics of" if moved else "normalizes by the batch in"
     return Finding(
-        "eval depends on the batch",
+        "statistics move in eval" if moved else "eval depends on the batch",
         "error",
         paths[0],
         paths,
-        f"{count_of(paths)} normalize by the batch in evaluation: among other batch mates an "
-        f"example's output changes by {part(measured.mates)} its deviation.",
+        f"An evaluation {does} {count_of(paths)}; among other batch mates an example's output "
+        f"changes by {part(measured.mates)} its deviation.",
         {"layers": len(paths), "mates": measured.mates},
         cause,
         repair,
+    )
+
+
+def in_training_mode(evidence: Evidence) -> Finding | None:
+    """An nnx model that is in training mode while it is diagnosed."""
+    paths = evidence.measured.training
+    if not paths:
+        return None
+    return Finding(
+        "in training mode",
+        "warning",
+        paths[0],
+        paths,
+        f"The model was diagnosed as after `.eval()`, but {count_of(paths)} would train: outputs "
+        f"would differ from those in evaluation by {part(evidence.measured.gap)} their deviation.",
+        {"layers": len(paths), "gap": evidence.measured.gap},
+        "Is this how you evaluate it? Then each example depends on its batch mates, and each "
+        "evaluation moves the statistics.",
+        "model.eval()  # before you evaluate, and before bnjax.diagnose",
     )
 
 
@@ -192,17 +203,22 @@ def momentum_inverted(evidence: Evidence) -> Finding | None:
     kind = bad[0].kind
     written = 1 - kind.momentum if kind.flax else kind.momentum
     right, other = f"{1 - written:.3g}", "PyTorch's" if kind.flax else "Flax's"
-    noisiest = max(bad, key=evidence.spread)
-    spread = evidence.spread(noisiest)
+    noisiest = max(bad, key=lambda x: x.spread)
+    several = evidence.measured.batches > 1
+    scatter = (
+        f"; batches scatter by {noisiest.spread:.2f} standard deviations at '{noisiest.path}'"
+        if several
+        else ""
+    )
     return Finding(
         "momentum looks inverted",
         "warning",
         bad[0].path,
         paths_of(bad),
         f"momentum={written:.3g} in {count_of(bad)} gives the newest batch a weight of "
-        f"{kind.momentum:.3g}; batches scatter by {spread:.2f} standard deviations at "
-        f"'{noisiest.path}'.",
-        {"momentum": written, "weight": kind.momentum, "spread": spread},
+        f"{kind.momentum:.3g}{scatter}.",
+        {"momentum": written, "weight": kind.momentum}
+        | ({"spread": noisiest.spread} if several else {}),
         f"The value is of {other} convention: the statistics are those of the last batch or two.",
         f"{kind.layer}(..., momentum={right})  # then bnjax.recalibrate",
     )
@@ -212,28 +228,36 @@ def batch_too_small(evidence: Evidence) -> Finding | None:
     """Batches that hold too few values to normalize by."""
     measured = evidence.measured
     # Where the training is on record its batches count, not these.
-    trained_with = max([measured.examples, *evidence.record.get("examples", ())])
-    larger = trained_with / max(measured.examples, 1)
+    recorded = evidence.record.get("examples", ())
+    larger = max([measured.examples, *recorded]) / max(measured.examples, 1)
     noise = {x.path: x.spread / math.sqrt(larger) for x in measured.layers}
-    few = [x for x in measured.layers if x.values * larger <= FEW_VALUES or noise[x.path] > NOISY]
+
+    def noisy(layer: Layer) -> bool:
+        # One value of each example is independent of the others: their number says it all.
+        return layer.values > measured.examples and noise[layer.path] > NOISY
+
+    few = [x for x in measured.layers if x.values * larger <= FEW_VALUES or noisy(x)]
     unlike = evidence.unlike
     bad = [x for x in few if not x.kind.frozen and x not in unlike]
     if not bad:
         return None
     worst = min(bad, key=lambda x: (x.values, -noise[x.path]))
     values, examples = worst.values * larger, measured.examples * larger
+    spread = {"spread": noise[worst.path]} if worst.seen and measured.batches > 1 else {}
     times = max(2 * FEW_VALUES / max(values, 1), (2 * noise[worst.path] / NOISY) ** 2)
-    lost = f"{noise[worst.path]:.2f} standard deviations" if worst.seen else "not defined"
+    lost = f"the statistics scatter by {noise[worst.path]:.2f} standard deviations between batches"
+    facts = [lost] if spread else [] if worst.seen else ["a variance is not defined"]
+    facts.append(f"outputs in evaluation differ from those in training by {part(measured.gap)}")
     return Finding(
         "batch too small",
         "warning",
         worst.path,
         paths_of(bad),
-        f"{values:.0f} values per channel in a batch of {examples:.0f}: the statistics scatter by "
-        f"{lost} between batches, and outputs in evaluation differ from those in training by "
-        f"{part(measured.gap)} their deviation.",
-        {"values": values, "examples": examples, "spread": noise[worst.path], "gap": measured.gap},
-        "In training each example is normalized by a handful of others, in evaluation by all.",
+        f"{number_of(round(values), 'value')} per channel in a batch of {examples:.0f}: "
+        f"{', and '.join(facts)} their deviation.",
+        {"values": values, "examples": examples, "gap": measured.gap} | spread,
+        "In training each example is normalized by a handful of others, in evaluation by all."
+        + ("" if recorded else " Pass `history=` if the training had more examples in each."),
         f"batch_size = {math.ceil(examples * times)}"
         f"  # or pool devices by axis_name, or fine-tune frozen: {evidence.repairs.freeze}",
     )
@@ -260,35 +284,44 @@ def batches_not_alike(evidence: Evidence) -> Finding | None:
 
 
 def dead_channels(evidence: Evidence) -> Finding | None:
-    """Channels that are constant, or so small that eps decides their scale."""
-    small = {x.path: x.batch_var < x.kind.eps for x in evidence.layers}
+    """Channels that are constant or scaled away, or so small that eps decides their scale."""
+    layers = _before_zeros(evidence)
+    away = {x.path: _scaled_away(evidence, x) for x in layers}
+    small = {x.path: x.batch_var < x.kind.eps for x in layers}
     dead = {
-        x.path: (x.batch_var <= DEAD * np.minimum(x.kind.eps, x.batch_var.max())) | _scaled_away(x)
-        for x in evidence.layers
+        x.path: (x.batch_var <= DEAD * np.minimum(x.kind.eps, x.batch_var.max())) | away[x.path]
+        for x in layers
     }
-    bad = [x for x in evidence.layers if np.mean(small[x.path] | dead[x.path]) > MANY]
+    bad = [x for x in layers if np.mean(small[x.path] | dead[x.path]) > MANY]
     if not bad:
         return None
     worst = max(bad, key=lambda x: np.mean(small[x.path] | dead[x.path]))
-    mine = dead[worst.path]
+    kind, largest, mine = worst.kind, float(worst.batch_var.max()), dead[worst.path]
     size, constant, below = worst.var.size, int(mine.sum()), int((small[worst.path] & ~mine).sum())
-    largest = float(worst.batch_var.max())
-    weak = constant < below
+    scaled, weak = int(away[worst.path].sum()), constant < below
+    if weak:
+        cause = "The input of the layer is so small that eps, not its variance, sets the scale."
+        repair = f"{kind.layer}(..., {'epsilon' if kind.flax else 'eps'}={_power(largest)})"
+        repair += "  # or scale the input up"
+    elif scaled == size and not np.any(worst.scale):
+        cause = "Its scales are exactly zero, where they started, though the network has trained: "
+        cause += "no gradient passes a relu at zero, or nothing trains them"
+        cause += "." if evidence.steps else ", or they are new. Pass `steps=` to tell."
+        repair = f"{kind.layer}(..., scale_init=jax.nn.initializers.ones)  # and train anew"
+    else:
+        cause = "The channels before this layer never fire."
+        cause = "Its scales have gone to zero." if 2 * scaled > constant else cause
+        repair = "optax.adamw(lr, mask=bnjax.decay_mask)  # and train anew, with a lower rate"
     return Finding(
         "eps dominates" if weak else "dead channels",
         "warning",
         worst.path,
         paths_of(bad),
-        f"Of {size} channels {constant} are constant and {below} have a variance below "
-        f"eps={worst.kind.eps:.0e}; the largest is {largest:.1e}.",
+        f"Of {number_of(size, 'channel')} {constant} give out a constant ({scaled} by their scale) "
+        f"and {below} have a variance below eps={kind.eps:.0e}; the largest is {largest:.1e}.",
         {"channels": size, "constant": constant, "below_eps": below, "largest": largest},
-        "The input of the layer is so small that eps, not its variance, sets the scale."
-        if weak
-        else "The channels before this layer never fire, or its scale has gone to zero.",
-        f"{worst.kind.layer}(..., {'epsilon' if worst.kind.flax else 'eps'}={_power(largest)})"
-        "  # or scale the input up"
-        if weak
-        else "optax.adamw(lr, mask=bnjax.decay_mask)  # and train anew, with a lower learning rate",
+        cause,
+        repair,
     )
 
 
@@ -304,18 +337,34 @@ def too_few_data(evidence: Evidence) -> Finding | None:
         "warning",
         worst.path,
         paths_of(bad),
-        f"'{worst.path}' is {worst.distance:.2g} standard deviations from these data, but "
-        f"{measured.batches} batches of {measured.examples} examples scatter by as much.",
+        f"'{worst.path}' is {worst.distance:.2g} standard deviations from these data, and "
+        f"{number_of(measured.batches, 'batch')} of {number_of(measured.examples, 'example')} may "
+        "be as far by chance.",
         {"distance": worst.distance, "batches": measured.batches, "examples": measured.examples},
         "So few examples can't tell wrong statistics from chance.",
         "bnjax.diagnose(model, variables, batches)  # eight batches of the training's size",
     )
 
 
-def _scaled_away(layer: Layer) -> np.ndarray:
-    """The channels that a layer multiplies by nothing, beside others that it does not."""
-    scale = np.abs(np.ones(1) if layer.scale is None else layer.scale)
-    return scale < NO_SCALE * scale.max()
+def _scaled_away(evidence: Evidence, layer: Layer) -> np.ndarray:
+    """The channels that a layer multiplies by nothing, beside others that it does not.
+
+    The others are of the same layer, or, where those of other layers have moved, of any.
+    """
+    scale = np.abs(np.ones(layer.var.size) if layer.scale is None else layer.scale)
+    if not scale.any():
+        return np.full(scale.size, evidence.has_trained)
+    return scale < NO_SCALE * max(scale.max(), evidence.scales_moved)
+
+
+def _before_zeros(evidence: Evidence) -> tuple[Layer, ...]:
+    """The layers up to the first that is scaled by zero, in a network that has just begun.
+
+    What comes after it is constant until the first step.
+    """
+    layers = evidence.layers
+    zeros = (n for n, x in enumerate(layers, 1) if x.scale is not None and not x.scale.any())
+    return layers if evidence.has_trained else layers[: next(zeros, len(layers))]
 
 
 def _largest(dtype: Any) -> float:

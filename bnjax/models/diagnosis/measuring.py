@@ -17,6 +17,7 @@ from bnjax.models import checks
 from bnjax.models.batches import Layout, LossFn
 from bnjax.models.diagnosis.devices import readings
 from bnjax.models.diagnosis.passes import Kind, Passes, Seen, compare, passes_of
+from bnjax.models.freezing import batch_norms
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.statistics import Path, impossible
 
@@ -68,6 +69,11 @@ class Layer:
         return impossible(self.mean, self.var)
 
     @property
+    def fresh(self) -> bool:
+        """Whether the running statistics are what initialization makes them."""
+        return not self.mean.any() and bool((self.var == 1).all())
+
+    @property
     def compared(self) -> bool:
         """Whether there is anything to compare: both statistics, in a channel at least."""
         return self.seen and not self.poisoned.all()
@@ -109,6 +115,7 @@ class Measured:
     layers: tuple[Layer, ...]  # those that keep statistics
     untracked: tuple[str, ...]  # paths of those that keep none
     by_batch: tuple[str, ...]  # of those that keep some and do without them in evaluation
+    training: tuple[str, ...]  # of those of an nnx model that `.eval()` has not reached
     batches: int
     examples: int  # in the largest batch
     moved: tuple[str, ...]  # paths of statistics that an evaluation changed
@@ -140,7 +147,13 @@ def measured(
         run.add(batch)
     checks.some_batch(run is not None)
     assert run is not None
-    return run.end()
+    return run.end(_training(model))
+
+
+def _training(model: Any) -> set[str]:
+    """The batch norms of an nnx model that are in training mode, by path."""
+    norms: Iterable[tuple[str, Any]] = batch_norms(model) if isinstance(model, nnx.Module) else ()
+    return {p for p, layer in norms if getattr(layer, "use_running_average", None) is False}
 
 
 def _fitting(
@@ -151,8 +164,8 @@ def _fitting(
     failures = []
     for reading in readings(model, variables):
         try:
-            one, modes, tree, unequal = reading()
-            passes = passes_of(one, modes, loss_fn, layout, kwargs)
+            one, tree, unequal = reading()
+            passes = passes_of(one, loss_fn, layout, kwargs)
             with checks.variables_fit(tree, layout.call(batch)):
                 notes = passes.step.trace(tree, batch)
         except Exception as error:  # of the model, or of a tree that does not fit it
@@ -202,7 +215,7 @@ class _Run:
         losses = jax.tree.map(lambda mean: float(mean) * counts, found["losses"])
         self.losses = jax.tree.map(operator.add, self.losses, losses) if self.losses else losses
 
-    def end(self) -> Measured:
+    def end(self, training: set[str]) -> Measured:
         """All that was measured."""
         checks.some_batch(self.counts, "example that counts")
         kinds = {"/".join(path): kind for path, kind in self.kinds.items()}
@@ -211,6 +224,7 @@ class _Run:
             layers=tuple(self._layer(path) for path in self.kinds if path in self.sums),
             untracked=tuple(path for path, kind in kinds.items() if not kind.tracked),
             by_batch=tuple(p for p, kind in kinds.items() if kind.tracked and not kind.running),
+            training=tuple(p for p, kind in kinds.items() if p in training and kind.has_mode),
             batches=self.batches,
             examples=self.examples,
             moved=tuple(sorted(self.moved)),

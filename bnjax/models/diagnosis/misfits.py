@@ -8,11 +8,12 @@ same part of the way in each layer, in means as in variances.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax._words import number_of
 from bnjax.models.diagnosis.evidence import (
     APART,
     FAR,
@@ -28,81 +29,113 @@ from bnjax.models.diagnosis.measuring import Layer
 
 # The initial values are gone when they weigh 1%; above 5% the variance is off by more than chance.
 GONE, LAGGING = 0.01, 0.05
-# How far the parts of the way may differ between layers. With weights that move during the training
-# they differ by 0.04 to 0.06; where something else is wrong, by 0.3 and more.
+# How far the parts of the way may differ between layers, the longer ways counting more. They differ
+# by 0.1 at most where weights move during the training; where something else is wrong, by more, or
+# the lag explains little.
 CONSISTENT = 0.12
-# How much of the squared distance the lag must explain. It explains over 0.9 of its own, and 0.1 to
-# 0.7 of what other weights make, whose layers may still agree in their shares.
-EXPLAINED = 0.75
+# How much of the squared distance the lag must explain. It explains 0.6 of its own and more, though
+# the weights move fast, and less than 0.5 of what other weights make, whose layers may agree.
+EXPLAINED = 0.6
 # What says how far along the statistics are: targets this far from their start, in deviations.
 INFORMATIVE = 0.1
-# Shifted data move the layer they meet first 2 to 5 times as far as any after it; with other
-# weights the first layer is at 0.1 to 0.9 of the farthest.
-DOMINANT = 1.2
-# With a layer's own statistics the loss of good weights falls; that of data the model was not made
-# for does not.
-HELPS = 0.8
+# Statistics trail the weights by 1/momentum steps, so the first weights, five deviations away at
+# most, still count by what is left of the initial values. Then even good weights move a layer by
+# 0.2 (learning rates up to 0.01, trained for 6/momentum steps) to 0.4 (3/momentum).
+TRAILING, FIRST_WEIGHTS = 0.25, 5.0
+# Shifted data move the layer they meet first 1.6 times as far as any after it (noise) to 30 times;
+# with other weights the first layer is at 0.1 to 0.9 of the farthest, and the second may be at 1.4.
+DOMINANT = 1.5
+# How much of the distance the last batches on record must have had, to be of the same data.
+SAME_DATA = 0.5
 # A running value stands still where its step is below half a unit in its last place.
 STALLED = 0.5
-# The norm of the same parameters, in float32, in another order of summation.
-SAME_NORM = 1e-5
 
 
 def misfits(evidence: Evidence) -> list[Finding]:
     """What explains the layers whose running statistics are far from those of the batches."""
-    fresh = [x for x in evidence.measured.layers if not x.mean.any() and (x.var == 1).all()]
+    layers = evidence.measured.layers
+    fresh = [x for x in layers if x.fresh]
     others = [x for x in evidence.layers if x not in fresh]
     # Statistics merged from devices that disagree are an estimate, and fit nobody's data exactly;
     # batches that are not alike change what each layer after the first normalizes.
     apart = max(evidence.measured.unequal.values(), default=0) > APART
     blurred = apart or bool(evidence.unlike)
     far = [x for x in others if evidence.is_far(x) and not blurred]
+    held = [x for x in layers if x.kind.momentum == 0 and not x.kind.frozen]
+    still = [x for x in held if x in fresh or x in far]
+    fresh, far = ([x for x in some if x not in still] for some in (fresh, far))
     half = [x for x in others if jnp.finfo(x.dtype).bits < 32]
     stalled = [x for x in half if x in far and _stalls(x)]
     far = [x for x in far if x not in stalled]
-    lagging = _lagging(evidence, far, others)
-    far = [x for x in far if x not in lagging]
+    left = {x.path: _left(evidence, x, others) for x in far}
+    lagging, far = _lagging(evidence, far, left)
     found = []
+    if still:
+        found.append(stands_still(still))
     if fresh:
-        found.append(never_updated(evidence, fresh))
+        found.append(never_updated(evidence, fresh, len(fresh) + len(still) < len(layers)))
     if half:
         found.append(half_precision(evidence, half, stalled))
     if lagging:
-        found.append(lagging_behind(evidence, lagging))
-    if far:
-        cause = data_differ if _data_are_to_blame(evidence, far, others) else other_weights
-        found.append(cause(evidence, far, others))
+        found.append(lagging_behind(evidence, lagging, left))
+    sure = evidence.suspect and not lagging
+    if far and _data_are_to_blame(evidence, far, others, left):
+        found.append(data_differ(evidence, far, others))
+    elif far := [x for x in far if sure or x.distance > _reach(left[x.path])]:
+        found.append(other_weights(evidence, far, others))
     return found
 
 
-def never_updated(evidence: Evidence, fresh: Sequence[Layer]) -> Finding:
-    """Statistics that are what initialization made them."""
-    worst = farthest(fresh)
-    cause, repair = _why_never(evidence, fresh)
+def stands_still(still: Sequence[Layer]) -> Finding:
+    """Statistics of a momentum at which a new batch has no weight."""
+    kind, worst = still[0].kind, farthest(still)
+    written, usual = (1.0, 0.99) if kind.flax else (0.0, 0.1)
     return Finding(
-        "never updated",
+        "momentum moves nothing",
         "error",
         worst.path,
-        paths_of(fresh),
-        f"Mean 0 and variance 1, exactly, in {count_of(fresh)} of {len(evidence.measured.layers)}; "
-        f"the batches are {worst.distance:.2g} standard deviations away at '{worst.path}'.",
-        {"layers": len(fresh), "distance": worst.distance},
-        cause,
-        repair,
+        paths_of(still),
+        f"momentum={written} in {count_of(still)}; the statistics are {worst.distance:.2g} "
+        f"standard deviations from those of these data.",
+        {"momentum": written, "layers": len(still), "distance": worst.distance},
+        f"With momentum={written} a new batch has no weight, so no training moves the statistics.",
+        f"{kind.layer}(..., momentum={usual})  # then bnjax.recalibrate",
     )
 
 
-def _why_never(evidence: Evidence, fresh: Sequence[Layer]) -> tuple[str, str]:
-    """Cause and repair, for those whose statistics never moved."""
-    kind, repairs = fresh[0].kind, evidence.repairs
-    if all(x.kind.momentum == 0 for x in fresh):
-        written, usual = (1.0, 0.99) if kind.flax else (0.0, 0.1)
-        cause = f"With momentum={written} a new batch has no weight."
-        return cause, f"{kind.layer}(..., momentum={usual})  # then bnjax.recalibrate"
-    if len(fresh) < len(evidence.measured.layers):
-        cause = "Others were updated, so these are new, or evaluate while the model trains."
-        return cause, repairs.hand_on
-    return f"The updates were thrown away: {repairs.thrown_away}.", repairs.train
+def never_updated(evidence: Evidence, fresh: Sequence[Layer], alone: bool) -> Finding:
+    """Statistics that are what initialization made them, in all layers or beside others."""
+    worst, repairs, total = farthest(fresh), evidence.repairs, len(evidence.measured.layers)
+    lost = f"the updates were thrown away: {repairs.thrown_away}."
+    if alone and _seen_to_evaluate(evidence, fresh):
+        cause = "These layers evaluate while the model trains: its mode is not handed on to them."
+    elif alone:
+        cause = (
+            "These layers evaluate while the model trains, as its mode is not handed on to them,"
+        )
+        cause += " or they are new. Pass `history=` of the training to tell."
+    elif evidence.has_trained:
+        cause = lost[0].upper() + lost[1:]
+    else:
+        cause = f"The model is new, or {lost} Pass `steps=` of the training to tell."
+    return Finding(
+        "left in evaluation" if alone else "never updated",
+        "error",
+        worst.path,
+        paths_of(fresh),
+        f"Mean 0 and variance 1, exactly, in {count_of(fresh)} of {total}; these data are "
+        f"{worst.distance:.2g} standard deviations away at '{worst.path}'.",
+        {"layers": len(fresh), "distance": worst.distance},
+        cause,
+        repairs.hand_on if alone else repairs.train,
+    )
+
+
+def _seen_to_evaluate(evidence: Evidence, fresh: Sequence[Layer]) -> bool:
+    """Whether they stood still on the record, while others moved."""
+    kept = {x.path: evidence.recorded(x).get("mean") for x in evidence.measured.layers}
+    moved = any(rows and rows[0] != rows[-1] for rows in kept.values())
+    return evidence.record_fits and moved and all(kept[x.path] for x in fresh)
 
 
 def half_precision(evidence: Evidence, half: Sequence[Layer], stalled: Sequence[Layer]) -> Finding:
@@ -124,18 +157,19 @@ def half_precision(evidence: Evidence, half: Sequence[Layer], stalled: Sequence[
     )
 
 
-def lagging_behind(evidence: Evidence, lagging: Sequence[Layer]) -> Finding:
+def lagging_behind(
+    evidence: Evidence, lagging: Sequence[Layer], parts: Mapping[str, float]
+) -> Finding:
     """Statistics that have not arrived since the training began."""
     layer = farthest(lagging)
     momentum = layer.kind.momentum
     assert momentum is not None
-    if evidence.steps is None:
-        left = 1 - float(np.median([share for x in lagging for share in _shares(x)]))
+    left, steps = parts[layer.path], evidence.steps
+    if steps is None:
         steps = math.log(max(left, 1e-9)) / math.log1p(-momentum)
-        seen = f"look as after {steps:.0f} steps"
+        seen, sure = f"look as after {steps:.0f} steps", " Pass `steps=` to be sure."
     else:
-        steps, left = evidence.steps, (1 - momentum) ** evidence.steps
-        seen = f"have seen {steps} steps"
+        seen, sure = f"have seen {number_of(steps, 'step')}", ""
     needed = math.ceil(math.log(GONE) / math.log1p(-momentum))
     fast = 1 - GONE ** (1 / max(steps, 1))
     written = 1 - fast if layer.kind.flax else fast
@@ -147,7 +181,7 @@ def lagging_behind(evidence: Evidence, lagging: Sequence[Layer]) -> Finding:
         f"The statistics of {count_of(lagging)} {seen} and still hold {left:.0%} of their initial "
         f"values; with a new batch's weight of {momentum:.3g} it takes {needed} steps.",
         {"steps": steps, "left": left, "needed": needed, "distance": layer.distance},
-        "The momentum is too small for so few steps.",
+        "The momentum is too small for so few steps." + sure,
         evidence.repairs.recalibrate
         + (f"  # or train with momentum={written:.2g}" if fast < INVERTED else "  # or train on"),
     )
@@ -157,6 +191,7 @@ def data_differ(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer
     """Data that are not like those of the training."""
     start = far[0]
     ratio, mean = start.var_off, start.mean_off
+    most = len(layers) > 1 and start is farthest(layers)
     return Finding(
         "data differ from training data",
         "error",
@@ -164,9 +199,12 @@ def data_differ(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer
         paths_of(far),
         f"It starts in '{start.path}': its means are {mean:.2g} standard deviations away, and its "
         f"running variance is {ratio:.2g} times that of these data"
-        + (f"; among {len(layers)} layers it is the farthest." if len(layers) > 1 else "."),
+        + (f"; among {len(layers)} layers it is the farthest." if most else "."),
         {"mean_distance": mean, "var_ratio": ratio, "distance": start.distance},
-        "These inputs have another mean, scale or content than those of the training.",
+        "These inputs have another mean, scale or content than those of the training."
+        if evidence.same_weights
+        else "These inputs have another mean, scale or content than those of the training, if the "
+        "weights are those of the statistics: pass `history=` to be sure.",
         "x = (x - train_mean) / train_std"
         f"  # as in the training; if the data are new: {evidence.repairs.recalibrate}",
     )
@@ -174,73 +212,111 @@ def data_differ(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer
 
 def other_weights(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer]) -> Finding:
     """Statistics that were gathered with other parameters."""
-    worst = farthest(far)
+    worst, first = farthest(far), layers[0].distance
+    causes = {
+        True: "The weights moved faster than the statistics follow.",
+        False: "Of weights and statistics one is not that of the record's end: the weights are an "
+        "average (EMA, SWA), or both are of different steps.",
+        None: "The weights are an average (EMA, SWA), of another step, or moved faster than the "
+        "statistics follow. Pass `history=` of the training to tell.",
+    }
     return Finding(
         "statistics belong to other weights",
         "error",
         worst.path,
         paths_of(far),
         f"{len(far)} of {len(layers)} layers are off, by up to {worst.distance:.2g} standard "
-        f"deviations at '{worst.path}', but the first, which sees the data themselves, by "
-        f"{layers[0].distance:.2g}; outputs differ by {part(evidence.measured.gap)} their "
-        "deviation.",
-        {"layers": len(far), "distance": worst.distance, "first": layers[0].distance},
-        "The weights are an average (EMA, SWA), of another step, or moved faster than the "
-        "statistics follow.",
+        f"deviations at '{worst.path}', and the first, which sees the data themselves, by "
+        f"{first:.2g}; outputs differ by {part(evidence.measured.gap)} their deviation.",
+        {"layers": len(far), "distance": worst.distance, "first": first},
+        causes[evidence.same_weights],
         evidence.repairs.recalibrate,
     )
 
 
-def _data_are_to_blame(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer]) -> bool:
+def _data_are_to_blame(
+    evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer], left: Mapping[str, float]
+) -> bool:
     """Whether the data, rather than the weights, are not those of the statistics."""
-    same = _same_weights(evidence)
-    if same is not None:
-        return same
-    losses = evidence.measured.losses
-    if losses["train"] and losses["train"]["loss"] > HELPS * losses["eval"]["loss"]:
-        return True
-    start = far[0]
+    start, same = far[0], evidence.same_weights
+    # What trails in so few steps as are known is no sign of other data.
+    reach = FAR if evidence.steps is None else _reach(left[start.path])
+    if same is False or start.distance <= reach:
+        return False
+    trailed = _trailed(evidence, start)
+    if same and trailed is not None:
+        return not trailed
     before = layers[: layers.index(start)]
     others = [x.distance for x in layers if x is not start]
     quiet = all(x.distance < FAR / 4 for x in before)
     return quiet and start.distance >= DOMINANT * max(others, default=0)
 
 
-def _same_weights(evidence: Evidence) -> bool | None:
-    """Whether the weights are those at the end of the record, if the statistics are."""
-    record = evidence.record
-    if not record.get("params_norm"):
+def _trailed(evidence: Evidence, layer: Layer) -> bool | None:
+    """Whether the statistics were as far from the training's last batch; None if not on record."""
+    kept = evidence.recorded(layer)
+    if not kept.get("batch_mean"):
         return None
-    for layer in evidence.measured.layers:
-        kept = record["layers"].get(layer.path)
-        if kept is not None:
-            last = np.asarray(kept["mean"][-1])
-            if not np.allclose(last, layer.mean[: last.size], rtol=1e-5, atol=1e-7):
-                return None
-    norm = record["params_norm"][-1]
-    return abs(evidence.measured.params_norm - norm) <= SAME_NORM * norm
+    mean, var = (np.asarray(kept[name][-1]) for name in ("batch_mean", "batch_var"))
+    some, std = slice(mean.size), layer.std[: mean.size]
+
+    def off(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+        return np.r_[(layer.mean[some] - mean) / std, (layer.var[some] - var) / (2 * std**2)].real
+
+    now = off(layer.batch_mean[some], layer.batch_var[some])
+    return bool(off(mean, var) @ now > SAME_DATA * now @ now)
 
 
-def _lagging(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer]) -> list[Layer]:
-    """The layers that still hold a part of their initial values, the same one in each."""
-    some = [x for x in far if x.kind.momentum and x.kind.momentum < 1]
+def _reach(left: float) -> float:
+    """How far statistics may trail the weights of a good training, in deviations."""
+    return TRAILING + FIRST_WEIGHTS * min(left, LAGGING)
+
+
+def _left(evidence: Evidence, layer: Layer, layers: Sequence[Layer]) -> float:
+    """Which part of the initial values is left, by the steps or by what all layers agree on."""
+    pace = layer.kind.momentum
+    if not pace or pace >= 1:
+        return 0.0
     if evidence.steps is not None:
-        return [x for x in some if (1 - (x.kind.momentum or 0)) ** evidence.steps > LAGGING]
-    paces = {x.kind.momentum for x in some}
+        return float((1 - pace) ** evidence.steps)
     # Those that have arrived count as well: what lags, lags in all layers of a momentum.
-    shares = [share for x in layers if x.kind.momentum in paces for share in _shares(x)]
+    shares = [share for x in layers if x.kind.momentum == pace for share in _shares(x)]
     if len(shares) < 2:
-        return []
-    share = float(np.median(shares))
-    consistent = float(np.mean(np.abs(np.array(shares) - share))) < CONSISTENT
-    explained = float(np.median([_explained(x, share) for x in some])) > EXPLAINED
-    return some if 0 <= share < 1 - LAGGING and consistent and explained else []
+        return 0.0
+    values, weights = np.array(sorted(shares)).T
+    share = values[np.searchsorted(np.cumsum(weights), weights.sum() / 2)]
+    consistent = np.average(np.abs(values - share), weights=weights) < CONSISTENT
+    return float(1 - share) if 0 <= share < 1 and consistent else 0.0
 
 
-def _shares(layer: Layer) -> list[float]:
-    """Which parts of the way from 0 and 1 to the batches' mean and variance they have come."""
+def _lagging(
+    evidence: Evidence, far: Sequence[Layer], left: Mapping[str, float]
+) -> tuple[list[Layer], list[Layer]]:
+    """The layers that still hold a part of their initial values, and those far for other reasons.
+
+    In neither are those that hold a small part, which explains their distance, unless the loss says
+    that it is not small enough.
+    """
+    explained = {x.path: _explained(x, 1 - left[x.path]) for x in far}
+    lagging = [x for x in far if left[x.path] > LAGGING]
+    # Without the steps, the distances themselves must say so.
+    doubtful = evidence.steps is None and lagging
+    if doubtful and np.median([explained[x.path] for x in lagging]) <= EXPLAINED:
+        lagging = []
+    small = [x for x in far if 0 < left[x.path] <= LAGGING and explained[x.path] > EXPLAINED]
+    others = [x for x in far if x not in lagging and x not in small]
+    if evidence.suspect and far and farthest(far) in small:
+        lagging += [x for x in small if left[x.path] > GONE]
+    return lagging, others
+
+
+def _shares(layer: Layer) -> list[tuple[float, float]]:
+    """Which parts of the way from 0 and 1 to the batches' mean and variance they have come.
+
+    Each with its weight: the longer the way, the surer the part.
+    """
     return [
-        float(done @ way / (way @ way))
+        (float(done @ way / (way @ way)), float(np.mean(way**2)))
         for way, done in _ways(layer)
         if np.mean(way**2) > INFORMATIVE
     ]
@@ -252,8 +328,8 @@ def _explained(layer: Layer, share: float) -> float:
     And of what they have moved: where the data are far away, any statistics look like none.
     """
     way, done = (np.concatenate(parts) for parts in zip(*_ways(layer), strict=True))
-    left = np.sum((done - share * way) ** 2)
-    return float(1 - left / min(np.sum((done - way) ** 2), 2 * np.sum(done**2)))
+    left, moved = np.sum((done - share * way) ** 2), max(np.sum(done**2), 1e-30)
+    return float(1 - left / min(np.sum((done - way) ** 2), 2 * moved))
 
 
 def _ways(layer: Layer) -> tuple[tuple[np.ndarray, np.ndarray], ...]:

@@ -30,7 +30,13 @@ class Kind(Facts):
     """What a batch norm is, as its calls tell it: `running` is what it uses in evaluation."""
 
     frozen: bool  # whether it uses its running statistics in training, too
+    given: bool | None  # what its call in evaluation said
     dtype: Any  # of its input
+
+    @property
+    def has_mode(self) -> bool:
+        """Whether the mode of the layer, and not its call, says what it normalizes with."""
+        return self.tracked and self.given is None
 
 
 class Seen(NamedTuple):
@@ -47,7 +53,7 @@ _ROOM = tuple(f"seen_{name}" for name in Seen._fields)
 
 
 class Passes:
-    """The passes of a linen model, or of the copy of an nnx model with the modes of its layers.
+    """The passes of a linen model, or of the copy of an nnx model, which is in evaluation.
 
     `step` is compiled, and its notes have the `kinds` of the batch norms, by path; `strangers` are
     the classes, by path, of modules that keep a mean and a variance and are not known.
@@ -56,12 +62,11 @@ class Passes:
     def __init__(
         self,
         model: nn.Module | Copy,
-        modes: Mapping[str, bool | None],
         loss_fn: LossFn | None,
         batches: Layout,
         kwargs: Mapping[str, Any],
     ) -> None:
-        self.model, self.modes, self.loss_fn, self.layout = model, modes, loss_fn, batches
+        self.model, self.loss_fn, self.layout = model, loss_fn, batches
         self.kwargs = dict(kwargs)
         copied = ["batch_stats"] if isinstance(model, Copy) else False  # its layers have modes
         self.mutable = self.kwargs.pop("mutable", copied)
@@ -75,7 +80,7 @@ class Passes:
         before = variables.get("batch_stats", {})
 
         def evaluating(visit: Visit) -> Any:
-            kinds[visit.path] = kind = self._kind(visit)
+            kinds[visit.path] = kind = _kind(visit)
             return _evaluated(visit, kind, self.moves)
 
         evaluated, after = self._apply(self.model, variables, batch, evaluating, self.mutable)
@@ -88,7 +93,7 @@ class Passes:
         model = self.model.holding(room) if isinstance(self.model, Copy) else self.model
         mutable = union_filters(self.mutable, "batch_stats")
         trained, after = self._apply(
-            model, room, batch, lambda visit: _trained(visit, self._kind(visit)), mutable
+            model, room, batch, lambda visit: _trained(visit, _kind(visit)), mutable
         )
         layers = {
             path: Seen(*(stats[name] for name in _ROOM))
@@ -123,29 +128,23 @@ class Passes:
         _, totals = self.layout.totals(self.loss_fn, outputs, batch)
         return {name: total / jnp.maximum(totals.count, 1) for name, total in totals.items()}
 
-    def _kind(self, visit: Visit) -> Kind:
-        running = visit.running
-        if isinstance(self.model, Copy):
-            mode = self.modes["/".join(visit.path)] if visit.given is None else visit.given
-            running = visit.frozen or (visit.running if mode is None else mode)
-        checks.given(running)
-        facts = {**vars(visit.facts), "running": bool(running)}
-        return Kind(**facts, frozen=visit.frozen, dtype=jnp.asarray(visit.x).dtype)
-
 
 def passes_of(
-    model: nn.Module | Copy,
-    modes: Mapping[str, bool | None],
-    loss_fn: LossFn | None,
-    batches: Layout,
-    kwargs: Mapping[str, Any],
+    model: nn.Module | Copy, loss_fn: LossFn | None, batches: Layout, kwargs: Mapping[str, Any]
 ) -> Passes:
     """The passes, those of the last diagnoses where they were the same: they are compiled."""
     key = "diagnosis", loss_fn, batches, tuple(kwargs.items()), settings_key()
     if isinstance(model, Copy):
-        make = lambda: Passes(model.abstract(), modes, loss_fn, batches, kwargs)  # noqa: E731
-        return model.kept((*key, tuple(modes.items())), make)
-    return kept_with(model, key, lambda: Passes(model, modes, loss_fn, batches, kwargs))
+        make = lambda: Passes(model.abstract(), loss_fn, batches, kwargs)  # noqa: E731
+        return model.kept(key, make)
+    return kept_with(model, key, lambda: Passes(model, loss_fn, batches, kwargs))
+
+
+def _kind(visit: Visit) -> Kind:
+    checks.given(visit.running)
+    facts = {**vars(visit.facts), "running": bool(visit.running)}
+    dtype = jnp.asarray(visit.x).dtype
+    return Kind(**facts, frozen=visit.frozen, given=visit.given, dtype=dtype)
 
 
 def _evaluated(visit: Visit, kind: Kind, moves: bool) -> Any:

@@ -36,14 +36,14 @@ class Repairs(NamedTuple):
 NNX = Repairs(
     train="model.train(); logits = model(x)  # in nnx.jit and nnx.grad, not in jax.jit",
     hand_on="model.train(); norm(x)  # without use_running_average in the call",
-    evaluate="model.eval()",
-    stay="model.eval()",
+    evaluate="norm(x)  # in evaluation, without use_running_average=False in the call",
+    stay="norm(x)  # in evaluation, without use_running_average=False in the call",
     recalibrate="nnx.update(model, bnjax.recalibrate(model, None, batches))",
     widen="nnx.update(model, jax.tree.map(jnp.float32, nnx.state(model, nnx.BatchStat)))",
     merge="nnx.update(model, bnjax.merge_batch_stats(state))",
     finite="jax.tree.map(lambda a: bool(jnp.isfinite(a).all()), (nnx.state(model), batch))",
     freeze="bnjax.nnx.freeze(model)",
-    left_on="with .train() on",
+    left_on="by use_running_average=False in the call of the layer",
     thrown_away="the model trained in .eval(), or what a jitted step changed was not kept",
 )
 

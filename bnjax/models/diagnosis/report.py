@@ -35,7 +35,8 @@ class Report:
         layers: for each batch norm, in the order of their calls, its numbers: `path`, `layer`,
             `channels`, `values` (per channel in a batch), `mean_distance` (root mean square over
             the channels, in standard deviations), `var_ratio` (running by batch variance, geometric
-            mean), `distance` (both as one), `spread` (the same from batch to batch), `dtype`.
+            mean), `distance` (both as one), `spread` (the same from batch to batch, NaN of one),
+            `dtype`.
         outputs: `gap` and `mates`: by how much outputs in evaluation differ from those in training,
             and from those among other batch mates, as a part of their standard deviation.
         losses: mean loss and metrics, in `"train"` and in `"eval"` mode; empty without `loss_fn`.
@@ -47,7 +48,12 @@ class Report:
     outputs: dict[str, float]
     losses: dict[str, dict[str, float]]
     batches: int
-    _measured: Measured = dataclasses.field(repr=False)
+    _measured: Measured = dataclasses.field(repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Let NaN be one object, so that a report equals that of the same diagnosis."""
+        for name in ("findings", "layers", "outputs", "losses"):
+            object.__setattr__(self, name, _with_nan(getattr(self, name), math.nan))
 
     @property
     def healthy(self) -> bool:
@@ -59,7 +65,7 @@ class Report:
         names = ("layers", "outputs", "losses", "batches")
         data = {name: getattr(self, name) for name in names}
         data["findings"] = [dataclasses.asdict(finding) for finding in self.findings]
-        return json.dumps({"healthy": self.healthy, **_plain(data)}, indent=indent)
+        return json.dumps({"healthy": self.healthy, **_with_nan(data, None)}, indent=indent)
 
     def plot(self, path: str | Path) -> None:
         """Draw running against batch statistics for each layer. Needs matplotlib.
@@ -174,8 +180,8 @@ class Report:
         return "; ".join((differ, *modes))
 
 
-def row_of(layer: Layer) -> dict[str, Any]:
-    """The numbers of a layer that a report shows."""
+def row_of(layer: Layer, batches: int) -> dict[str, Any]:
+    """The numbers of a layer that a report shows, over so many batches."""
     compared, nan = layer.compared, float("nan")
     return {
         "path": layer.path,
@@ -185,7 +191,7 @@ def row_of(layer: Layer) -> dict[str, Any]:
         "mean_distance": layer.mean_off if compared else nan,
         "var_ratio": layer.var_off if compared else nan,
         "distance": layer.distance if compared else nan,
-        "spread": layer.spread if compared else nan,
+        "spread": layer.spread if compared and batches > 1 else nan,
         "poisoned": int(layer.poisoned.sum()),
         "dtype": layer.dtype.name,
     }
@@ -201,9 +207,13 @@ def _written(value: float) -> str:
     return "-" if not math.isfinite(value) else f"{value:.2f}" if value < 100 else f"{value:.1e}"
 
 
-def _plain(value: Any) -> Any:
+def _with_nan(value: Any, nan: float | None) -> Any:
+    """With this in the place of each NaN, or, if that is None, of each number not finite."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _with_nan(item, nan) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return type(value)(_with_nan(item, nan) for item in value)
+    if isinstance(value, Finding):
+        return dataclasses.replace(value, numbers=_with_nan(value.numbers, nan))
+    lost = isinstance(value, float) and not math.isfinite(value)
+    return nan if lost and (nan is None or math.isnan(value)) else value
