@@ -201,13 +201,16 @@ class Layout:
         return jax.tree.map(place, dict(batch), self.each(batch))
 
 
+DEFAULT = Layout()
+
+
 def pad_batch(batch: Batch, multiple: int) -> dict[str, Any]:
     """The batch, filled up to a multiple of a size, with a `mask` of the examples that count.
 
     >>> pad_batch({"x": np.array([1.0, 2.0, 3.0])}, 2)["mask"].tolist()
     [True, True, True, False]
     """
-    return Layout().padded(batch, multiple)
+    return DEFAULT.padded(batch, multiple)
 
 
 def layout(inputs: Inputs = "x", per_example: Sequence[str] | None = None) -> Layout:

@@ -11,7 +11,7 @@ from flax import nnx
 from flax.core import meta
 
 from bnjax import globs
-from bnjax.models.batches import Layout
+from bnjax.models.batches import DEFAULT
 from bnjax.models.freezing import batch_norms
 from bnjax.models.statistics import layers_of
 
@@ -65,7 +65,7 @@ def history(
         result = step(*args)
         # A model and its optimizer are changed in place; a state is returned anew.
         after, counter = args[:2] if isinstance(args[0], nnx.Module) else (result[0], result[0])
-        layout = getattr(step, "layout", Layout())
+        layout = getattr(step, "layout", DEFAULT)
         for name, value in (
             ("step", int(jnp.asarray(counter.step))),
             ("examples", layout.size(layout.named(args[-1]))),

@@ -180,8 +180,8 @@ def eval_step(
 
 
 def evaluate(
-    step: Callable[[TrainState, Batch], Totals],
-    state: TrainState,
+    step: Callable[[Any, Batch], Totals],
+    state: Any,
     batches: Iterable[Batch],
     *,
     progress: bool = False,
@@ -192,7 +192,7 @@ def evaluate(
 
     Args:
         step: what `eval_step` returned.
-        state: the state to evaluate.
+        state: the state, or of nnx the model, to evaluate.
         batches: dicts as for `train_step`; they need not be of one size.
         progress: show a progress bar.
 

@@ -83,7 +83,7 @@ def diagnose(
     True
     """
     seen = measured(
-        model, variables, batches, loss_fn, layout(inputs, per_example), dict(apply_kwargs or {})
+        model, variables, batches, loss_fn, dict(apply_kwargs or {}), layout(inputs, per_example)
     )
     return report_of(Evidence(seen, steps, history or {}))
 
