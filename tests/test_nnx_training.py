@@ -144,7 +144,8 @@ def test_each_micro_batch_draws_its_own_random_numbers():
     x = np.ones((2, 1000), np.float32)
     sums = [float(step(model, optimizer, {"x": x})["loss"]) for _ in range(3)]
     assert len(set(sums)) == 3
-    assert int(model.dropout.rngs.count[...]) == 6
+    streams: Any = model.dropout.rngs
+    assert int(streams.count[...]) == 6
 
 
 def test_what_is_frozen_stays_and_keeps_its_type():
@@ -223,7 +224,7 @@ def test_the_scale_changes_no_number():
 
 
 def test_a_step_is_traced_once_for_each_mode_and_shape():
-    traced = chex.assert_max_traces(loss_fn, n=2)
+    traced: Any = chex.assert_max_traces(loss_fn, n=2)
     step = bnjax.nnx.train_step(traced)
     node = start()
     for batch in BATCHES:
