@@ -14,8 +14,8 @@ FLOORS = {
     "bnjax": (
         {"core", "globs", "plotting", "_files", "_words"},
         {"layers"},
-        {"models"},
-        {"training", "checkpoints", "masks"},
+        {"models", "masks"},
+        {"training", "checkpoints"},
         {"linen", "nnx", "diagnosis"},
         {"cli"},
         {"__main__"},
@@ -31,14 +31,25 @@ FLOORS = {
     "bnjax.layers": ({"conventions", "modes"}, {"linen", "nnx"}),
     "bnjax.models": (
         {"checks", "compat", "conventions", "programs", "statistics"},
-        {"batches", "contexts"},
+        {"batches", "contexts", "registered"},
         {"visits"},
         {"accumulation", "freezing", "overrides"},
         {"nnx_copies"},
+        {"saved"},
         {"recalibration", "folding", "diagnosis"},
     ),
-    "bnjax.training": ({"state"}, {"steps"}, {"history"}),
-    "bnjax.checkpoints": ({"tensors"}, {"files", "inspection", "conversion"}),
+    "bnjax.training": (
+        {"state", "scaling", "gradients"},
+        {"steps"},
+        {"nnx_steps"},
+        {"history", "averaging"},
+    ),
+    "bnjax.checkpoints": (
+        {"tensors"},
+        {"nested"},
+        {"folders"},
+        {"files", "inspection", "conversion"},
+    ),
 }
 CORE = {"jax", "chex", "numpy"}
 PACKAGE = Path(bnjax.__file__).parent
