@@ -269,7 +269,8 @@ class Compiled:
         donate: bool = False,
         met: Mapping[str, Met] | None = None,
     ) -> None:
-        self.layout, self.met, self._microbatches = batches, met or {}, microbatches
+        self.layout, self._microbatches = batches, microbatches
+        self.met = {} if met is None else met  # not yet filled
         self._mesh, self._shardings, shard = mesh, None, {}
         if mesh is not None:
             checks.mesh(mesh)
