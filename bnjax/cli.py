@@ -60,6 +60,11 @@ def failing(code: int) -> Iterator[None]:
         raise typer.Exit(FAILED) from error
 
 
+def output() -> Console:
+    """Where tables go: in a file or a pipe they are as wide as paths in one piece make them."""
+    return console if console.is_terminal else Console(highlight=False, width=_UNBROKEN)
+
+
 def show_version(wanted: bool) -> None:
     """Print the version and end."""
     if wanted:
@@ -116,9 +121,7 @@ def show(layers: list[inspection.Layer], problems: list[str], title: str) -> Non
         name = escape(layer.name or "top")
         table.add_row(name, str(layer.channels), *ranges, *cells, style=style)
     if layers:
-        # In a file or a pipe, the paths in one piece.
-        wide = Console(highlight=False, width=_UNBROKEN)
-        (console if console.is_terminal else wide).print(table)
+        output().print(table)
     for problem in problems:
         console.print(f"[red]problem[/]  {escape(problem)}", soft_wrap=True)
     if quiet := sum(layer.dead + layer.nearly_dead for layer in layers):
@@ -205,7 +208,7 @@ def diagnose(
     if as_json:
         print(report.to_json())
     else:
-        console.print(report)
+        output().print(report)
     if not report.healthy:
         raise typer.Exit(PROBLEMS)
 

@@ -56,7 +56,7 @@ def test_an_exponential_average_is_that_of_optax(decay):
     ema = optax.ema(decay, debias=False)
     with jax.enable_x64(True):
         wide = [jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), each) for each in seen]
-        moving = ema.init(wide[0])
+        moving: Any = ema.init(wide[0])
         for params in wide:
             _, moving = ema.update(params, moving)
         expected = jax.tree.map(lambda leaf: leaf / (1 - decay ** len(seen)), moving.ema)

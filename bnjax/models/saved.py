@@ -83,8 +83,8 @@ def _parts(tree: Any) -> Mapping[Any, Any]:
         return tree
     if dataclasses.is_dataclass(tree) and hasattr(tree, "params"):
         return {each.name: getattr(tree, each.name) for each in dataclasses.fields(tree)}
-    if hasattr(tree, "_asdict"):
-        return tree._asdict()
+    if as_dict := getattr(tree, "_asdict", None):  # a named tuple
+        return as_dict()
     return dict(enumerate(tree)) if isinstance(tree, list | tuple) else {}
 
 

@@ -1,35 +1,37 @@
 """A record of the running statistics over a training."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import numpy as np
 import optax
+from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from bnjax import globs
-from bnjax.models.batches import Batch, Layout, Metrics
+from bnjax.models.batches import Layout
 from bnjax.models.statistics import Path, map_layers
-from bnjax.training.state import TrainState
-from bnjax.training.steps import Step
+
+AnyStep = TypeVar("AnyStep", bound=Callable[..., Any])
 
 
 def history(
-    step: Step,
+    step: AnyStep,
     record: dict[str, Any],
     *,
     momentum: float | Literal["own"] | None = "own",
     every: int = 1,
     paths: globs.Paths = "**",
     channels: int | None = None,
-) -> Step:
+) -> AnyStep:
     """The step, which also keeps a record of the running statistics, for `diagnose` and pictures.
 
     A logged step costs O(C) numbers for each layer and waits for the step to end. The record is a
     dict of lists of plain numbers, so a checkpoint can hold it, and a resumed run goes on with it.
 
     Args:
-        step: what `train_step` returned.
+        step: what `bnjax.training.train_step` or `bnjax.nnx.train_step` returned.
         record: `{}`, or the record of the steps before. To it are appended, for each logged step,
             `"step"`, `"examples"` (the batch size) and `"params_norm"`; and in `"layers"`, for each
             path, the running `"mean"` and `"var"` after the step and those of the batch alone,
@@ -67,20 +69,22 @@ def history(
         own = None if met is None else met.facts.momentum
         return float(own) if isinstance(own, float | int | np.number) else None
 
-    def recorded(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def recorded(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls % every:
-            return step(state, batch)
-        before = statistics(state.batch_stats)
-        state, metrics = step(state, batch)
+            return step(*args)
+        *trained, batch = args
+        before = statistics(_held(trained)["batch_stats"])
+        found = step(*args)
+        now = _held(trained if isinstance(trained[0], nnx.Module) else found)
         for name, value in (
-            ("step", int(state.step)),
+            ("step", int(now["step"])),
             ("examples", _layout(step).size(_layout(step).named(batch))),
-            ("params_norm", float(_norm(state.params))),
+            ("params_norm", float(_norm(now["params"]))),
         ):
             record.setdefault(name, []).append(value)
-        for name, after in statistics(state.batch_stats).items():
+        for name, after in statistics(now["batch_stats"]).items():
             lines = record.setdefault("layers", {}).setdefault(name, {})
             for key, value in after.items():
                 lines.setdefault(key, []).append(value.tolist())
@@ -88,9 +92,23 @@ def history(
                     # running = (1 - weight) * old + weight * batch, solved for the batch
                     alone = before[name][key] + (value - before[name][key]) / weight
                     lines.setdefault(f"batch_{key}", []).append(alone.tolist())
-        return state, metrics
+        return found
 
-    return recorded
+    return cast(AnyStep, recorded)
+
+
+def _held(trained: Any) -> dict[str, Any]:
+    """Parameters, statistics and the number of the step, of a state or of model and optimizer."""
+    first, *others = trained
+    if not isinstance(first, nnx.Module):
+        return {name: getattr(first, name) for name in ("params", "batch_stats", "step")}
+
+    def of(kind: type[nnx.Variable]) -> dict[str, Any]:
+        flat = nnx.to_flat_state(nnx.state(first, kind))
+        return unflatten_dict({tuple(map(str, keys)): leaf.get_value() for keys, leaf in flat})
+
+    step = others[0].step.get_value()
+    return {"params": of(nnx.Param), "batch_stats": of(nnx.BatchStat), "step": step}
 
 
 def _layout(step: Any) -> Layout:

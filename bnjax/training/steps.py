@@ -170,8 +170,8 @@ def eval_step(
 
 
 def evaluate(
-    step: Callable[[TrainState, Batch], Totals],
-    state: TrainState,
+    step: Callable[[Any, Batch], Totals],
+    state: Any,
     batches: Iterable[Batch],
     *,
     progress: bool = False,
@@ -182,7 +182,7 @@ def evaluate(
 
     Args:
         step: what `eval_step` returned.
-        state: the state to evaluate.
+        state: the state to evaluate, or the nnx model.
         batches: dicts as for `train_step`; they need not be of one size.
         progress: show a progress bar.
 
