@@ -246,9 +246,11 @@ def folder_of(out: Path, resume: bool) -> Path:
         return out if number == 1 else out.with_name(f"{out.name}-{number}")
 
     number = 1
-    while _holds_a_run(named(number)):
+    while resume and (named(number + 1) / "checkpoints").is_dir():
         number += 1
-    return named(max(number - 1, 1) if resume else number)
+    while not resume and _holds_a_run(named(number)):
+        number += 1
+    return named(number)
 
 
 def _holds_a_run(folder: Path) -> bool:

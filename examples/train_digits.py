@@ -95,6 +95,16 @@ def next_command(run: Run, out: Path) -> str:
     )
 
 
+def report(run: Run, splits: Splits, out: Path, is_default: bool) -> None:
+    """Draw the pictures, and say where all is and what to try next."""
+    plot_curves(run.epochs, out / "curves.png")
+    plot_statistics(run.statistics["layers"], out / "statistics.png")
+    console.print(f"pictures and checkpoints: {out}", soft_wrap=True)
+    if is_default:  # of other images `digits:ResNet()` might be another network
+        np.save(out / "inputs.npy", splits.train.x)
+        console.print(f"next: {next_command(run, out)}", soft_wrap=True, highlight=False)
+
+
 def main(
     data: Annotated[
         Path | None, typer.Option(help="Your own .npz with `images` and `labels`.")
@@ -141,12 +151,7 @@ def main(
     checks = check_restored(run, restored, splits)
     for text, holds in checks:
         console.print(f"[green]yes[/]  {text}" if holds else f"[red]NO[/]   {text}")
-    plot_curves(run.epochs, out / "curves.png")
-    plot_statistics(run.statistics["layers"], out / "statistics.png")
-    console.print(f"pictures and checkpoints: {out}", soft_wrap=True)
-    if data is None:  # the network that `digits:ResNet()` makes
-        np.save(out / "inputs.npy", splits.train.x)
-        console.print(f"next: {next_command(run, out)}", soft_wrap=True, highlight=False)
+    report(run, splits, out, data is None)
     if not all(holds for _, holds in checks):
         raise typer.Exit(1)
 

@@ -4,6 +4,7 @@ import re
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,6 +68,21 @@ def test_a_second_run_has_its_own_folder_and_each_says_what_to_try_next(tmp_path
     assert f"{tmp_path}/run-2/checkpoints is of nnx: add --library nnx" in output
 
 
+def test_a_run_goes_where_none_is_and_resumes_where_the_last_one_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from runs import folder_of
+
+    out = tmp_path / "digits"
+    assert folder_of(out, False) == folder_of(out, True) == out
+    out.mkdir()
+    assert folder_of(out, False) == out  # nothing is in it
+    for number in ("", "-2"):
+        (tmp_path / f"digits{number}" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "digits-3" / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert folder_of(out, False) == tmp_path / "digits-3"
+    assert folder_of(out, True) == tmp_path / "digits-3"  # it was killed before its first epoch
+
+
 def test_both_libraries_have_one_network(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     from digits import NnxResNet, ResNet, as_linen
@@ -75,8 +91,8 @@ def test_both_libraries_have_one_network(monkeypatch):
     variables = ResNet().init(jax.random.key(0), x)
     model = NnxResNet()
     as_linen(model, variables)
-    expected, moved = ResNet().apply(variables, x, mutable=["batch_stats"])
-    np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    expected, moved = jax.device_get(ResNet().apply(variables, x, mutable=["batch_stats"]))
+    np.testing.assert_allclose(model(jnp.array(x)), expected, rtol=1e-4, atol=1e-5)
     stats = moved["batch_stats"]["Block_2"]["BatchNorm2d_1"]
     np.testing.assert_allclose(model.blocks[2].norms[1].mean[...], stats["mean"], atol=1e-6)
 

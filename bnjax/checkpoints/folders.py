@@ -16,7 +16,7 @@ from flax import traverse_util
 from bnjax.checkpoints.nested import ContentError
 
 # The usual names of what a manager of orbax saves beside records and data iterators.
-_ITEMS = ("default", "state")
+_ITEMS = ("default", "state", "pytree")
 
 
 def found_in(path: Path, suffixes: Sequence[str]) -> Path:

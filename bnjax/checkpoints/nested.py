@@ -80,7 +80,8 @@ def _dicts(value: Any, leaf: Leaf, name: str) -> Any:
     if node is None:
         return leaf(value, name)
     if node.is_box:
-        return _dicts(*node.parts.values(), leaf, name)
+        (inside,) = node.parts.values()
+        return _dicts(inside, leaf, name)
     for key in node.parts:
         if not isinstance(key, (str, int)) or set(str(key).split("/")) & {"", ".", ".."}:
             raise ContentError(

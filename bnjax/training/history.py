@@ -62,13 +62,6 @@ def history(
         map_layers(look, batch_stats)
         return found
 
-    def weight_of(path: str) -> float | None:
-        if momentum != "own":
-            return momentum
-        met = getattr(step, "met", {}).get(path)
-        own = None if met is None else met.facts.momentum
-        return float(own) if isinstance(own, float | int | np.number) else None
-
     def recorded(*args: Any) -> Any:
         nonlocal calls
         calls += 1
@@ -88,7 +81,7 @@ def history(
             lines = record.setdefault("layers", {}).setdefault(name, {})
             for key, value in after.items():
                 lines.setdefault(key, []).append(value.tolist())
-                if weight := weight_of(name):
+                if weight := _weight(step, name, momentum):
                     # running = (1 - weight) * old + weight * batch, solved for the batch
                     alone = before[name][key] + (value - before[name][key]) / weight
                     lines.setdefault(f"batch_{key}", []).append(alone.tolist())
@@ -109,6 +102,15 @@ def _held(trained: Any) -> dict[str, Any]:
 
     step = others[0].step.get_value()
     return {"params": of(nnx.Param), "batch_stats": of(nnx.BatchStat), "step": step}
+
+
+def _weight(step: Any, path: str, momentum: float | str | None) -> float | None:
+    """The momentum of a layer: its own, as the step has met it, or the one given."""
+    if momentum != "own":
+        return cast(float | None, momentum)
+    met = getattr(step, "met", {}).get(path)
+    own = None if met is None else met.facts.momentum
+    return float(own) if isinstance(own, float | int | np.number) else None
 
 
 def _layout(step: Any) -> Layout:
