@@ -240,3 +240,36 @@ def test_a_folder_without_one_checkpoint_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"the folder itself is no checkpoint. None is inside."):
         bnjax.load(tmp_path / "empty")
+
+
+def test_the_newest_of_flaxs_old_files_is_loaded(tmp_path, state):
+    for number, each in ((9, linen_state(2)), (10, state)):
+        (tmp_path / f"checkpoint_{number}").write_bytes(serialization.to_bytes(each))
+    assert bits(bnjax.load(tmp_path, like=linen_state(1))) == bits(state)
+    assert int(bnjax.load(tmp_path / "checkpoint_9")["step"]) == 0
+
+
+def test_what_others_keep_beside_the_weights_has_any_name(tmp_path):
+    held = {"w": np.ones(2), "vocabulary": {".": 1, "": 3}, "best": {"./a//b.ckpt": np.ones(())}}
+    (tmp_path / "m.msgpack").write_bytes(serialization.msgpack_serialize(held))
+    chex.assert_trees_all_equal(bnjax.load(tmp_path / "m.msgpack"), held)
+    with pytest.raises(ValueError, match=r"it has the name '\.' in vocabulary, and a name is no"):
+        bnjax.save(tmp_path / "other.msgpack", held)
+
+
+def test_a_replaced_file_keeps_its_permissions_and_a_link_stays_one(tmp_path):
+    target, link = tmp_path / "target.msgpack", tmp_path / f"{'m' * 240}.msgpack"
+    bnjax.save(target, {"w": np.ones(2)})
+    target.chmod(0o600)
+    link.symlink_to(target)
+    bnjax.save(link, {"w": np.zeros(2)})
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+    np.testing.assert_array_equal(bnjax.load(target)["w"], np.zeros(2))
+
+
+def test_what_orbax_cannot_hold_is_told(tmp_path):
+    message = "orbax has no arrays of size 0: a/b. Leave them out, or save as .msgpack, which has"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bnjax.save(tmp_path / "m", {"a": {"b": np.ones((0, 3))}, "c": np.ones(1)})
+    assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ import numpy as np
 from flax import serialization, traverse_util
 
 from bnjax._files import folder_of
-from bnjax.checkpoints.folders import found_in, read_orbax, write_orbax
+from bnjax.checkpoints.folders import LEGACY, found_in, read_orbax, write_orbax
 from bnjax.checkpoints.nested import UNWANTED, ContentError, as_dicts, filled
 from bnjax.checkpoints.tensors import SHARED, as_numpy, as_tensor
 
@@ -34,8 +34,8 @@ def load(path: str | Path, *, like: Any = None, only: Only | None = None) -> Any
     """The arrays of a checkpoint, whoever wrote it.
 
     The suffix says what it is: `.safetensors`; `.pth` or `.pt`, which needs torch and is read by
-    `torch.load(weights_only=True)`; Flax's `.msgpack`; or a folder that orbax wrote. No code of the
-    file is run and nothing is written.
+    `torch.load(weights_only=True)`; Flax's `.msgpack`, or a `checkpoint_100` of its old way; or a
+    folder that orbax wrote. No code of the file is run and nothing is written.
 
     Args:
         path: the file or folder; or a folder around the only checkpoint, or around the steps that
@@ -144,6 +144,7 @@ def _to_write(path: Path, tree: Any) -> dict[str, Any]:
     wrong: list[str] = []
     foreign: list[str] = []
     elsewhere: list[str] = []
+    empty: list[str] = []
 
     def array(value: Any, name: str) -> Any:
         if value is None:  # such as the loss scale of a state without one
@@ -157,12 +158,14 @@ def _to_write(path: Path, tree: Any) -> dict[str, Any]:
             wrong.append(f"{name} ({dtype})")
             return None
         found = found.astype(found.dtype.newbyteorder("="), copy=False)  # msgpack has no other
+        if not suffix and not found.size:
+            empty.append(name)
         if not _holds(suffix, found.dtype):
             foreign.append(f"{name} ({found.dtype})")
         return found
 
     try:
-        tree = as_dicts(tree, array)
+        tree = as_dicts(tree, array, paths=True)
     except ContentError as error:
         raise ValueError(f"Cannot save to {path}: {error}") from error
     for names, reason in (
@@ -174,6 +177,11 @@ def _to_write(path: Path, tree: Any) -> dict[str, Any]:
             elsewhere,
             "another process has a part of these arrays: {}. Use a `CheckpointManager` of "
             "orbax, whose folders `bnjax.load` reads.",
+        ),
+        (
+            empty,
+            "orbax has no arrays of size 0: {}. Leave them out, or save as .msgpack, which has "
+            "all.",
         ),
         (
             foreign,
@@ -212,6 +220,8 @@ def _plain(value: Any, name: str, wanted: Only) -> Any:
 def _format(path: Path, *, bare: bool) -> _Format:
     """The row of a suffix, or of none where the path may be `bare`."""
     suffix = "" if path.is_dir() else path.suffix.lower()
+    if path.is_file() and LEGACY.fullmatch(path.name):
+        suffix = ".msgpack"
     if suffix not in _FORMATS or not (suffix or bare):
         raise ValueError(f"The suffix of {path} says of no format what it is. {_KNOWN}")
     return _FORMATS[suffix]
@@ -312,10 +322,11 @@ def _read_orbax(path: Path, _: Only) -> Any:
 @contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
     """A file beside the path that takes its place when it is written and on the disk."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    path = path.resolve()  # a link stays one
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()
-        permissions = temporary.stat().st_mode
+        permissions = (path if path.exists() else temporary).stat().st_mode
         yield temporary
         temporary.chmod(permissions)  # safetensors has its own
         with temporary.open("rb") as file:

@@ -15,6 +15,8 @@ from flax import traverse_util
 
 from bnjax.checkpoints.nested import ContentError
 
+# A file that `flax.training.checkpoints` wrote in its old way: msgpack without a suffix.
+LEGACY = re.compile(r"checkpoint_\d+")
 # The usual names of what a manager of orbax saves beside records and data iterators.
 _ITEMS = ("default", "state", "pytree")
 
@@ -90,7 +92,7 @@ def _holds(path: Path, suffixes: Sequence[str]) -> bool:
     if ".orbax-checkpoint-tmp" in path.name or path.name.startswith("."):
         return False
     if not path.is_dir():
-        return path.suffix.lower() in suffixes
+        return path.suffix.lower() in suffixes or LEGACY.fullmatch(path.name) is not None
     return _is_orbax(path) or any(_holds(each, suffixes) for each in path.iterdir())
 
 

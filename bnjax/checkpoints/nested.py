@@ -29,13 +29,19 @@ class _Node(NamedTuple):
     is_box: bool = False  # its one part has no name of its own
 
 
-def as_dicts(value: Any, leaf: Leaf) -> dict[str, Any]:
+def as_dicts(value: Any, leaf: Leaf, *, paths: bool = False) -> dict[str, Any]:
     """Nested dicts with all leaves as `leaf(value, name)` gives them.
 
     Sequences are dicts by "0", "1" and so on, dataclasses and named tuples by their fields. Of nnx
     models and optimizers it is their state, and boxes, such as `nnx.Variable`, are taken off.
+
+    Args:
+        value: the tree.
+        leaf: what its leaves become; `UNWANTED` leaves one out.
+        paths: whether all names must be those of paths, as what is written needs them; or those
+            above arrays alone, and a vocabulary or a table of scores by file may have any.
     """
-    found = _dicts(value, leaf, "")
+    found = _dicts(value, leaf, "", paths)
     if not isinstance(found, dict):
         raise ContentError(
             f"it holds a {type(value).__name__} where a dict of names and arrays is expected. Save "
@@ -75,19 +81,20 @@ def joined(parent: str, name: Any) -> str:
     return f"{parent}/{name}" if parent else str(name)
 
 
-def _dicts(value: Any, leaf: Leaf, name: str) -> Any:
+def _dicts(value: Any, leaf: Leaf, name: str, paths: bool) -> Any:
     node = _opened(value)
     if node is None:
         return leaf(value, name)
     if node.is_box:
         (inside,) = node.parts.values()
-        return _dicts(inside, leaf, name)
+        return _dicts(inside, leaf, name, paths)
+    items = {str(k): _dicts(part, leaf, joined(name, k), paths) for k, part in node.parts.items()}
     for key in node.parts:
-        if not isinstance(key, (str, int)) or set(str(key).split("/")) & {"", ".", ".."}:
+        is_path = isinstance(key, (str, int)) and not set(str(key).split("/")) & {"", ".", ".."}
+        if not is_path and (paths or any(map(np.ndim, jax.tree.leaves(items[str(key)])))):
             raise ContentError(
                 f"it has the name {key!r} in {name or 'it'}, and a name is no such path."
             )
-    items = {str(k): _dicts(part, leaf, joined(name, k)) for k, part in node.parts.items()}
     if len(items) < len(node.parts):
         raise ContentError(f"two names in {name or 'it'} differ by their type only.")
     return {key: item for key, item in items.items() if item is not UNWANTED}
@@ -143,7 +150,7 @@ def _by_name(checkpoint: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[s
         if leaf is not None:
             found[outer if last == "value" and name not in wanted else name] = leaf
 
-    _dicts(checkpoint, note, "")
+    _dicts(checkpoint, note, "", False)
     return found
 
 
