@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -23,9 +24,10 @@ from bnjax._words import number_of
 from bnjax.checkpoints import files, inspection
 from bnjax.checkpoints.conversion import from_torch, to_torch
 from bnjax.models.diagnosis import diagnose as diagnosed
-from bnjax.models.nnx_copies import restored
+from bnjax.models.saved import variables_in
 
 PROBLEMS, FAILED = 1, 2
+_UNBROKEN = 1000  # columns
 
 app = typer.Typer(
     help="Look into checkpoints with batch norm, convert and diagnose them. Exit codes: 0 fine, "
@@ -56,6 +58,11 @@ def failing(code: int) -> Iterator[None]:
         text = f"{type(error).__name__}: this is a crash, not a problem found in the model."
         errors.print(text, soft_wrap=True)
         raise typer.Exit(FAILED) from error
+
+
+def output() -> Console:
+    """Where tables go: in a file or a pipe they are as wide as paths in one piece make them."""
+    return console if console.is_terminal else Console(highlight=False, width=_UNBROKEN)
 
 
 def show_version(wanted: bool) -> None:
@@ -114,8 +121,7 @@ def show(layers: list[inspection.Layer], problems: list[str], title: str) -> Non
         name = escape(layer.name or "top")
         table.add_row(name, str(layer.channels), *ranges, *cells, style=style)
     if layers:
-        # In a file or a pipe, the paths in one piece.
-        console.print(table, width=None if console.is_terminal else max(console.width, 100))
+        output().print(table)
     for problem in problems:
         console.print(f"[red]problem[/]  {escape(problem)}", soft_wrap=True)
     if quiet := sum(layer.dead + layer.nearly_dead for layer in layers):
@@ -195,7 +201,6 @@ def diagnose(
         made, tree, x = made_by(model), files.load(variables), inputs(data)
         if isinstance(made, nnx.Module):
             made.eval()
-            tree = restored(made, tree)
         batches = [x[start : start + batch_size] for start in range(0, len(x), batch_size)]
         report = diagnosed(made, tree, batches, steps=steps, apply_kwargs=arguments(apply))
         if plot is not None:
@@ -203,7 +208,7 @@ def diagnose(
     if as_json:
         print(report.to_json())
     else:
-        console.print(report)
+        output().print(report)
     if not report.healthy:
         raise typer.Exit(PROBLEMS)
 
@@ -254,16 +259,32 @@ def inputs(path: Path) -> np.ndarray:
 
 def renamed(tree: dict[str, Any], template: dict[str, Any], options: dict[str, Any]) -> Any:
     """The tree with names and layouts of the template, which is in the other naming."""
-    flax, other = (bool({"params", "batch_stats"} & {*each}) for each in (tree, template))
+    tree, template = variables_in(tree), variables_in(template)
+    flax, other = map(is_flax, (tree, template))
     if flax == other:
-        naming = "Flax's (`params` and `batch_stats`)" if flax else "PyTorch's"
+        naming = "Flax's (such as `kernel` and `scale`)" if flax else "PyTorch's"
         raise ValueError(
             f"Both files have {naming} naming, so --like changes nothing: leave it out. Of a "
             "nested checkpoint, save the state dict or the variables alone."
         )
     if other:
-        return from_torch(tree, None, template, **options)
-    return to_torch(tree, template, **options, numpy=True)
+        return from_torch(tree, None, as_variables(template), **options)
+    return to_torch(as_variables(tree), template, **options, numpy=True)
+
+
+def is_flax(tree: dict[str, Any]) -> bool:
+    """Whether names are those of linen variables or an nnx state."""
+    last = {names[-1] for names in flatten_dict(tree)}
+    return bool({"params", "batch_stats"} & {*tree} or {"kernel", "scale", "mean", "var"} & last)
+
+
+def as_variables(tree: dict[str, Any]) -> Any:
+    """What was saved of linen variables as it is, of an nnx state as a state."""
+    if {"params", "batch_stats"} & {*tree}:
+        return tree
+    flat = {keys[:-1] if keys[-1] == "value" else keys: x for keys, x in flatten_dict(tree).items()}
+    kinds = {"mean": nnx.BatchStat, "var": nnx.BatchStat, "count": nnx.BatchStat}
+    return nnx.from_flat_state((k, kinds.get(k[-1], nnx.Param)(x)) for k, x in flat.items())
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -1,8 +1,8 @@
-"""Averaged weights (SWA, EMA) with the statistics that belong to them.
+"""Averaged weights (EMA, SWA, schedule-free) with the statistics that belong to them.
 
 The average of the weights of many steps is often better than the last weights. But no running
-statistics belong to it: those of the last weights, and the average of all, are somebody else's.
-`bnjax.recalibrate` measures its own.
+statistics belong to it: those of the training are of other weights. `Average.recalibrated` measures
+its own, and so does `bnjax.recalibrate` for weights that an optimizer averages.
 """
 
 from typing import Annotated, Any
@@ -10,51 +10,66 @@ from typing import Annotated, Any
 import jax
 import optax
 import typer
-from digits import ResNet, batches, load, loss_fn
+from digits import ResNet, Splits, batches, load, loss_fn
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import bnjax
-from bnjax.training import TrainState, eval_step, evaluate, init_state, train_step
+from bnjax.training import Average, TrainState, eval_step, evaluate, init_state, train_step
 
 console = Console()
 
 
-def mean_of(trees: list[Any]) -> Any:
-    """The average of trees, leaf by leaf."""
-    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
+def train(
+    tx: optax.GradientTransformation, splits: Splits, epochs: int, seed: int, label: str
+) -> tuple[TrainState, dict[str, Average]]:
+    """The last state, and averages of the second half: of all steps and of the ends of epochs."""
+    model = ResNet(splits.classes)
+    state = init_state(model, tx, jax.random.PRNGKey(seed), splits.train.x[:2])
+    step = train_step(loss_fn)
+    averages = {"EMA": Average.start(state, 0.98), "SWA": Average.start(state, None)}
+    for epoch in track(range(epochs), label, console=console):
+        for batch in batches(splits.train, 64, seed=seed + epoch):
+            state, _ = step(state, batch)
+            averages["EMA"] = averages["EMA"].update(state)
+        if epoch >= epochs // 2:
+            averages["SWA"] = averages["SWA"].update(state)
+    return state, averages
 
 
 def main(
-    epochs: Annotated[int, typer.Option(min=2, help="The second half is averaged.")] = 12,
-    lr: Annotated[float, typer.Option(min=0, help="Constant, and high.")] = 0.05,
+    epochs: Annotated[int, typer.Option(min=2, help="SWA averages the second half.")] = 12,
+    lr: Annotated[float, typer.Option(min=0, help="Of Adam: constant, and high.")] = 0.05,
     seed: int = 0,
 ) -> None:
     """Train at a high constant learning rate, average the weights, and evaluate the average."""
     splits = load(seed=seed)
-    model = ResNet(splits.classes)
-    state = init_state(model, optax.adam(lr), jax.random.PRNGKey(seed), splits.train.x[:2])
-    step, kept = train_step(loss_fn), []
-    for epoch in track(range(epochs), "training", console=console):
-        for batch in batches(splits.train, 64, seed=seed + epoch):
-            state, _ = step(state, batch)
-        if epoch >= epochs // 2:
-            kept.append(jax.device_get((state.params, state.batch_stats)))
-    params, stats = mean_of([params for params, _ in kept]), mean_of([stats for _, stats in kept])
+    model, test = ResNet(splits.classes), eval_step(loss_fn)
     clean = list(batches(splits.train, 256))
-    exact = bnjax.recalibrate(model, {"params": params, "batch_stats": stats}, clean)
     table = Table("weights", "statistics", "test accuracy", "test loss", title="Averaged weights")
 
-    def row(weights: str, which: str, tested: TrainState) -> None:
-        result = evaluate(eval_step(loss_fn), tested, batches(splits.test, 256))
-        table.add_row(weights, which, f"{result['accuracy']:.3f}", f"{result['loss']:.3f}")
+    def row(weights: str, statistics: str, state: TrainState) -> None:
+        result = evaluate(test, state, batches(splits.test, 256))
+        numbers = (f"{result[name]:.3f}" for name in ("accuracy", "loss"))
+        table.add_row(weights, statistics, *numbers)
 
-    averaged = state.replace(params=params)
-    row("of the last step", "its own", state)
-    row("averaged", "of the last step", averaged)
-    row("averaged", "averaged", averaged.replace(batch_stats=stats))
-    row("averaged", "recalibrated", averaged.replace(batch_stats=exact["batch_stats"]))
+    def measured(state: TrainState) -> TrainState:
+        return state.replace(**bnjax.recalibrate(model, state.variables, clean))
+
+    state, averages = train(optax.adam(lr), splits, epochs, seed, "Adam")
+    row("Adam, the last", "of the training", state)
+    row("Adam, the last", "recalibrated", measured(state))
+    for name, average in averages.items():
+        params: Any = average.params
+        row(f"Adam, {name}", "of the training", state.replace(params=params))
+        row(f"Adam, {name}", "recalibrated", average.recalibrated(model, state, clean))
+    tx = optax.contrib.schedule_free_adamw(lr / 5, warmup_steps=20)
+    state, _ = train(tx, splits, epochs, seed, "schedule-free")
+    averaged = optax.contrib.schedule_free_eval_params(state.opt_state, state.params)
+    state = state.replace(params=averaged)
+    row("schedule-free", "of the training", state)
+    row("schedule-free", "recalibrated", measured(state))
     console.print(table)
 
 

@@ -1,4 +1,7 @@
-"""The data and the network that the examples share: scanned digits and a small residual CNN."""
+"""The data and the network that the examples share: scanned digits and a small residual CNN.
+
+The network stands here twice, in linen and in nnx, with the same layers and the same first weights.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,6 +12,8 @@ import jax
 import numpy as np
 import optax
 from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict
 
 import bnjax
 
@@ -167,6 +172,73 @@ class ResNet(nn.Module):
         for number, width in enumerate(self.widths):
             x = Block(width, 2 if number else 1, self.track_running_stats)(x)
         return nn.Dense(self.classes)(x.mean((1, 2)))
+
+
+class NnxBlock(nnx.Module):
+    """The same block in nnx."""
+
+    def __init__(self, inputs: int, features: int, stride: int = 1, *, rngs: nnx.Rngs) -> None:
+        def conv(inputs: int, size: int, stride: int = 1) -> nnx.Conv:
+            strides = (stride, stride)
+            return nnx.Conv(inputs, features, (size, size), strides, use_bias=False, rngs=rngs)
+
+        convs = [conv(inputs, 3, stride), conv(features, 3)]
+        if stride > 1 or inputs != features:
+            convs.append(conv(inputs, 1, stride))
+        self.convs = nnx.List(convs)
+        norms = (bnjax.nnx.BatchNorm2d(features, rngs=rngs) for _ in convs)
+        self.norms = nnx.List(norms)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, H, W, C) to (N, H / stride, W / stride, features)."""
+        first, second, *around = zip(self.convs, self.norms, strict=True)
+        h = nnx.relu(first[1](first[0](x)))
+        h = second[1](second[0](h))
+        for conv, norm in around:
+            x = norm(conv(x))
+        return nnx.relu(x + h)
+
+
+class NnxResNet(nnx.Module):
+    """The same network in nnx, which has to know how many channels the images have."""
+
+    def __init__(
+        self,
+        classes: int = 10,
+        widths: tuple[int, ...] = (32, 64, 128),
+        *,
+        channels: int = 1,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        rngs = rngs or nnx.Rngs(0)
+        stem = nnx.Conv(channels, widths[0], (3, 3), use_bias=False, rngs=rngs)
+        self.convs = nnx.List([stem])
+        self.norms = nnx.List([bnjax.nnx.BatchNorm2d(widths[0], rngs=rngs)])
+        pairs = enumerate(zip((widths[0], *widths), widths, strict=False))
+        blocks = (NnxBlock(*pair, 2 if number else 1, rngs=rngs) for number, pair in pairs)
+        self.blocks = nnx.List(blocks)
+        self.heads = nnx.List([nnx.Linear(widths[-1], classes, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, H, W, C) to (N, classes)."""
+        x = nnx.relu(self.norms[0](self.convs[0](x)))
+        for block in self.blocks:
+            x = block(x)
+        return self.heads[0](x.mean((1, 2)))
+
+
+def as_linen(model: NnxResNet, variables: Any) -> None:
+    """Give the network in nnx the parameters and statistics of the one in linen."""
+    lists = {"Block": "blocks", "BatchNorm2d": "norms", "Conv": "convs", "Dense": "heads"}
+    arrays = {}
+    for (_, *path, leaf), array in flatten_dict(variables).items():
+        numbered = (name.rsplit("_", 1) for name in path)  # as "Block_2", "Conv_0"
+        keys = (key for kind, number in numbered for key in (lists[kind], int(number)))
+        arrays[(*keys, leaf)] = array
+    flat = nnx.to_flat_state(nnx.state(model))
+    nnx.update(
+        model, nnx.from_flat_state((keys, leaf.replace(arrays[keys])) for keys, leaf in flat)
+    )
 
 
 def loss_fn(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -16,7 +16,8 @@ from digits import ResNet, Splits, batches, load, loss_fn
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from train_digits import restore, start, train
+from runs import restore, start
+from train_digits import train
 
 from bnjax.training import TrainState, eval_step, evaluate, train_step
 
@@ -34,7 +35,8 @@ def trained(run_folder: Path, splits: Splits, epochs: int, seed: int) -> TrainSt
     ) as manager:
         if manager.latest_step() is None:
             console.print(f"{run_folder} holds no run: training {epochs} epochs first.")
-            return train(fresh, manager, splits, epochs, 64, seed).state
+            train(fresh, manager, splits, epochs, 64, seed)
+            return fresh.state
         return restore(manager, fresh).state
 
 

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import typer
-from digits import batches, load, loss_fn
+from digits import batches, load
+from jax.experimental import multihost_utils
 from rich.console import Console
-from train_digits import restore, start, train
-
-from bnjax.training import eval_step, evaluate
+from runs import Library, folder_of, restore, start
+from train_digits import train
 
 console = Console()
 LOST = (
@@ -53,28 +54,37 @@ def launch(processes: int) -> int:
     return max(abs(child.returncode) for child in children)
 
 
-def work(out: Path, epochs: int, batch_size: int, lr: float, seed: int, resume: bool) -> None:
+def work(
+    out: Path, library: Library, epochs: int, batch_size: int, lr: float, seed: int, resume: bool
+) -> None:
     """The part of one process."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     first = jax.process_index() == 0
     if first:
         console.print(f"{jax.process_count()} processes, {jax.device_count()} devices")
-    splits = load(seed=seed)
+    splits, out = load(seed=seed), agreed(folder_of(out.resolve(), resume))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    with ocp.CheckpointManager(out.resolve() / "checkpoints", options=options) as manager:
-        run = start(splits, lr, epochs, batch_size, seed)
+    with ocp.CheckpointManager(out / "checkpoints", options=options) as manager:
+        run = start(splits, lr, epochs, batch_size, seed, library, mesh)
         if manager.latest_step() is not None:
-            if not resume:
-                raise typer.BadParameter(f"{out} holds a run already: add --resume")
             run = restore(manager, run)
-        run = train(run, manager, splits, epochs, batch_size, seed, mesh)
+        train(run, manager, splits, epochs, batch_size, seed)
     part = jax.process_index(), jax.process_count()
-    test = batches(splits.test, 256, part=part)
-    result = evaluate(eval_step(loss_fn, mesh=mesh), run.state, test)
+    result = run.evaluate(batches(splits.test, 256, part=part))
     if first:
         console.print(
             f"test accuracy {result['accuracy']:.4f} in eval mode, loss {result['loss']:.6f}"
         )
+        console.print(f"checkpoints: {out}", soft_wrap=True)
+
+
+def agreed(out: Path) -> Path:
+    """The folder that process 0 has found, as the others may look when it is there already."""
+    name = np.zeros(4096, np.uint8)
+    given = np.frombuffer(str(out).encode(), np.uint8)
+    name[: len(given)] = given
+    first = np.asarray(multihost_utils.broadcast_one_to_all(name))
+    return Path(first.tobytes().rstrip(b"\0").decode())
 
 
 def main(
@@ -83,14 +93,17 @@ def main(
     ] = None,
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0.")] = None,
     process_id: Annotated[int | None, typer.Option(help="Which process this is.")] = None,
-    out: Annotated[Path, typer.Option(help="The run's folder, seen by all.")] = Path(
-        "runs/multihost"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="The run's folder, seen by all; OUT-2 and so on if it holds a run.")
+    ] = Path("runs/multihost"),
+    library: Annotated[Library, typer.Option(help="Flax's linen, or its nnx.")] = "linen",
     epochs: Annotated[int, typer.Option(min=1)] = 40,
     batch_size: Annotated[int, typer.Option(min=2, help="Of all processes together.")] = 64,
     lr: Annotated[float, typer.Option(min=0, help="The highest learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of the split, the weights and the order.")] = 0,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint of the last run.")
+    ] = False,
     timeout: Annotated[
         int, typer.Option(help="Seconds until a silent process counts as lost.")
     ] = 60,
@@ -111,7 +124,7 @@ def main(
         )
         raise typer.BadParameter(message, param_hint="--coordinator") from error
     try:
-        work(out, epochs, batch_size, lr, seed, resume)
+        work(out, library, epochs, batch_size, lr, seed, resume)
     except jax.errors.JaxRuntimeError as error:
         console.print(
             f"process {jax.process_index()}: {str(error).splitlines()[0]}\n[red]{LOST}[/]"

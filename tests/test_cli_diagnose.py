@@ -1,14 +1,18 @@
 """`bnjax diagnose`: models and data by name, what it prints, and exit codes."""
 
 import json
+import re
+import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, serialization, traverse_util
 
 import bnjax
 from bnjax.checkpoints import files
@@ -169,3 +173,52 @@ def test_an_error_of_a_layer_names_it_on_the_command_line(tmp_path):
     assert code == 2
     assert "The batch norm at 'layers_1' misses ['var'] in `batch_stats`" in output
     assert "In BatchNorm1d at 'layers_1'." in output
+
+
+@pytest.mark.parametrize("folder", ["run", "run/checkpoints", "run/checkpoints/2"])
+@pytest.mark.parametrize("kind", ["dense", "nnx"])
+def test_the_folder_of_a_training_is_read_from_the_shell(tmp_path, folder, kind):
+    import orbax.checkpoint as ocp
+
+    x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
+    np.save(tmp_path / "x.npy", x)
+    for number in (1, 2):  # the newest alone has the right statistics
+        tree = saved_by_training(kind, x) if number == 2 else {"nothing": np.ones(2)}
+        with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(tree), records=ocp.args.JsonSave({"loss": [1.0]})
+            )
+            manager.save(number, args=items)
+            manager.wait_until_finished()
+    command = [sys.executable, "-m", "bnjax", "inspect", tmp_path / folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert done.stdout.endswith("verdict: fine (1 batch norm)\n")
+    paths = ("--variables", tmp_path / folder, "--data", tmp_path / "x.npy")
+    code, output = run("diagnose", f"{__name__}:trained_{kind}", *paths)
+    assert code == 0, output
+    assert output.endswith("All is well: 1 batch norm fits these data.\n")
+
+
+def saved_by_training(kind: str, x: np.ndarray) -> Any:
+    """What the examples save: a state, or model and optimizer."""
+    if kind == "nnx":
+        model = trained_nnx()
+        nnx.update(model, bnjax.recalibrate(model, None, [x]))
+        optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+        return {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
+    model = trained_dense()
+    state = bnjax.training.init_state(model, optax.adam(0.1), jax.random.key(0), x)
+    stats = bnjax.recalibrate(model, state, [x])["batch_stats"]
+    return serialization.to_state_dict(state.replace(batch_stats=stats, loss_scale=0))
+
+
+def test_long_paths_stay_in_one_piece_in_a_pipe(tmp_path):
+    names = "resnet/encoder/stages/0/layers/0/layer/2/normalization/of/the/last/block"
+    leaves = {"mean": np.linspace(-1, 1, 3), "var": np.linspace(1, 2, 3)}
+    tree = {f"{names}/{leaf}": array for leaf, array in leaves.items()}
+    files.save(tmp_path / "m.msgpack", {"batch_stats": traverse_util.unflatten_dict(tree, sep="/")})
+    command = [sys.executable, "-m", "bnjax", "inspect", tmp_path / "m.msgpack"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert re.search(rf"^ {names} +3 ", done.stdout, re.MULTILINE), done.stdout
+    assert max(map(len, done.stdout.splitlines())) < 200

@@ -4,17 +4,20 @@ import re
 import signal
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.commands import EXAMPLES, arrays, result, run, start, wait_for_checkpoint
+from tests.support.commands import EXAMPLES, arrays, result, run, shell, start, wait_for_checkpoint
 
 TRAIN = EXAMPLES / "train_digits.py"
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, library):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    settings = ("--epochs", "4", "--batch-size", "256", "--seed", "3")
+    settings = ("--epochs", "4", "--batch-size", "256", "--seed", "3", "--library", library)
     code, expected = run(TRAIN, "--out", whole, *settings)
     assert code == 0, expected
     kills = 0
@@ -45,9 +48,62 @@ def test_all_promises_hold_and_pictures_are_written(tmp_path):
     assert re.search(r"model\.apply\(\.\.\.\) +│ 0, not a bit +│ 0, not a bit", output)
     assert re.search(r"128 │ +\d\.\d{3} std │ +\d\.\d{3} │ +\d\.\d{3} │ +0, not a bit", output)
     assert (tmp_path / "run" / "running_statistics.png").stat().st_size > 10_000
-    code, output = run(TRAIN, "--out", tmp_path / "run")
+
+
+def test_a_second_run_has_its_own_folder_and_each_says_what_to_try_next(tmp_path):
+    settings = ("--epochs", "1", "--batch-size", "256", "--out", tmp_path / "run")
+    for number, library in (("", "linen"), ("-2", "nnx")):
+        code, output = run(TRAIN, *settings, "--library", library)
+        assert code == 0, output
+        assert re.search(r"^epoch 1/1  loss \d\.\d+  validation accuracy", output, re.MULTILINE)
+        assert f"pictures and checkpoints: {tmp_path}/run{number}\n" in output
+        code, report = shell(output.partition("next: ")[2].strip())
+        assert code in (0, 1), report
+        assert "values per" in report
+        assert "error" not in report.splitlines()[0]
+    code, output = run(TRAIN, *settings, "--resume")
     assert code == 2
-    assert "holds a run already: add --resume, or choose another folder" in output
+    assert f"{tmp_path}/run-2/checkpoints is of nnx: add --library nnx" in output
+
+
+def test_a_run_goes_where_none_is_and_resumes_where_the_last_one_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from runs import folder_of
+
+    out = tmp_path / "digits"
+    assert folder_of(out, False) == folder_of(out, True) == out
+    out.mkdir()
+    assert folder_of(out, False) == out  # nothing is in it
+    for number in ("", "-2"):
+        (tmp_path / f"digits{number}" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "digits-3" / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert folder_of(out, False) == tmp_path / "digits-3"
+    assert folder_of(out, True) == tmp_path / "digits-3"  # it was killed before its first epoch
+
+
+def test_both_libraries_have_one_network(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from digits import NnxResNet, ResNet, as_linen
+
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype("f")
+    variables = ResNet().init(jax.random.key(0), x)
+    model = NnxResNet()
+    as_linen(model, variables)
+    expected, moved = jax.device_get(ResNet().apply(variables, x, mutable=["batch_stats"]))
+    np.testing.assert_allclose(model(jnp.array(x)), expected, rtol=1e-4, atol=1e-5)
+    stats = moved["batch_stats"]["Block_2"]["BatchNorm2d_1"]
+    np.testing.assert_allclose(model.blocks[2].norms[1].mean[...], stats["mean"], atol=1e-6)
+
+
+def test_averages_are_compared_with_and_without_their_own_statistics():
+    code, output = run(EXAMPLES / "averaged_weights.py", "--epochs", "2")
+    assert code == 0, output
+    rows = re.findall(r"│ (.+?) +│ (.+?) +│ (0\.\d{3}|1\.000) +│ ([\d.]+|nan) +│", output)
+    weights = ("Adam, the last", "Adam, EMA", "Adam, SWA", "schedule-free")
+    kinds = ("of the training", "recalibrated")
+    assert [row[:2] for row in rows] == [(name, kind) for name in weights for kind in kinds]
+    accuracy = {row[:2]: float(row[2]) for row in rows}
+    assert accuracy["Adam, EMA", "recalibrated"] > accuracy["Adam, EMA", "of the training"] + 0.1
 
 
 def test_a_users_own_images_train(tmp_path):

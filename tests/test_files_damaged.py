@@ -148,12 +148,13 @@ def test_a_name_below_an_array_is_refused(tmp_path, names):
 
 
 def test_a_folder_of_checkpoints_names_those_inside(tmp_path):
-    bnjax.save(tmp_path / "run" / "1" / "state", VARIABLES)
+    for name in ("a", "b"):
+        bnjax.save(tmp_path / "run" / name / "model", VARIABLES)
     message = (
-        f"Cannot read {tmp_path / 'run'} as an orbax checkpoint: the folder itself is no "
-        f"checkpoint. These are some: {tmp_path / 'run' / '1' / 'state'}."
+        f"Cannot read {tmp_path / 'run'} as a checkpoint: the folder itself is no checkpoint. "
+        f"These are some: {tmp_path / 'run' / 'a'}, {tmp_path / 'run' / 'b'}."
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)} Formats are "):
         bnjax.load(tmp_path / "run")
 
 

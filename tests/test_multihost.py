@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import chex
+import pytest
 
 from tests.support.commands import EXAMPLES, arrays, result, run, start, wait_for_checkpoint
 
@@ -13,12 +14,14 @@ TRAIN = EXAMPLES / "train_multihost.py"
 SETTINGS = ("--epochs", "3", "--batch-size", "256", "--timeout", "20")
 
 
+@pytest.mark.parametrize("library", ["linen", "nnx"])
 def test_a_lost_process_stops_the_run_and_resuming_gives_the_undisturbed_numbers(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, library
 ):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    settings = (*SETTINGS, "--library", library)
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
-    process = start(TRAIN, "--processes", "2", "--out", broken, *SETTINGS)
+    process = start(TRAIN, "--processes", "2", "--out", broken, *settings)
     wait_for_checkpoint(process, broken, 1)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     killed = time.monotonic()
@@ -26,12 +29,12 @@ def test_a_lost_process_stops_the_run_and_resuming_gives_the_undisturbed_numbers
     assert process.returncode == 1, output
     assert "A process of this run was lost. Start it again with --resume" in output
     assert time.monotonic() - killed < 60  # it stops, where a collective could wait for ever
-    code, output = run(TRAIN, "--processes", "2", "--out", broken, "--resume", *SETTINGS)
+    code, output = run(TRAIN, "--processes", "2", "--out", broken, "--resume", *settings)
     assert code == 0, output
     assert "2 processes, 2 devices" in output
     # One process with two devices does the same sums.
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    code, expected = run(TRAIN, "--processes", "1", "--out", whole, *SETTINGS)
+    code, expected = run(TRAIN, "--processes", "1", "--out", whole, *settings)
     assert code == 0, expected
     assert "1 processes, 2 devices" in expected
     assert result(output) == result(expected)

@@ -228,11 +228,17 @@ def test_a_part_of_the_state_such_as_averaged_parameters_goes_in_and_comes_out(b
 
 
 MISTAKES = {
-    "a dict": (
-        lambda model: bnjax.recalibrate(model, {"params": {}}, []),
+    "a number": (
+        lambda model: bnjax.recalibrate(model, 3, []),
         TypeError,
         "`variables` of an nnx model must be an nnx.State, as `nnx.state(model)` gives it, or None "
-        "for those that the model has, got dict.",
+        "for those that the model has, got int.",
+    ),
+    "a dict of another model": (
+        lambda model: bnjax.recalibrate(model.first, {"bias": np.zeros(3)}, []),
+        ValueError,
+        "`variables` do not fit the model: missing ['mean', 'scale', 'var']. Are they of another "
+        "model?",
     ),
     "another model": (
         lambda model: bnjax.recalibrate(model, nnx.state(make(num_features=6)), []),

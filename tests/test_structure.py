@@ -36,15 +36,22 @@ FLOORS = {
         {"visits"},
         {"accumulation", "freezing", "overrides"},
         {"nnx_copies"},
+        {"saved"},
         {"recalibration", "folding", "diagnosis"},
     ),
     "bnjax.training": (
         {"checks", "scaling"},
         {"gradients", "state"},
         {"steps"},
-        {"history", "nnx_steps"},
+        {"nnx_steps"},
+        {"history", "averaging"},
     ),
-    "bnjax.checkpoints": ({"tensors"}, {"files", "inspection", "conversion"}),
+    "bnjax.checkpoints": (
+        {"tensors"},
+        {"nested"},
+        {"folders"},
+        {"files", "inspection", "conversion"},
+    ),
 }
 CORE = {"jax", "chex", "numpy"}
 PACKAGE = Path(bnjax.__file__).parent

@@ -1,24 +1,23 @@
 """Checkpoints on disk, read and written safely: load, save."""
 
 import contextlib
-import glob
 import importlib
 import os
 import pickle
-import shutil
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, serialization, traverse_util
-from flax.core import meta
+from flax import serialization, traverse_util
 
 from bnjax._files import folder_of
+from bnjax.checkpoints.folders import LEGACY, found_in, read_orbax, write_orbax
+from bnjax.checkpoints.nested import UNWANTED, ContentError, as_dicts, filled
 from bnjax.checkpoints.tensors import SHARED, as_numpy, as_tensor
 
 _KNOWN = (
@@ -31,35 +30,46 @@ Only = Callable[[str, tuple[int, ...]], bool]
 _Format = tuple[str, Callable[[Path, Only], Any], Callable[[Path, dict[str, Any]], None]]
 
 
-def load(path: str | Path, *, only: Only | None = None) -> dict[str, Any]:
+def load(path: str | Path, *, like: Any = None, only: Only | None = None) -> Any:
     """The arrays of a checkpoint, whoever wrote it.
 
     The suffix says what it is: `.safetensors`; `.pth` or `.pt`, which needs torch and is read by
-    `torch.load(weights_only=True)`; Flax's `.msgpack`; or a folder that orbax wrote. No code of the
-    file is run and nothing is written.
+    `torch.load(weights_only=True)`; Flax's `.msgpack`, or a `checkpoint_100` of its old way; or a
+    folder that orbax wrote. No code of the file is run and nothing is written.
 
     Args:
-        path: the file or folder.
+        path: the file or folder; or a folder around the only checkpoint, or around the steps that
+            a `CheckpointManager` of orbax has saved, of which it is the newest.
+        like: what was saved, with any values, such as a new `TrainState`, or `(model, optimizer)`
+            of nnx: gives the structure, dtypes and shardings. `jax.ShapeDtypeStruct` will do for
+            arrays. It is not touched.
         only: whether an array is wanted, by its name ("/" between nested names) and shape; from a
             safetensors file the others are not even read.
 
     Returns:
-        A dict of NumPy arrays. A state dict of PyTorch has its names, for `bnjax.from_torch`; what
-        was nested (in a safetensors file: has "/" in its names) is nested, with sequences as dicts
-        by "0", "1" and so on. What is no array, such as a string, stays as it is.
+        A tree like `like`. Without it, a dict of NumPy arrays: a state dict of PyTorch has its
+        names, for `bnjax.from_torch`; what was nested (in a safetensors file: has "/" in its names)
+        is nested, with sequences as dicts by "0", "1" and so on. Random keys are their data. What
+        is no array, such as a string, stays as it is.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, truncated, something else, or would run code.
+        ValueError: the file is damaged, truncated, something else, or would run code; or names,
+            shapes or kinds of numbers are not those of `like`.
         ModuleNotFoundError: its format needs a package that is not installed.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
-    what, read, _ = _format(path, bare=path.is_dir())
     wanted: Only = only or (lambda name, shape: True)
     try:
-        return _tree(read(path, wanted), lambda value, name: _plain(value, name, wanted))
+        path = found_in(path, [suffix for suffix in _FORMATS if suffix])
+    except ContentError as error:
+        raise ValueError(f"Cannot read {path} as a checkpoint: {error} {_KNOWN}") from error
+    what, read, _ = _format(path, bare=path.is_dir())
+    try:
+        found = as_dicts(read(path, wanted), lambda value, name: _plain(value, name, wanted))
+        return found if like is None else filled(like, found)
     except ModuleNotFoundError:
         raise
     except pickle.UnpicklingError as error:
@@ -68,7 +78,7 @@ def load(path: str | Path, *, only: Only | None = None) -> dict[str, Any]:
             "containers, and to unpickle that could run code. Where you trust it, load it with "
             "torch and save its `state_dict()` alone."
         ) from error
-    except _ContentError as error:
+    except ContentError as error:
         raise ValueError(f"Cannot read {path} as {what}: {error}") from error
     except Exception as error:  # Each library has its own.
         reason = (str(error).strip().splitlines() or [""])[0][:200]
@@ -88,11 +98,13 @@ def save(path: str | Path, tree: Any) -> None:
     Args:
         path: where it goes; the suffix chooses the format, as for `load`. A file there is replaced,
             a folder is not.
-        tree: a state dict, linen variables, an `nnx.State`, or any nested dict of arrays.
+        tree: a state dict, linen variables, a `TrainState`, an nnx model, optimizer or state, or
+            any tree of arrays, such as a dict or tuple of these. Random keys are saved as their
+            data; functions and other settings, such as a `TrainState` has them, are not.
 
     Raises:
-        ValueError: an unknown suffix, a leaf that is no array of numbers, or a name or dtype that
-            would not come back.
+        ValueError: an unknown suffix, a leaf that is no array of numbers, an array of which another
+            process has a part, or a name or dtype that would not come back.
         FileExistsError: the folder is there.
         FileNotFoundError: there is no folder to save it in.
         TypeError: the path is no path.
@@ -103,6 +115,19 @@ def save(path: str | Path, tree: Any) -> None:
     ...     save(f"{folder}/model.msgpack", {"params": {"bias": np.arange(3)}})
     ...     load(f"{folder}/model.msgpack")
     {'params': {'bias': array([0, 1, 2])}}
+
+    A training, with its optimizer and random keys, comes back into a state like it:
+
+    >>> import bnjax, optax
+    >>> from bnjax.training import init_state
+    >>> x = jnp.ones((2, 3))
+    >>> tx, model = optax.adam(0.1), bnjax.BatchNorm1d()
+    >>> make = lambda seed: init_state(model, tx, jax.random.key(seed), x)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/state.msgpack", make(3))
+    ...     state = load(f"{folder}/state.msgpack", like=make(0))
+    >>> bool((state.rng == make(3).rng).all()), type(state).__name__
+    (True, 'TrainState')
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"`path` comes first, as in save(path, tree), got {type(path).__name__}.")
@@ -110,36 +135,68 @@ def save(path: str | Path, tree: Any) -> None:
     *_, write = _format(path, bare=True)
     if path.suffix:  # orbax makes its folders
         folder_of(path)
+    write(path, _to_write(path, tree))
+
+
+def _to_write(path: Path, tree: Any) -> dict[str, Any]:
+    """Nested dicts of arrays that all come back from a file of this suffix."""
+    suffix = path.suffix.lower()
     wrong: list[str] = []
     foreign: list[str] = []
+    elsewhere: list[str] = []
+    empty: list[str] = []
 
     def array(value: Any, name: str) -> Any:
+        if value is None:  # such as the loss scale of a state without one
+            return UNWANTED if suffix == ".safetensors" else None
+        if isinstance(value, jax.Array) and not _is_here(value):
+            elsewhere.append(name)
+            return None
         found = as_numpy(np.asarray(value) if isinstance(value, (bool, int, float)) else value)
         dtype = type(value).__name__ if found is None else found.dtype
         if found is None or not any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_)):
             wrong.append(f"{name} ({dtype})")
             return None
         found = found.astype(found.dtype.newbyteorder("="), copy=False)  # msgpack has no other
-        if not _holds(path.suffix.lower(), found.dtype):
+        if not suffix and not found.size:
+            empty.append(name)
+        if not _holds(suffix, found.dtype):
             foreign.append(f"{name} ({found.dtype})")
         return found
 
     try:
-        tree = _tree(tree, array)
-    except _ContentError as error:
+        tree = as_dicts(tree, array, paths=True)
+    except ContentError as error:
         raise ValueError(f"Cannot save to {path}: {error}") from error
-    if wrong:
-        raise ValueError(
-            f"Cannot save to {path}: a checkpoint holds arrays of numbers alone, but these are "
-            f"none: {', '.join(wrong)}. Leave them out; random keys of nnx with "
-            "`nnx.state(model, nnx.Not(nnx.RngState))`."
-        )
-    if foreign:
-        raise ValueError(
-            f"Cannot save to {path}: this format has no such numbers: {', '.join(foreign)}. "
-            "Convert them, or save as .msgpack, which has all."
-        )
-    write(path, tree)
+    for names, reason in (
+        (
+            wrong,
+            "a checkpoint holds arrays of numbers alone, but these are none: {}. Leave them out.",
+        ),
+        (
+            elsewhere,
+            "another process has a part of these arrays: {}. Use a `CheckpointManager` of "
+            "orbax, whose folders `bnjax.load` reads.",
+        ),
+        (
+            empty,
+            "orbax has no arrays of size 0: {}. Leave them out, or save as .msgpack, which has "
+            "all.",
+        ),
+        (
+            foreign,
+            "this format has no such numbers: {}. Convert them, or save as .msgpack, which "
+            "has all.",
+        ),
+    ):
+        if names:
+            raise ValueError(f"Cannot save to {path}: {reason.format(', '.join(names))}")
+    return tree
+
+
+def _is_here(array: jax.Array) -> bool:
+    """Whether this process has all of an array."""
+    return array.is_fully_addressable or array.is_fully_replicated
 
 
 def _holds(suffix: str, dtype: np.dtype) -> bool:
@@ -152,54 +209,19 @@ def _holds(suffix: str, dtype: np.dtype) -> bool:
     return dtype.name in SHARED or own
 
 
-_UNWANTED = object()
-
-
-class _ContentError(Exception):
-    """What is wrong with the contents, in a sentence."""
-
-
-def _tree(value: Any, leaf: Callable[[Any, str], Any]) -> dict[str, Any]:
-    """Nested dicts with all leaves as `leaf(value, name)` gives them."""
-    if isinstance(value, nnx.State):
-        value = nnx.to_pure_dict(value)
-    if not isinstance(value, Mapping):
-        raise _ContentError(
-            f"it holds a {type(value).__name__} where a dict of names and arrays is expected. Save "
-            "the `state_dict()` or the variables of a model."
-        )
-    return _nested(value, leaf, "")
-
-
-def _nested(value: Any, leaf: Callable[[Any, str], Any], name: str) -> Any:
-    value = meta.unbox(value) if isinstance(value, meta.AxisMetadata) else value
-    if isinstance(value, (list, tuple)):
-        value = {str(number): item for number, item in enumerate(value)}
-    if not isinstance(value, Mapping):
-        return leaf(value, name)
-    for key in value:
-        if not isinstance(key, (str, int)) or set(str(key).split("/")) & {"", ".", ".."}:
-            raise _ContentError(
-                f"it has the name {key!r} in {name or 'it'}, and a name is no such path."
-            )
-    prefix = f"{name}/" if name else ""
-    items = {str(key): _nested(item, leaf, f"{prefix}{key}") for key, item in value.items()}
-    if len(items) < len(value):
-        raise _ContentError(f"two names in {name or 'it'} differ by their type only.")
-    return {key: item for key, item in items.items() if item is not _UNWANTED}
-
-
 def _plain(value: Any, name: str, wanted: Only) -> Any:
     """An array as NumPy has it, if it is wanted; anything else as it is."""
     array = as_numpy(value)
     if array is None:
         return value
-    return array if wanted(name, array.shape) else _UNWANTED
+    return array if wanted(name, array.shape) else UNWANTED
 
 
 def _format(path: Path, *, bare: bool) -> _Format:
     """The row of a suffix, or of none where the path may be `bare`."""
     suffix = "" if path.is_dir() else path.suffix.lower()
+    if path.is_file() and LEGACY.fullmatch(path.name):
+        suffix = ".msgpack"
     if suffix not in _FORMATS or not (suffix or bare):
         raise ValueError(f"The suffix of {path} says of no format what it is. {_KNOWN}")
     return _FORMATS[suffix]
@@ -222,16 +244,16 @@ def _read_safetensors(path: Path, wanted: Only) -> dict[str, Any]:
         for name in file.keys():
             *parents, last = name.split("/")
             if {"", ".", ".."} & {*parents, last}:
-                raise _ContentError(f"it has the name {name!r}, and a name is no such path.")
+                raise ContentError(f"it has the name {name!r}, and a name is no such path.")
             node = tree
             for parent in parents:
                 node = node.setdefault(parent, {})
             if not isinstance(node, dict) or last in node:
-                raise _ContentError(f"{name!r} is below or above another array.")
+                raise ContentError(f"{name!r} is below or above another array.")
             there = file.get_slice(name)
             if wanted(name, tuple(there.get_shape())):
                 if there.get_dtype().startswith("F8_"):
-                    raise _ContentError(
+                    raise ContentError(
                         f"{name!r} is of dtype {there.get_dtype()}, which NumPy does not have. "
                         "Load it with `safetensors.torch`, or leave it out with `only`."
                     )
@@ -262,14 +284,14 @@ def _read_torch(path: Path, _: Only) -> Any:
     def bounded(value: Any, _: str) -> None:
         # A view that repeats one number can be larger than any memory.
         if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > size:
-            raise _ContentError(f"a tensor of shape {tuple(value.shape)} is larger than the file.")
+            raise ContentError(f"a tensor of shape {tuple(value.shape)} is larger than the file.")
 
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
-                raise _ContentError(f"the checksum of its part {damaged} is wrong. Copy it again.")
+                raise ContentError(f"the checksum of its part {damaged} is wrong. Copy it again.")
     tree = torch.load(path, map_location="cpu", weights_only=True)
-    _nested(tree, bounded, "")
+    as_dicts(tree, bounded)
     return tree
 
 
@@ -277,7 +299,11 @@ def _write_torch(path: Path, tree: dict[str, Any]) -> None:
     torch = _needed("torch", "torch")
     # A file object, as torch writes the name of a path into it.
     with _appearing(path) as temporary, temporary.open("wb") as file:
-        torch.save(_nested(tree, lambda value, _: as_tensor(value), ""), file)
+        torch.save(as_dicts(tree, _as_torch), file)
+
+
+def _as_torch(value: Any, _: str) -> Any:
+    return None if value is None else as_tensor(value)
 
 
 def _read_msgpack(path: Path, _: Only) -> Any:
@@ -290,55 +316,17 @@ def _write_msgpack(path: Path, tree: dict[str, Any]) -> None:
 
 
 def _read_orbax(path: Path, _: Only) -> Any:
-    if not (path / "_METADATA").is_file():
-        inside = sorted(str(found.parent) for found in path.rglob("_METADATA"))
-        there = f"These are some: {', '.join(inside)}." if inside else _KNOWN
-        raise _ContentError(f"the folder itself is no checkpoint. {there}")
-    import orbax.checkpoint as ocp
-
-    as_array = ocp.RestoreArgs(restore_type=np.ndarray)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        found: Any = checkpointer.metadata(path.absolute())
-        arguments = jax.tree.map(
-            lambda leaf: as_array if hasattr(leaf, "shape") else ocp.RestoreArgs(),
-            found.item_metadata.tree,
-        )
-        return checkpointer.restore(path.absolute(), restore_args=arguments)
-
-
-def _write_orbax(path: Path, tree: dict[str, Any]) -> None:
-    if path.exists():
-        raise FileExistsError(
-            f"There is a folder at {path}, and a folder can't be replaced in one moment. Choose "
-            "another name, or remove it first."
-        )
-    written: dict[str, tuple[str, ...]] = {}
-    for names in traverse_util.flatten_dict(tree):
-        file = ".".join(names).replace("/", ".")
-        if file in written:
-            raise ValueError(
-                f"Cannot save to {path}: orbax writes {written[file]} and {names} to the same "
-                f"file, {file}. Rename one, or save as .msgpack."
-            )
-        written[file] = names
-    import orbax.checkpoint as ocp
-
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(path.absolute(), tree)
-    except Exception:
-        for unfinished in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    return read_orbax(path)
 
 
 @contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
     """A file beside the path that takes its place when it is written and on the disk."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    path = path.resolve()  # a link stays one
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()
-        permissions = temporary.stat().st_mode
+        permissions = (path if path.exists() else temporary).stat().st_mode
         yield temporary
         temporary.chmod(permissions)  # safetensors has its own
         with temporary.open("rb") as file:
@@ -354,5 +342,5 @@ _FORMATS: dict[str, _Format] = {
     ".pth": _TORCH,
     ".pt": _TORCH,
     ".msgpack": ("Flax's msgpack", _read_msgpack, _write_msgpack),
-    "": ("an orbax checkpoint", _read_orbax, _write_orbax),
+    "": ("an orbax checkpoint", _read_orbax, write_orbax),
 }

@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax.checkpoints.nested import as_dicts
+from bnjax.checkpoints.tensors import as_numpy
+from bnjax.models.saved import variables_in
+
 # Below this standard deviation, where others have about 1, a channel says next to nothing.
 NEARLY_DEAD = 1e-2
 _EPS = 1e-5
@@ -43,7 +47,7 @@ class Layer(NamedTuple):
     problems: tuple[str, ...]  # what is wrong with it, in words
 
 
-def inspect(tree: Mapping[str, Any]) -> list[Layer]:
+def inspect(tree: Any) -> list[Layer]:
     """The batch norms in a checkpoint, in PyTorch's or Flax's naming, at any depth.
 
     A batch norm is what has a running mean and a running variance: `running_mean` and `running_var`
@@ -51,14 +55,14 @@ def inspect(tree: Mapping[str, Any]) -> list[Layer]:
     `batch_stats`. Without running statistics it can't be told from other normalizations.
 
     Args:
-        tree: nested dicts of arrays, as from `bnjax.load`.
+        tree: nested dicts of arrays, as from `bnjax.load`, or a `TrainState`.
 
     >>> layer, = inspect({"bn.running_mean": np.zeros(2), "bn.running_var": np.ones(2)})
     >>> layer.name, layer.channels, layer.problems
     ('bn', 2, ('the statistics were never updated: all means are 0 and all variances 1',))
     """
     modules: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    for module, leaf, array in _arrays(tree, ()):
+    for module, leaf, array in _arrays(as_dicts(variables_in(tree), _as_numpy), ()):
         modules[module].setdefault(leaf, array)
     return [
         _layer(module, {_NAMES[leaf]: array for leaf, array in arrays.items()})
@@ -81,6 +85,11 @@ def problems(layers: Sequence[Layer]) -> list[str]:
             "the collection `batch_stats`?"
         ]
     return [f"{layer.name or 'top'}: {problem}" for layer in layers for problem in layer.problems]
+
+
+def _as_numpy(value: Any, _: str) -> Any:
+    array = as_numpy(value)
+    return value if array is None else array
 
 
 def _arrays(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, np.ndarray]]:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 # The dtypes of PyTorch that NumPy has from JAX, under the same names.
@@ -9,10 +11,16 @@ _FLOAT8 = ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
 SHARED = ("bfloat16", *(f"float8_{kind}" for kind in _FLOAT8))
 
 
+def is_key(value: Any) -> bool:
+    """Whether a value holds typed random keys, as `jax.random.key` makes them."""
+    return jnp.issubdtype(getattr(value, "dtype", np.dtype(bool)), jax.dtypes.prng_key)
+
+
 def as_numpy(value: Any) -> np.ndarray | None:
     """The numbers of a tensor or an array, shared where that is possible; None if it has none.
 
-    NumPy has no bfloat16 and no float8: those come as the dtypes that JAX registers with NumPy.
+    NumPy has no bfloat16 and no float8: those come as the dtypes that JAX registers with NumPy. Of
+    typed random keys it is their data, in uint32.
     """
     try:
         if hasattr(value, "detach"):
@@ -24,6 +32,7 @@ def as_numpy(value: Any) -> np.ndarray | None:
                 bits = torch.int16 if value.element_size() == 2 else torch.uint8
                 return value.contiguous().view(bits).numpy().view(name)
             return value.numpy()
+        value = jax.random.key_data(value) if is_key(value) else value
         array = np.asarray(value) if hasattr(value, "dtype") else None
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return None

@@ -20,6 +20,7 @@ from bnjax.models.batches import Batch, Inputs, Layout, layout, on_all, sharding
 from bnjax.models.frames import settings_key
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.programs import Program, kept_with
+from bnjax.models.saved import variables_of_model
 from bnjax.models.statistics import Path, layers_of, map_layers
 from bnjax.models.visits import Visit, visiting
 
@@ -28,7 +29,7 @@ Batches = Iterable[Any]
 
 def recalibrate(
     model: nn.Module | nnx.Module,
-    variables: Mapping[str, Any] | nnx.State | None,
+    variables: Any,
     batches: Batches,
     *,
     paths: globs.Paths = "**",
@@ -50,7 +51,8 @@ def recalibrate(
         model: a linen or nnx model with batch norms, bnjax's or Flax's own. An nnx model runs as
             after `.eval()`; it is not touched either.
         variables: its variables. They are not touched, whatever happens. Of an nnx model an
-            `nnx.State`, all of it or, such as averaged parameters, a part; None for its own.
+            `nnx.State`, all of it or, such as averaged parameters, a part; None for its own. What
+            a training has saved will do, in whole: a `TrainState`, or what `bnjax.load` gives.
         batches: inputs of the model; or dicts with `"x"` and perhaps `"mask"`, bool (N,), the
             examples that count, such as those of a training. A ragged last batch is fine.
         paths: which batch norms, as globs over module paths; all of them by default.
@@ -76,6 +78,7 @@ def recalibrate(
     """
     checks.flax_model(model)
     checks.several_batches(batches)
+    variables = variables_of_model(model, variables)
     if isinstance(model, nnx.Module):
         copy = Copy(model, variables)
         checks.some_batch_norm(bool(copy.norms), copy.strangers)

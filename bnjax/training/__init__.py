@@ -1,11 +1,13 @@
 """Training and evaluation of linen models with batch statistics: one state, two steps."""
 
 from bnjax.models.batches import pad_batch
+from bnjax.training.averaging import Average
 from bnjax.training.history import history
 from bnjax.training.state import TrainState, commit, init_state
 from bnjax.training.steps import Step, eval_step, evaluate, train_step
 
 __all__ = [
+    "Average",
     "Step",
     "TrainState",
     "commit",

@@ -1,37 +1,38 @@
 """A record of the running statistics over a training."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from flax.core import meta
+from flax.traverse_util import unflatten_dict
 
 from bnjax import globs
-from bnjax.models.batches import DEFAULT
-from bnjax.models.freezing import batch_norms
-from bnjax.models.statistics import layers_of
+from bnjax.models.batches import DEFAULT, Layout
+from bnjax.models.statistics import Path, map_layers
+
+AnyStep = TypeVar("AnyStep", bound=Callable[..., Any])
 
 
 def history(
-    step: Callable[..., Any],
+    step: AnyStep,
     record: dict[str, Any],
     *,
     momentum: float | Literal["own"] | None = "own",
     every: int = 1,
     paths: globs.Paths = "**",
     channels: int | None = None,
-) -> Callable[..., Any]:
+) -> AnyStep:
     """The step, which also keeps a record of the running statistics, for `diagnose` and pictures.
 
     A logged step costs O(C) numbers for each layer and waits for the step to end. The record is a
     dict of lists of plain numbers, so a checkpoint can hold it, and a resumed run goes on with it.
 
     Args:
-        step: what `train_step` returned, that of `bnjax.training` or of `bnjax.nnx`.
+        step: what `bnjax.training.train_step` or `bnjax.nnx.train_step` returned.
         record: `{}`, or the record of the steps before. To it are appended, for each logged step,
             `"step"`, `"examples"` (the batch size) and `"params_norm"`; and in `"layers"`, for each
             path, the running `"mean"` and `"var"` after the step and those of the batch alone,
@@ -49,66 +50,72 @@ def history(
     fits = [globs.matcher(pattern) for pattern in globs.as_tuple(paths)]
     calls = 0
 
-    def weight_of(path: str) -> float | None:
-        if momentum != "own":
-            return momentum
-        met = getattr(step, "met", {}).get(path)
-        own = None if met is None else met.facts.momentum
-        return float(own) if isinstance(own, float | int | np.number) else None
+    def statistics(batch_stats: Any) -> dict[str, dict[str, np.ndarray]]:
+        found: dict[str, dict[str, np.ndarray]] = {}
+
+        def look(path: Path, stats: Mapping[str, Any]) -> None:
+            name = "/".join(path)
+            if any(fit(name) for fit in fits):
+                arrays = ((key, np.ravel(meta.unbox(stats[key]))) for key in ("mean", "var"))
+                # A copy: the step may reuse the memory of its argument.
+                found[name] = {key: np.array(a[:channels], np.float64) for key, a in arrays}
+
+        map_layers(look, batch_stats)
+        return found
 
     def recorded(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls % every:
             return step(*args)
-        before = _statistics(args[0], fits, channels)
-        result = step(*args)
-        # A model and its optimizer are changed in place; a state is returned anew.
-        after, counter = args[:2] if isinstance(args[0], nnx.Module) else (result[0], result[0])
-        layout = getattr(step, "layout", DEFAULT)
+        *trained, batch = args
+        before = statistics(_held(trained)["batch_stats"])
+        found = step(*args)
+        now = _held(trained if isinstance(trained[0], nnx.Module) else found)
         for name, value in (
-            ("step", int(jnp.asarray(counter.step))),
-            ("examples", layout.size(layout.named(args[-1]))),
-            ("params_norm", float(_norm(_params(after)))),
+            ("step", int(now["step"])),
+            ("examples", _layout(step).size(_layout(step).named(batch))),
+            ("params_norm", float(_norm(now["params"]))),
         ):
             record.setdefault(name, []).append(value)
-        for name, arrays in _statistics(after, fits, channels).items():
+        for name, after in statistics(now["batch_stats"]).items():
             lines = record.setdefault("layers", {}).setdefault(name, {})
-            for key, value in arrays.items():
+            for key, value in after.items():
                 lines.setdefault(key, []).append(value.tolist())
-                if weight := weight_of(name):
+                if weight := _weight(step, name, momentum):
                     # running = (1 - weight) * old + weight * batch, solved for the batch
                     alone = before[name][key] + (value - before[name][key]) / weight
                     lines.setdefault(f"batch_{key}", []).append(alone.tolist())
-        return result
+        return found
 
-    return recorded
-
-
-def _statistics(
-    trained: Any, fits: list[Callable[[str], bool]], channels: int | None
-) -> dict[str, dict[str, np.ndarray]]:
-    """Running means and variances of a state or a model, by path, in float64."""
-    if isinstance(trained, nnx.Module):
-        layers = {path: vars(layer) for path, layer in batch_norms(trained)}
-        layers = {path: kept for path, kept in layers.items() if kept.get("mean") is not None}
-    else:
-        layers = {"/".join(path): kept for path, kept in layers_of(trained.batch_stats).items()}
-
-    def read(value: Any) -> np.ndarray:
-        value = value[...] if isinstance(value, nnx.Variable) else meta.unbox(value)
-        return np.array(np.ravel(value)[:channels], np.float64)  # a step may reuse its memory
-
-    return {
-        path: {key: read(kept[key]) for key in ("mean", "var")}
-        for path, kept in layers.items()
-        if any(fit(path) for fit in fits)
-    }
+    return cast(AnyStep, recorded)
 
 
-def _params(trained: Any) -> Any:
-    is_model = isinstance(trained, nnx.Module)
-    return jax.tree.leaves(nnx.state(trained, nnx.Param)) if is_model else trained.params
+def _held(trained: Any) -> dict[str, Any]:
+    """Parameters, statistics and the number of the step, of a state or of model and optimizer."""
+    first, *others = trained
+    if not isinstance(first, nnx.Module):
+        return {name: getattr(first, name) for name in ("params", "batch_stats", "step")}
+
+    def of(kind: type[nnx.Variable]) -> dict[str, Any]:
+        flat = nnx.to_flat_state(nnx.state(first, kind))
+        return unflatten_dict({tuple(map(str, keys)): leaf.get_value() for keys, leaf in flat})
+
+    step = others[0].step.get_value()
+    return {"params": of(nnx.Param), "batch_stats": of(nnx.BatchStat), "step": step}
+
+
+def _weight(step: Any, path: str, momentum: float | str | None) -> float | None:
+    """The momentum of a layer: its own, as the step has met it, or the one given."""
+    if momentum != "own":
+        return cast(float | None, momentum)
+    met = getattr(step, "met", {}).get(path)
+    own = None if met is None else met.facts.momentum
+    return float(own) if isinstance(own, float | int | np.number) else None
+
+
+def _layout(step: Any) -> Layout:
+    return getattr(step, "layout", DEFAULT)
 
 
 _norm = jax.jit(optax.tree.norm)

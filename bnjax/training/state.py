@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from flax import struct
+from flax import serialization, struct
 from flax.core import FrozenDict
 from flax.core.scope import DenyList
 from flax.training import train_state
@@ -40,6 +40,11 @@ class TrainState(train_state.TrainState):
     collections: Any = struct.field(default_factory=dict, kw_only=True)
     loss_scale: Any = struct.field(default=None, kw_only=True)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let Flax save the subclass too."""
+        super().__init_subclass__(**kwargs)
+        _register(cls)
+
     @property
     def variables(self) -> dict[str, Any]:
         """The variables to evaluate the model with; of lookahead's parameters the slow ones.
@@ -50,6 +55,43 @@ class TrainState(train_state.TrainState):
         held = variables_of(params, self.batch_stats, self.collections)
         is_concrete = lambda leaf: isinstance(leaf, jax.Array) and not is_traced(leaf)  # noqa: E731
         return jax.tree.map(lambda leaf: leaf.copy() if is_concrete(leaf) else leaf, held)
+
+
+def _to_dict(state: Any) -> dict[str, Any]:
+    """What Flax saves of a state: random keys as their data, for it can't save others."""
+    held = {name: serialization.to_state_dict(part) for name, part in _data(state).items()}
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, held)
+
+
+def _from_dict(state: Any, found: dict[str, Any]) -> Any:
+    """The state with what Flax has saved."""
+    held = _data(state)
+    bare = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, held)
+    new = serialization.from_state_dict(bare, found)
+
+    def wrapped(leaf: Any, old: Any) -> Any:
+        return (
+            jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(old)) if _is_key(old) else leaf
+        )
+
+    return state.replace(**jax.tree.map(wrapped, new, held))
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _data(state: Any) -> dict[str, Any]:
+    names = (each.name for each in dataclasses.fields(state) if _is_data(state, each.name))
+    return {name: getattr(state, name) for name in names}
+
+
+def _register(kind: type) -> None:
+    """Let `flax.serialization` save states of a type with these."""
+    serialization.register_serialization_state(kind, _to_dict, _from_dict, override=True)
+
+
+_register(TrainState)
 
 
 def init_state(

@@ -28,6 +28,12 @@ def run(*arguments: str | Path) -> tuple[int, str]:
     return process.returncode, output
 
 
+def shell(line: str) -> tuple[int, str]:
+    """A line as a user copies it into a shell."""
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, env=os.environ | WIDE)
+    return done.returncode, done.stdout + done.stderr
+
+
 def result(output: str) -> str:
     """The line with the final numbers."""
     found = re.search(r"test accuracy .*", output)

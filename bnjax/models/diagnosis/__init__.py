@@ -6,6 +6,7 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
+from bnjax.models import checks
 from bnjax.models.batches import Inputs, LossFn, layout
 from bnjax.models.diagnosis import findings
 from bnjax.models.diagnosis.evidence import Evidence
@@ -14,6 +15,7 @@ from bnjax.models.diagnosis.measuring import measured
 from bnjax.models.diagnosis.misfits import misfits
 from bnjax.models.diagnosis.report import Report as Report
 from bnjax.models.diagnosis.report import row_of
+from bnjax.models.saved import variables_of_model
 
 _RULES = (
     findings.poisoned,
@@ -32,7 +34,7 @@ _RULES = (
 
 def diagnose(
     model: nn.Module | nnx.Module,
-    variables: Mapping[str, Any] | nnx.State | None,
+    variables: Any,
     batches: Iterable[Any],
     *,
     loss_fn: LossFn | None = None,
@@ -52,8 +54,8 @@ def diagnose(
     Args:
         model: a linen or nnx model, bnjax's or Flax's own batch norms. An nnx model is taken as
             after `.eval()`; one in training mode is asked about.
-        variables: its variables, as for `recalibrate`. Statistics with a leading device axis are
-            compared between devices, and merged.
+        variables: its variables, or what a training has saved, as for `recalibrate`. Statistics
+            with a leading device axis are compared between devices, and merged.
         batches: inputs of the model; or dicts with `"x"`, perhaps `"mask"`, bool (N,), and what the
             loss needs. Batches of the training's data and size tell most; eight do.
         loss_fn: `loss_fn(outputs, batch)`, as for `training.train_step`: the report has loss and
@@ -82,6 +84,8 @@ def diagnose(
     >>> diagnose(layer, bnjax.recalibrate(layer, variables, [x]), [x]).healthy
     True
     """
+    checks.flax_model(model)
+    variables = variables_of_model(model, variables)
     seen = measured(
         model, variables, batches, loss_fn, dict(apply_kwargs or {}), layout(inputs, per_example)
     )

@@ -21,6 +21,7 @@ from bnjax.models.batches import Inputs, Layout, layout
 from bnjax.models.folding.program import Call, Program, pair
 from bnjax.models.frames import Settings, settings
 from bnjax.models.nnx_copies import Copy
+from bnjax.models.saved import variables_of_model
 from bnjax.models.visits import Path, Visit, applying, path_of, setting, visiting
 
 
@@ -171,6 +172,7 @@ def fold(
     {'params': {'layers_0': {'bias': (2,), 'kernel': (3, 2)}}}
     """
     checks.flax_model(model)
+    variables = variables_of_model(model, variables)
     form = _Form(None if inputs is None else layout(inputs), dict(apply_kwargs or {}))
     if isinstance(model, nnx.Module):
         copy = Copy(model, variables)

@@ -1,0 +1,198 @@
+"""Trees of any kind as nested dicts of arrays, and back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.core import meta
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from bnjax.checkpoints.tensors import is_key
+
+Leaf = Callable[[Any, str], Any]
+UNWANTED = object()  # what a leaf becomes that is left out
+_NUMBERS = (bool, int, float, complex)
+
+
+class ContentError(Exception):
+    """What is wrong with the contents, in a sentence."""
+
+
+class _Node(NamedTuple):
+    """One level of a tree: its parts by name, and what makes it of other parts."""
+
+    parts: dict[Any, Any]
+    made: Callable[[list[Any]], Any]
+    is_box: bool = False  # its one part has no name of its own
+
+
+def as_dicts(value: Any, leaf: Leaf, *, paths: bool = False) -> dict[str, Any]:
+    """Nested dicts with all leaves as `leaf(value, name)` gives them.
+
+    Sequences are dicts by "0", "1" and so on, dataclasses and named tuples by their fields. Of nnx
+    models and optimizers it is their state, and boxes, such as `nnx.Variable`, are taken off.
+
+    Args:
+        value: the tree.
+        leaf: what its leaves become; `UNWANTED` leaves one out.
+        paths: whether all names must be those of paths, as what is written needs them; or those
+            above arrays alone, and a vocabulary or a table of scores by file may have any.
+    """
+    found = _dicts(value, leaf, "", paths)
+    if not isinstance(found, dict):
+        raise ContentError(
+            f"it holds a {type(value).__name__} where a dict of names and arrays is expected. Save "
+            "the `state_dict()`, the variables or the training state of a model."
+        )
+    return found
+
+
+def filled(like: Any, checkpoint: Mapping[str, Any]) -> Any:
+    """A tree like another one, with the arrays of nested dicts.
+
+    Raises:
+        ContentError: names are missing or unknown, or arrays of another shape or kind.
+    """
+    wanted: dict[str, Any] = {}
+    as_dicts(like, lambda leaf, name: _note(wanted, leaf, name))
+    arrays = _by_name(checkpoint, wanted)
+    common = sorted(wanted.keys() & arrays)
+    shapes = {name: (np.shape(arrays[name]), _shape(wanted[name])) for name in common}
+    kinds = {name: (_dtype(arrays[name]), _dtype(wanted[name])) for name in common}
+    wrong = {
+        "missing": sorted(wanted.keys() - arrays),
+        "unknown": sorted(arrays.keys() - wanted),
+        "of another shape": [f"{n} {a} not {b}" for n, (a, b) in shapes.items() if a != b],
+        "of another kind": [f"{n} {a} not {b}" for n, (a, b) in kinds.items() if not _fits(a, b)],
+    }
+    if text := ", ".join(f"{what} {names}" for what, names in wrong.items() if names):
+        raise ContentError(
+            f"it does not fit `like`: {text}. Is it of another model or optimizer? Without `like` "
+            "it is loaded as it is."
+        )
+    return _mapped(like, lambda leaf, name: None if leaf is None else _as(arrays[name], leaf), "")
+
+
+def joined(parent: str, name: Any) -> str:
+    """The name of a part."""
+    return f"{parent}/{name}" if parent else str(name)
+
+
+def _dicts(value: Any, leaf: Leaf, name: str, paths: bool) -> Any:
+    node = _opened(value)
+    if node is None:
+        return leaf(value, name)
+    if node.is_box:
+        (inside,) = node.parts.values()
+        return _dicts(inside, leaf, name, paths)
+    items = {str(k): _dicts(part, leaf, joined(name, k), paths) for k, part in node.parts.items()}
+    for key in node.parts:
+        is_path = isinstance(key, (str, int)) and not set(str(key).split("/")) & {"", ".", ".."}
+        if not is_path and (paths or any(map(np.ndim, jax.tree.leaves(items[str(key)])))):
+            raise ContentError(
+                f"it has the name {key!r} in {name or 'it'}, and a name is no such path."
+            )
+    if len(items) < len(node.parts):
+        raise ContentError(f"two names in {name or 'it'} differ by their type only.")
+    return {key: item for key, item in items.items() if item is not UNWANTED}
+
+
+def _mapped(value: Any, leaf: Leaf, name: str) -> Any:
+    """The same tree with other leaves."""
+    node = _opened(value)
+    if node is None:
+        return leaf(value, name)
+    names = (name if node.is_box else joined(name, key) for key in node.parts)
+    pairs = zip(names, node.parts.values(), strict=True)
+    return node.made([_mapped(part, leaf, inner) for inner, part in pairs])
+
+
+def _opened(value: Any) -> _Node | None:
+    """A tree, opened by one level; None for a leaf."""
+    if isinstance(value, nnx.Variable):
+        return _Node({"": value.get_raw_value()}, lambda new: value.replace(new[0]), is_box=True)
+    if isinstance(value, nnx.Pytree):
+        graph, state = nnx.split(value)
+        return _Node({"": state}, lambda new: nnx.merge(graph, new[0]), is_box=True)
+    if isinstance(value, meta.AxisMetadata):
+        made = lambda new: meta.replace_boxed(value, new[0])  # noqa: E731 - as the others
+        return _Node({"": meta.unbox(value)}, made, is_box=True)
+    if type(value) is dict:
+        return _Node(value, lambda new: dict(zip(value, new, strict=True)))
+    pairs, structure = tree_flatten_with_path(value, is_leaf=lambda part: part is not value)
+    if value is None or (pairs and not pairs[0][0]):
+        return _opened(dict(value)) if isinstance(value, Mapping) else None  # JAX knows it not
+    return _Node({_key(path): part for path, part in pairs}, structure.unflatten)
+
+
+def _key(path: tuple[Any, ...]) -> Any:
+    (key,) = path
+    return getattr(key, "key", keystr(path, simple=True))
+
+
+def _note(wanted: dict[str, Any], leaf: Any, name: str) -> Any:
+    if leaf is not None:
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, _NUMBERS):
+            raise ContentError(f"`like` holds a {type(leaf).__name__} at {name}, not an array.")
+        wanted[name] = leaf
+    return leaf
+
+
+def _by_name(checkpoint: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays by full name. Of an nnx variable, orbax may have saved {"value": array}."""
+    found: dict[str, Any] = {}
+
+    def note(leaf: Any, name: str) -> None:
+        outer, _, last = name.rpartition("/")
+        if leaf is not None:
+            found[outer if last == "value" and name not in wanted else name] = leaf
+
+    _dicts(checkpoint, note, "", False)
+    return found
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    if not is_key(leaf):
+        return np.shape(leaf) if isinstance(leaf, _NUMBERS) else tuple(leaf.shape)
+    struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.eval_shape(jax.random.key_data, struct).shape
+
+
+def _dtype(leaf: Any) -> Any:
+    if is_key(leaf):
+        return np.dtype(np.uint32)
+    return np.asarray(leaf).dtype if isinstance(leaf, _NUMBERS) else getattr(leaf, "dtype", leaf)
+
+
+def _fits(given: Any, wanted: Any) -> bool:
+    """Whether numbers of one dtype may become those of another one."""
+    if not isinstance(given, np.dtype):  # text
+        return False
+    kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+    return any(jnp.issubdtype(given, k) and jnp.issubdtype(wanted, k) for k in kinds)
+
+
+def _as(array: Any, like: Any) -> Any:
+    """An array of the kind, dtype and sharding of another one."""
+    array = np.asarray(array)
+    if isinstance(like, _NUMBERS):
+        # A number is saved with 64 bits; with fewer it was an array of JAX, as steps count.
+        was_number = array.dtype.itemsize >= 8 or isinstance(like, bool)
+        return type(like)(array) if was_number else jnp.asarray(array)
+    if isinstance(like, np.generic):
+        return array.astype(like.dtype)[()]
+    if isinstance(like, np.ndarray):
+        return np.array(array, like.dtype, order="C")
+    sharding = like.sharding if getattr(like, "committed", True) else None
+    if is_key(like):
+        key = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
+        return key if sharding is None else jax.device_put(key, sharding)
+    array = array.astype(like.dtype)
+    if sharding is None:
+        return jnp.array(array)
+    if sharding.is_fully_addressable:
+        return jax.device_put(jnp.array(array), sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
