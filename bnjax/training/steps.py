@@ -156,7 +156,8 @@ def eval_step(
         loss_fn: as for `train_step`.
         inputs: as for `train_step`.
         per_example: as for `train_step`.
-        apply_kwargs: passed to the model's call, such as `{"train": False}`.
+        apply_kwargs: passed to the model's call, such as `{"train": False}`. What is `"mutable"` in
+            them may change in the call, and is forgotten.
         mesh: split the batch over the devices of the mesh. It need not divide by them: it is
             filled up with examples that do not count.
 
@@ -165,7 +166,7 @@ def eval_step(
         their number, `totals.count`. `evaluate` adds the totals of many batches up.
     """
     checks.loss_function(loss_fn)
-    batches = layout(inputs, per_example)
+    batches, options = layout(inputs, per_example), dict(apply_kwargs or {})
 
     def step(state: TrainState, batch: Batch) -> Totals:
         args, kwargs = batches.call(batch)
@@ -173,7 +174,8 @@ def eval_step(
             "Give what it evaluates with, as in eval_step(loss_fn, apply_kwargs={'train': False})."
         )
         with counting(batch.get("mask")), checks.called_with(repair):
-            outputs = state.apply_fn(state.variables, *args, **kwargs, **(apply_kwargs or {}))
+            outputs = state.apply_fn(state.variables, *args, **kwargs, **options)
+        outputs = outputs[0] if options.get("mutable") else outputs
         return batches.totals(loss_fn, outputs, batch)[1]
 
     return Compiled(step, batches, mesh)

@@ -189,7 +189,8 @@ class _Form:
 
     def __call__(self, model: Any, variables: Any, x: Any) -> Any:
         args, kwargs = ((x,), {}) if self.layout is None else self.layout.call(x)
-        return model.apply(variables, *args, **kwargs, **self.kwargs)
+        y = model.apply(variables, *args, **kwargs, **self.kwargs)
+        return y[0] if self.kwargs.get("mutable") else y
 
 
 def _fold(model: nn.Module | Copy, variables: Any, x: Any, form: _Form) -> Folded:
