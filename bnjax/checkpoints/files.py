@@ -138,59 +138,48 @@ def save(path: str | Path, tree: Any) -> None:
     write(path, _to_write(path, tree))
 
 
+# Why arrays can't be saved, in the order in which they are told.
+_REASONS = {
+    "wrong": "a checkpoint holds arrays of numbers alone, but these are none: {}. Leave them out.",
+    "elsewhere": "another process has a part of these arrays: {}. Use a `CheckpointManager` of "
+    "orbax, whose folders `bnjax.load` reads.",
+    "empty": "orbax has no arrays of size 0: {}. Leave them out, or save as .msgpack, which has "
+    "all.",
+    "foreign": "this format has no such numbers: {}. Convert them, or save as .msgpack, which has "
+    "all.",
+}
+
+
 def _to_write(path: Path, tree: Any) -> dict[str, Any]:
     """Nested dicts of arrays that all come back from a file of this suffix."""
     suffix = path.suffix.lower()
-    wrong: list[str] = []
-    foreign: list[str] = []
-    elsewhere: list[str] = []
-    empty: list[str] = []
+    refused: dict[str, list[str]] = {why: [] for why in _REASONS}
 
     def array(value: Any, name: str) -> Any:
         if value is None:  # such as the loss scale of a state without one
             return UNWANTED if suffix == ".safetensors" else None
         if isinstance(value, jax.Array) and not _is_here(value):
-            elsewhere.append(name)
+            refused["elsewhere"].append(name)
             return None
         found = as_numpy(np.asarray(value) if isinstance(value, (bool, int, float)) else value)
         dtype = type(value).__name__ if found is None else found.dtype
         if found is None or not any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_)):
-            wrong.append(f"{name} ({dtype})")
+            refused["wrong"].append(f"{name} ({dtype})")
             return None
         found = found.astype(found.dtype.newbyteorder("="), copy=False)  # msgpack has no other
         if not suffix and not found.size:
-            empty.append(name)
+            refused["empty"].append(name)
         if not _holds(suffix, found.dtype):
-            foreign.append(f"{name} ({found.dtype})")
+            refused["foreign"].append(f"{name} ({found.dtype})")
         return found
 
     try:
         tree = as_dicts(tree, array, paths=True)
     except ContentError as error:
         raise ValueError(f"Cannot save to {path}: {error}") from error
-    for names, reason in (
-        (
-            wrong,
-            "a checkpoint holds arrays of numbers alone, but these are none: {}. Leave them out.",
-        ),
-        (
-            elsewhere,
-            "another process has a part of these arrays: {}. Use a `CheckpointManager` of "
-            "orbax, whose folders `bnjax.load` reads.",
-        ),
-        (
-            empty,
-            "orbax has no arrays of size 0: {}. Leave them out, or save as .msgpack, which has "
-            "all.",
-        ),
-        (
-            foreign,
-            "this format has no such numbers: {}. Convert them, or save as .msgpack, which "
-            "has all.",
-        ),
-    ):
+    for why, names in refused.items():
         if names:
-            raise ValueError(f"Cannot save to {path}: {reason.format(', '.join(names))}")
+            raise ValueError(f"Cannot save to {path}: {_REASONS[why].format(', '.join(names))}")
     return tree
 
 

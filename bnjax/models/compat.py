@@ -9,6 +9,7 @@ from jax.core import Tracer
 
 __all__ = [
     "in_filter",
+    "is_mapped",
     "is_pytree",
     "is_traced",
     "is_tracing",
@@ -27,6 +28,15 @@ def modules_of(model: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Module]]:
     """All modules with their paths; a shared one has the first of its paths."""
     graph = list(nnx.iter_graph(model))
     return [(path, node) for path, node in graph if isinstance(node, nnx.Module)]
+
+
+def is_mapped(axis_name: str) -> bool:
+    """Whether an axis of that name is mapped here, as by `vmap`, `pmap` or `shard_map`."""
+    try:
+        jax.lax.axis_size(axis_name)
+    except NameError:
+        return False
+    return True
 
 
 def is_traced(value: Any) -> bool:

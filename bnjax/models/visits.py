@@ -23,6 +23,7 @@ from bnjax.core.moments import working_dtype
 from bnjax.layers.conventions import is_torch
 from bnjax.layers.modes import asked_to_train
 from bnjax.models import checks
+from bnjax.models.compat import is_mapped
 from bnjax.models.contexts import Frame, active, holding
 from bnjax.models.conventions import (
     NNX,
@@ -159,7 +160,7 @@ class Visit:
         """`axis_name` and `axis_index_groups`, of the axes that are mapped here."""
         names = self.facts.axis_name
         names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
-        here = tuple(name for name in names if _mapped(name))
+        here = tuple(name for name in names if is_mapped(name))
         if here == names:
             return self.facts.axis_name, self.facts.axis_index_groups
         return here or None, None
@@ -350,17 +351,8 @@ def _meet(layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> An
 def _visit(
     layer: Any, call: Callable, frames: tuple[Frame, ...], args: tuple, kwargs: dict[str, Any]
 ) -> Visit:
-    path, fields = path_of(layer), {}
-    watches = [frame for frame in frames if isinstance(frame, Watch)]
-    for frame in frames:
-        if isinstance(frame, Settings) and (watches or isinstance(layer, nn.Module)):
-            fields |= frame.meet("/".join(path))
-    if callable(fields.get("momentum")):
-        if watches:
-            fields["momentum"] = watches[-1].momentum(fields["momentum"])
-        else:
-            count = variables_of(layer).get(_COLLECTION, {}).get("count")
-            fields["momentum"] = fields["momentum"](checks.step_of_schedule(count, path))
+    path = path_of(layer)
+    fields = _fields(layer, path, frames)
     if is_registered(layer):
         bound = Bound(layer, checks.where(path), args, kwargs)
         told, x, given, mask = bound.facts, bound.facts.x, None, bound.facts.mask
@@ -370,8 +362,6 @@ def _visit(
     checks.layer_has_fields(layer, told, fields, "/".join(path))
     if "momentum" in fields:
         checks.overriding_momentum(fields["momentum"], is_torch(told))
-    if isinstance(layer, Frozen):
-        fields["use_running_average"] = True
     does = facts(layer, fields, told)
     running = does.running if given is None or "use_running_average" in fields else given
     if running is None and isinstance(layer, nn.Module) and does.by_mutability:
@@ -386,16 +376,24 @@ def _visit(
     return visit
 
 
+def _fields(layer: Any, path: Path, frames: tuple[Frame, ...]) -> dict[str, Any]:
+    """The fields that the layer has in this call, instead of its own."""
+    fields: dict[str, Any] = {}
+    watches = [frame for frame in frames if isinstance(frame, Watch)]
+    for frame in frames:
+        if isinstance(frame, Settings) and (watches or isinstance(layer, nn.Module)):
+            fields |= frame.meet("/".join(path))
+    schedule = fields.get("momentum")
+    if callable(schedule) and watches:
+        fields["momentum"] = watches[-1].momentum(schedule)
+    elif callable(schedule):
+        count = variables_of(layer).get(_COLLECTION, {}).get("count")
+        fields["momentum"] = schedule(checks.step_of_schedule(count, path))
+    return fields | ({"use_running_average": True} if isinstance(layer, Frozen) else {})
+
+
 def _arguments(
     x: Any, use_running_average: bool | None = None, *, mask: Any = None
 ) -> tuple[Any, bool | None, Any]:
     """What the layers of bnjax and Flax are called with."""
     return x, use_running_average, mask
-
-
-def _mapped(name: str) -> bool:
-    try:
-        jax.lax.axis_size(name)
-    except NameError:
-        return False
-    return True

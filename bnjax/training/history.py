@@ -1,6 +1,6 @@
 """A record of the running statistics over a training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
 import jax
@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from bnjax import globs
 from bnjax.models.batches import DEFAULT, Layout
-from bnjax.models.statistics import Path, map_layers
+from bnjax.models.statistics import layers_of
 
 AnyStep = TypeVar("AnyStep", bound=Callable[..., Any])
 
@@ -51,17 +51,15 @@ def history(
     calls = 0
 
     def statistics(batch_stats: Any) -> dict[str, dict[str, np.ndarray]]:
-        found: dict[str, dict[str, np.ndarray]] = {}
+        def read(value: Any) -> np.ndarray:  # a copy: the step may reuse the memory of its argument
+            return np.array(np.ravel(meta.unbox(value))[:channels], np.float64)
 
-        def look(path: Path, stats: Mapping[str, Any]) -> None:
-            name = "/".join(path)
-            if any(fit(name) for fit in fits):
-                arrays = ((key, np.ravel(meta.unbox(stats[key]))) for key in ("mean", "var"))
-                # A copy: the step may reuse the memory of its argument.
-                found[name] = {key: np.array(a[:channels], np.float64) for key, a in arrays}
-
-        map_layers(look, batch_stats)
-        return found
+        layers = {"/".join(path): stats for path, stats in layers_of(batch_stats).items()}
+        return {
+            path: {key: read(stats[key]) for key in ("mean", "var")}
+            for path, stats in layers.items()
+            if any(fit(path) for fit in fits)
+        }
 
     def recorded(*args: Any) -> Any:
         nonlocal calls

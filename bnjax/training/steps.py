@@ -93,53 +93,56 @@ def train_step(
     checks.microbatches(microbatches)
     batches = layout(inputs, per_example)
     objective = Objective(loss_fn, batches, microbatches, mask_statistics)
-    patterns, kwargs = globs.as_tuple(frozen), checks.without_mutable(apply_kwargs)
-    streams = kwargs.pop("rngs", {})
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = None if state.rng is None else jax.random.fold_in(state.rng, state.step)
-        collections = {"batch_stats": state.batch_stats, **state.collections}
-        collections = {name: tree for name, tree in collections.items() if tree}
-        fast = getattr(state.params, "fast", state.params)
-        labels = labels_of(fast, patterns) if patterns else None
-
-        def apply(params: Any, collections: Any, args: tuple, inputs: dict, key: Any) -> Any:
-            params = held(params, labels, jax.lax.stop_gradient)
-            with _freezing(patterns):
-                outputs, moved = state.apply_fn(
-                    {"params": getattr(params, "fast", params), **collections},
-                    *args,
-                    mutable=list(collections),
-                    rngs=_keys(key, streams),
-                    **inputs,
-                    **kwargs,
-                )
-            return outputs, {**collections, **moved}
-
-        scale = Scale(state.loss_scale)
-        now = {"collections": collections, "batch": batch, "key": key, "step": state.step}
-        compute = functools.partial(objective, apply, **now)
-        grads, moved, loss, means = compute(fast, scale=scale.up)
-        grads = scale.down(grads)
-        accepted = all_finite((loss, grads))
-        frozen_fit(patterns, modules_of(fast) | objective.met.keys())
-        again = functools.partial(compute, scale=lambda loss: loss)
-        known = {"value_fn": lambda p: again(p)[2], "grad_fn": lambda p, _: again(p)[0]}
-        tx = told(state.tx, value=loss, grad=grads, **known)
-        proposed = state.replace(tx=tx).apply_gradients(
-            grads=grads,
-            batch_stats=moved.pop("batch_stats", state.batch_stats),
-            collections=moved,
-            loss_scale=scale.adjusted(accepted),
-        )
-        labels = labels_of(state.params, patterns) if patterns else None
-        params = held(proposed.params, labels, lambda _, old: old, state.params)
-        proposed = proposed.replace(tx=state.tx, params=params)
-        return commit(accepted, proposed, state), {"loss": loss, "accepted": accepted} | means
-
+    step = functools.partial(
+        _step, objective, globs.as_tuple(frozen), checks.without_mutable(apply_kwargs)
+    )
     return Compiled(
         step, batches, mesh, microbatches=microbatches, donate=donate, met=objective.met
     )
+
+
+def _step(
+    objective: Objective,
+    frozen: tuple[str, ...],
+    apply_kwargs: Mapping[str, Any],
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """The state after a step, and its metrics."""
+    kwargs = dict(apply_kwargs)
+    streams = kwargs.pop("rngs", {})
+    collections = {"batch_stats": state.batch_stats, **state.collections}
+    collections = {name: tree for name, tree in collections.items() if tree}
+    fast = getattr(state.params, "fast", state.params)
+    labels = labels_of(fast, frozen) if frozen else None
+
+    def apply(params: Any, collections: Any, args: tuple, inputs: dict, key: Any) -> Any:
+        variables = {"params": held(params, labels, jax.lax.stop_gradient), **collections}
+        options = {"mutable": list(collections), "rngs": _keys(key, streams), **inputs, **kwargs}
+        with _freezing(frozen):
+            outputs, moved = state.apply_fn(variables, *args, **options)
+        return outputs, {**collections, **moved}
+
+    scale = Scale(state.loss_scale)
+    key = None if state.rng is None else jax.random.fold_in(state.rng, state.step)
+    now = {"collections": collections, "batch": batch, "key": key, "step": state.step}
+    compute = functools.partial(objective, apply, **now)
+    grads, moved, loss, means = compute(fast, scale=scale.up)
+    grads = scale.down(grads)
+    accepted = all_finite((loss, grads))
+    frozen_fit(frozen, modules_of(fast) | objective.met.keys())
+    again = functools.partial(compute, scale=lambda loss: loss)
+    known = {"value_fn": lambda p: again(p)[2], "grad_fn": lambda p, _: again(p)[0]}
+    proposed = state.replace(tx=told(state.tx, value=loss, grad=grads, **known)).apply_gradients(
+        grads=grads,
+        batch_stats=moved.pop("batch_stats", state.batch_stats),
+        collections=moved,
+        loss_scale=scale.adjusted(accepted),
+    )
+    labels = labels_of(state.params, frozen) if frozen else None
+    params = held(proposed.params, labels, lambda _, old: old, state.params)
+    proposed = proposed.replace(tx=state.tx, params=params)
+    return commit(accepted, proposed, state), {"loss": loss, "accepted": accepted} | means
 
 
 def eval_step(
