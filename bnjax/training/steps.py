@@ -203,7 +203,7 @@ def evaluate(
     totals: Any = None
     for batch in tracked(batches, progress, "evaluating"):
         with checks.evaluation_step(step):
-            new = step(state, batch)
+            new: Any = step(state, batch)
             if not isinstance(new, Totals):  # of a user's own step
                 new = Totals({k: v for k, v in new.items() if k != "count"}, new["count"])
         totals = new if totals is None else _add(totals, new)
