@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bnjax.models.batches import layout
 from bnjax.models.diagnosis import report_of
 from bnjax.models.diagnosis.evidence import Evidence
 from bnjax.models.diagnosis.measuring import Measured, measured
@@ -53,7 +54,7 @@ def test_a_healthy_training_in_linen(name, steps):
     record: dict[str, Any] = {}
     data = list(batches(steps, 16 if seed % 2 else 32, seed, raw=seed % 3 == 0))
     state = train(name, data, zero=seed % 2 == 0, seed=seed, record=record)
-    seen = measured(compiled(name)[0], state.variables, data[-8:], loss_fn, {})
+    seen = measured(compiled(name)[0], state.variables, data[-8:], loss_fn, layout(), {})
     check(findings(seen, steps, record), steps)
 
 
@@ -62,4 +63,4 @@ def test_a_healthy_training_in_nnx(name, steps):
     seed = NNX.index((name, steps))
     data = list(batches(steps, 32, seed, raw=seed % 2 == 0))
     model = train_nnx(name, data, zero=seed % 2 == 1, seed=seed)
-    check(findings(measured(model, None, data[-8:], loss_fn, {}), steps, {}), steps)
+    check(findings(measured(model, None, data[-8:], loss_fn, layout(), {}), steps, {}), steps)

@@ -15,6 +15,7 @@ from flax import nnx
 
 import bnjax
 from bnjax.diagnosis import Report
+from bnjax.models.batches import layout
 from bnjax.models.diagnosis.measuring import measured
 from bnjax.training import history
 from tests.support.diagnosed import STEPS, Net, batches, compiled, loss_fn, train
@@ -97,7 +98,7 @@ def test_measurements_are_those_of_the_data(trained):
     parts = [np.random.default_rng(n).normal(n, 1 + n, (40 - 10 * n, 3)) for n in range(3)]
     parts = [part.astype(np.float32) for part in parts]
     variables = layer.init(jax.random.key(0), parts[0])
-    (seen,) = measured(layer, variables, parts, None, {}).layers
+    (seen,) = measured(layer, variables, parts, None, layout(), {}).layers
     values = np.concatenate(parts).astype(np.float64)
     np.testing.assert_allclose(seen.batch_mean, values.mean(0), rtol=1e-5)
     np.testing.assert_allclose(seen.all_var, values.var(0), rtol=1e-5)
@@ -112,7 +113,7 @@ def test_measurements_are_those_of_the_data(trained):
 
 def test_recalibrated_statistics_are_at_distance_zero(trained):
     exact = bnjax.recalibrate(NET, trained, DATA)
-    for layer in measured(NET, exact, DATA, None, {}).layers:
+    for layer in measured(NET, exact, DATA, None, layout(), {}).layers:
         np.testing.assert_allclose(layer.mean, layer.batch_mean, atol=1e-5)
         np.testing.assert_allclose(layer.var, layer.all_var, rtol=1e-4)
 

@@ -33,8 +33,9 @@ class Critic(nn.Module):
 class OfDict(Critic):
     """Called with one dict of dicts."""
 
-    def __call__(self, x, train=False):
-        return super().__call__(x["state"]["obs"], x["action"], train=train)
+    def __call__(self, obs, action=None, train=False):
+        assert action is None
+        return super().__call__(obs["state"]["obs"], obs["action"], train=train)
 
 
 def batch(seed: int, size: int = SIZE) -> dict[str, Any]:
@@ -343,20 +344,21 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
         "A batch must hold the `inputs` ['reward'], got ['action', 'obs', 'weights', 'y'].",
     ),
 }
-for each in (0, -1, 2.0, True):
-    message = f"`microbatches` must be an int of 1 or more, got {each!r}."
-    call: Any = functools.partial(train_step, loss, microbatches=each)
-    MISTAKES[f"microbatches_{each}"] = (call, ValueError, message)
-for each in (4, jax.devices()):
+wrong: Any
+for wrong in (0, -1, 2.0, True):
+    message = f"`microbatches` must be an int of 1 or more, got {wrong!r}."
+    call: Any = functools.partial(train_step, loss, microbatches=wrong)
+    MISTAKES[f"microbatches_{wrong}"] = (call, ValueError, message)
+for wrong in (4, jax.devices()):
     message = (
         "`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
-        f"{type(each).__name__}."
+        f"{type(wrong).__name__}."
     )
-    call = functools.partial(train_step, loss, mesh=each)
-    MISTAKES[f"mesh_{type(each).__name__}"] = (call, TypeError, message)
-for each in (3, ("x", 1), {"x": 2}, None):
-    call = functools.partial(train_step, loss, inputs=each)
-    MISTAKES[f"inputs_{each}"] = (call, TypeError, INPUTS_OR.format(each))
+    call = functools.partial(train_step, loss, mesh=wrong)
+    MISTAKES[f"mesh_{type(wrong).__name__}"] = (call, TypeError, message)
+for wrong in (3, ("x", 1), {"x": 2}, None):
+    call = functools.partial(train_step, loss, inputs=wrong)
+    MISTAKES[f"inputs_{wrong}"] = (call, TypeError, INPUTS_OR.format(wrong))
 
 
 @pytest.mark.parametrize(("call", "error", "message"), MISTAKES.values(), ids=MISTAKES)

@@ -230,3 +230,39 @@ def test_fold_names_a_batch_norm_that_is_not_known_beside_those_that_it_folds(ap
     kind = "KeepsAxes" if api == "linen" else "OwnNnx"
     why = f"bnjax.register({kind}, ...) tells what it does; {kind} is not known"
     assert reasons == {"bn": None, "own": why}
+
+
+def late() -> Any:
+    """A class that no other test knows, and a model with it."""
+
+    class Late(nn.Module):
+        momentum: float = 0.9
+
+        @nn.compact
+        def __call__(self, x, use_running_average):
+            mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+            var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
+            used = (mean.value, var.value) if use_running_average else (x.mean(0), x.var(0))
+            if not use_running_average:
+                mean.value = self.momentum * mean.value + (1 - self.momentum) * used[0]
+                var.value = self.momentum * var.value + (1 - self.momentum) * used[1]
+            return (x - used[0]) / jnp.sqrt(used[1] + 1e-5)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.Dense(2)(Late()(nn.Dense(4)(x), not train))
+
+    return Net(), Late
+
+
+@pytest.mark.parametrize("tool", ["recalibrate", "diagnose", "fold"])
+def test_a_tool_that_refused_a_model_takes_it_once_its_class_is_registered(tool):
+    # Refused it for as long as the model lived: what was traced before was kept.
+    net, kind = late()
+    variables = net.init(jax.random.key(0), BATCHES[0])
+    batches = BATCHES[0] if tool == "fold" else BATCHES
+    with pytest.raises(ValueError, match=r"bnjax\.register\(Late, "):
+        getattr(bnjax, tool)(net, variables, batches)
+    bnjax.register(kind)
+    getattr(bnjax, tool)(net, variables, batches)

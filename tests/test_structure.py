@@ -30,8 +30,8 @@ FLOORS = {
     ),
     "bnjax.layers": ({"conventions", "modes"}, {"linen", "nnx"}),
     "bnjax.models": (
-        {"checks", "compat", "conventions", "programs", "statistics"},
-        {"batches", "contexts", "registered"},
+        {"checks", "compat", "conventions", "statistics"},
+        {"batches", "contexts", "programs", "registered"},
         {"frames"},
         {"visits"},
         {"accumulation", "freezing", "overrides"},

@@ -15,6 +15,7 @@ from flax.core import FrozenDict, freeze, unfreeze
 from flax.training.dynamic_scale import DynamicScale
 
 import bnjax
+from bnjax.core import checks
 from bnjax.training import TrainState, eval_step, evaluate, history, init_state, train_step
 from tests.support.strangers import Codebook, Noisy, Spectral
 
@@ -208,10 +209,11 @@ def test_a_rejected_step_leaves_the_fields_of_a_subclass():
     state = Averaged.create(**held, tx=optax.sgd(0.1), ema=plain.params)
     step = train_step(loss, **TRAIN)
     bad = BATCH | {"y": np.full(24, np.inf, np.float32)}
+    refused: Any
     refused, metrics = step(state, bad)
     assert not metrics["accepted"]
     same((refused.ema, refused.taken), (state.ema, 0))
-    after, _ = step(refused, BATCH)
+    after: Any = step(refused, BATCH)[0]
     close(after.ema, jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, after.params))
     assert (int(after.taken), int(after.step), int(after.rejected)) == (1, 2, 1)
 
@@ -286,7 +288,8 @@ def test_gradients_of_half_precision_add_up_in_single():
     state = init_state(net, optax.sgd(1.0), jax.random.key(0), np.ones((512, 1), np.float32))
     state = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
     x = np.full((512, 1), 1.0, np.float32)
-    after, _ = train_step(lambda y, _: -y[:, 0], microbatches=512, donate=False)(state, {"x": x})
+    step = train_step(lambda y, _: -y[:, 0], microbatches=512, donate=False)
+    after: Any = step(state, {"x": x})[0]
     assert after.params["kernel"].dtype == jnp.bfloat16
     assert float(after.params["kernel"][0, 0]) == 1  # 256 + 1 is 256 in bfloat16
 
@@ -339,14 +342,14 @@ def warned(**options: Any) -> list[str]:
 
 
 def test_a_training_whose_statistics_never_move_is_warned_of_once():
-    bnjax.core.checks.warn_once.cache_clear()
+    checks.warn_once.cache_clear()
     assert warned() == [
         "This training step updates no running statistics: the batch norm at 'bn' runs in "
         "evaluation mode. Pass what makes the model train, such as apply_kwargs={'train': True}, "
         "or call model.train() of an nnx model; to freeze them, pass frozen='**'."
     ]
     assert warned() == []
-    bnjax.core.checks.warn_once.cache_clear()
+    checks.warn_once.cache_clear()
     assert warned(frozen="**") == warned(apply_kwargs={"train": True}) == []
     with bnjax.freeze("**"):
         assert warned(apply_kwargs={"train": True}) == warned() == []
@@ -371,7 +374,8 @@ def test_a_frozen_encoder_keeps_its_parameters_statistics_and_mode(number):
     before = state.params["decoder"], state.batch_stats["decoder"]
     assert jax.tree.all(jax.tree.map(lambda a, b: np.abs(a - b).max() > 0, moved, before))
     parts = [{c: tree[name] for c, tree in state.variables.items()} for name in free]
-    fed = Net().apply(parts[0], X)[:, None]
+    fed: Any = Net().apply(parts[0], X)
+    fed = fed[:, None]
     y, new = Net().apply(parts[1], fed, train=True, mutable=["batch_stats"])
     close(moved[1], new["batch_stats"])
     if number == 1:

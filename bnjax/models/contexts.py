@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 
 from bnjax.core.compat import context
-from bnjax.models.conventions import registrations
+from bnjax.models.conventions import knowledge
 
 
 class Frame:
@@ -84,7 +84,7 @@ def _others_run() -> list[None]:
 
 def _tell_jax(thread: int) -> None:
     frames = active()
-    keys = (frame.key for frame in frames)
-    key: Hashable = (_turns[thread], registrations(), *keys) if frames else ()
+    seen = _turns[thread], knowledge()
+    key: Hashable = (*seen, *(frame.key for frame in frames)) if frames else ()
     # While other tasks of this thread hold frames of their own, nothing cached is believed.
     _key(key if _open[thread] == len(frames) else object()).__enter__()

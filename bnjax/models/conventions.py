@@ -37,22 +37,22 @@ LINEAR: tuple[Any, ...] = LINEAR_LINEN + LINEAR_NNX
 _OWN_CALLS = {inspect.unwrap(kind.__call__) for kind in OWN_LINEN + LINEAR_LINEN}
 _OWN_CALLS |= {kind.__call__ for kind in OWN_NNX + LINEAR_NNX}
 _calls: dict[type, Any] = {}
-_registrations = [0]
+_times: list[None] = []  # as many as there were calls of `know`
 for _kind in OWN_LINEN + OWN_NNX:
     (Linen if _kind in OWN_LINEN else NNX).register(_kind)
 
 
-def registrations() -> int:
-    """How often a class was registered: what was traced before may be wrong after."""
-    return _registrations[0]
-
-
 def know(kind: Any) -> None:
     """Take a class, and its subclasses, for batch norms."""
-    _registrations[0] += 1
     linen = issubclass(kind, nn.Module)
     (Linen if linen else NNX).register(kind)
     _calls[kind] = inspect.unwrap(kind.__call__) if linen else kind.__call__
+    _times.append(None)
+
+
+def knowledge() -> int:
+    """A number that changes with what is known: programs of before have met other layers."""
+    return len(_times)
 
 
 def is_registered(layer: Any) -> bool:

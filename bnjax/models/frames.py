@@ -8,7 +8,7 @@ import chex
 from bnjax import globs
 from bnjax.models.compat import is_tracing
 from bnjax.models.contexts import Frame, active
-from bnjax.models.conventions import Facts, registrations
+from bnjax.models.conventions import Facts
 
 
 class Settings(Frame):
@@ -96,5 +96,5 @@ def settings() -> tuple[Settings, ...]:
 
 
 def settings_key() -> Hashable:
-    """What tells the settings that hold here, and the classes that are known, from others."""
-    return registrations(), *(frame.key for frame in settings())
+    """What tells the settings that hold here from others."""
+    return tuple(frame.key for frame in settings())

@@ -8,6 +8,8 @@ from weakref import WeakKeyDictionary
 import jax
 from flax import nnx
 
+from bnjax.models.conventions import knowledge
+
 _NAME = "_bnjax_kept"
 _kept: WeakKeyDictionary[nnx.Module, "_Kept"] = WeakKeyDictionary()  # an attribute is a part of nnx
 
@@ -57,6 +59,7 @@ class _Kept(OrderedDict):
 
 def kept_with(model: Any, key: Hashable, make: Callable[[], Any], at_most: int = 8) -> Any:
     """What was made for a model and a key, made if it is not there or the key can't be compared."""
+    key = key, knowledge()
     try:
         hash(key)
     except TypeError:

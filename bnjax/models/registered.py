@@ -66,7 +66,7 @@ def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) 
     ...         new = lambda name: self.variable("batch_stats", name, jnp.zeros, x.shape[-1])
     ...         kept = [new("mean"), new("var")]
     ...         used = [x.mean(0), x.var(0)] if train else [each.value for each in kept]
-    ...         for old, new in zip(kept, used):
+    ...         for old, new in zip(kept, used) if train else ():
     ...             old.value = self.decay * old.value + (1 - self.decay) * new
     ...         return (x - used[0]) / jnp.sqrt(used[1] + 1e-5)
     >>> register(Norm, {"use_running_average": "not train", "momentum": "decay"})

@@ -214,7 +214,7 @@ class Rewritten(nn.BatchNorm):
     """A subclass of Flax's that does not call it."""
 
     @nn.compact
-    def __call__(self, x, use_running_average):
+    def __call__(self, x, use_running_average=None, *, mask=None):
         ra_mean, ra_var = kept(self, x.shape[-1])
         if not use_running_average:
             ra_mean.value = 0.9 * ra_mean.value + 0.1 * x.mean((0, 1))

@@ -87,7 +87,7 @@ def diagnose(
     checks.flax_model(model)
     variables = variables_of_model(model, variables)
     seen = measured(
-        model, variables, batches, loss_fn, dict(apply_kwargs or {}), layout(inputs, per_example)
+        model, variables, batches, loss_fn, layout(inputs, per_example), dict(apply_kwargs or {})
     )
     return report_of(Evidence(seen, steps, history or {}))
 

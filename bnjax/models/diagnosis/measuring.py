@@ -14,7 +14,7 @@ from flax import nnx
 from flax.core import meta
 
 from bnjax.models import checks
-from bnjax.models.batches import DEFAULT, Layout, LossFn
+from bnjax.models.batches import Layout, LossFn
 from bnjax.models.diagnosis.devices import readings
 from bnjax.models.diagnosis.passes import Kind, Passes, Seen, compare, passes_of
 from bnjax.models.freezing import batch_norms
@@ -136,8 +136,8 @@ def measured(
     variables: Any,
     batches: Iterable[Any],
     loss_fn: LossFn | None,
+    layout: Layout,
     kwargs: Mapping[str, Any],
-    layout: Layout = DEFAULT,
 ) -> Measured:
     """Run the batches through the model, and one of them once more with other batch mates."""
     checks.several_batches(batches)
