@@ -113,10 +113,11 @@ class Objective:
             begun = _stats(functools.partial(begin, calls=calls), collections)
             carry = jax.tree.map(_zeros, results), begun
             if self.microbatches <= _FEW and jax.default_backend() == "cpu":
+                add = jax.jit(add)  # traced once, and inlined by XLA
                 for number in range(self.microbatches):
                     at = number + _nothing(carry[0])
                     part = [jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False) for leaf in cut]
-                    carry, _ = add(carry, (number, part))
+                    carry, _ = add(carry, (jnp.asarray(number), part))
             else:
                 parts = jnp.arange(self.microbatches), cut
                 carry, _ = jax.lax.scan(add, carry, parts)
