@@ -119,6 +119,15 @@ def test_a_rejected_step_leaves_everything_as_it_was(bad, microbatches):
     assert int(step.rejected) == 1
 
 
+def test_a_batch_without_an_example_that_counts_is_rejected():
+    node = start(optax.adam(1e-2))
+    before = arrays(*node)
+    step = bnjax.nnx.train_step(loss_fn)
+    assert not step(*node, {**BATCHES[0], "mask": np.zeros(16, bool)})["accepted"]
+    chex.assert_trees_all_equal(arrays(*node), before)
+    assert int(step.rejected) == 1
+
+
 @pytest.mark.parametrize("microbatches", [2, 4, 16])
 def test_micro_batches_leave_the_statistics_of_the_whole_batch(microbatches):
     whole, parts = start(norm=bnjax.nnx.BatchNorm), start(norm=bnjax.nnx.BatchNorm)

@@ -201,3 +201,76 @@ def test_no_weight_decay_on_scales_and_biases_of_any_layer():
         "Dense_0": kernels,
     }
     assert optax.adamw(1e-3, mask=bnjax.decay_mask).init(params) is not None
+
+
+NO_EXAMPLE = {
+    "empty": {"x": np.zeros((0, 4), np.float32), "y": np.zeros(0, np.float32)},
+    "masked": {
+        "x": np.ones((4, 4), np.float32),
+        "y": np.ones(4, np.float32),
+        "mask": np.zeros(4, bool),
+    },
+}
+
+
+@pytest.mark.parametrize("batch", NO_EXAMPLE.values(), ids=NO_EXAMPLE)
+def test_a_batch_without_an_example_that_counts_is_rejected(rng, batch):
+    state, _ = make(rng)
+    after, metrics = train_step(squared_error, donate=False)(state, batch)
+    assert not metrics["accepted"]
+    assert int(after.rejected) == 1
+    chex.assert_trees_all_equal(
+        (after.params, after.opt_state, after.batch_stats),
+        (state.params, state.opt_state, state.batch_stats),
+    )
+
+
+class WithMode(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.BatchNorm(use_running_average=not train)(x)[:, 0]
+
+
+def with_mode() -> TrainState:
+    return init_state(WithMode(), optax.sgd(0.1), jax.random.key(0), jnp.ones((2, 4)), train=False)
+
+
+MISSING = "The model is called with its inputs and with `apply_kwargs`, but WithMode.__call__() "
+MISSING += "missing 1 required positional argument: 'train'. "
+X = {"x": np.ones((4, 4), np.float32), "y": np.ones(4, np.float32)}
+MISTAKES = {
+    "a batch as input": (
+        lambda: init_state(Net(), optax.sgd(0.1), jax.random.key(0), X),
+        "`x` must be an input of the model, got a batch with `x` in it: write init_state(model, "
+        'tx, key, batch["x"]), or init_state(model, tx, key, batch, inputs="x").',
+    ),
+    "init without a mode": (
+        lambda: init_state(WithMode(), optax.sgd(0.1), jax.random.key(0), X["x"]),
+        MISSING + "Write what else it takes, as in init_state(model, tx, key, x, train=False).",
+    ),
+    "a step without a mode": (
+        lambda: train_step(squared_error)(with_mode(), X),
+        MISSING + "Give what it trains with, as in train_step(loss_fn, apply_kwargs={'train': "
+        "True}).",
+    ),
+    "an evaluation without a mode": (
+        lambda: eval_step(squared_error)(with_mode(), X),
+        MISSING + "Give what it evaluates with, as in eval_step(loss_fn, apply_kwargs={'train': "
+        "False}).",
+    ),
+    "mutable": (
+        lambda: train_step(squared_error, apply_kwargs={"mutable": ["batch_stats"]}),
+        "`apply_kwargs` must leave `mutable` out: a training step keeps what every collection of "
+        "the model becomes.",
+    ),
+    "no function": (
+        lambda: train_step(3),  # pyright: ignore[reportArgumentType]
+        "`loss_fn` must be a function, loss_fn(outputs, batch), got int.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_an_error_that_says_what_to_write(call, message):
+    with pytest.raises(TypeError, match=rf"^{re.escape(message)}(\n|$)"):
+        call()

@@ -25,6 +25,21 @@ def linen_model(model: Any) -> None:
     flax_model(model)
 
 
+@contextlib.contextmanager
+def input_not_batch(x: Any, inputs: Any) -> Iterator[None]:
+    """A model is initialized with its input, not with the batch that holds it."""
+    try:
+        yield
+    except Exception as error:
+        if inputs is not None or not isinstance(x, Mapping) or "x" not in x:
+            raise
+        raise TypeError(
+            "`x` must be an input of the model, got a batch with `x` in it: write "
+            'init_state(model, tx, key, batch["x"]), or init_state(model, tx, key, batch, '
+            'inputs="x").'
+        ) from error
+
+
 def same_leaves(new: Any, old: Any) -> list[Any]:
     """What a step returns has the tree of what it was given, dicts of one kind or another."""
     new, old = jax.tree.leaves_with_path(new), jax.tree.leaves_with_path(old)

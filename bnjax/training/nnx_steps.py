@@ -41,8 +41,8 @@ def train_step(
 ) -> "TrainStep":
     """A compiled step for an nnx model, in place: forward, backward, update, commit.
 
-    A step whose loss or gradients are not finite leaves all as it was: parameters, optimizer,
-    statistics and the counts of random numbers.
+    A step whose loss or gradients are not finite, or whose batch has no example that counts, leaves
+    all as it was: parameters, optimizer, statistics and the counts of random numbers.
 
     Args:
         loss_fn: `loss_fn(outputs, batch)` gives the loss, or `(loss, metrics)` with a dict of
@@ -150,7 +150,7 @@ def _update(
     compute = functools.partial(objective, model.apply, collections=model.others, **now)
     grads, moved, loss, means = compute(model.params, scale=scale.up)
     grads = scale.down(grads)
-    accepted = all_finite((loss, grads))
+    accepted = all_finite((loss, grads)) & (objective.layout.counted(batch) > 0)
     frozen_fit(frozen, model.modules | objective.met.keys())
 
     def again(params: nnx.State, part: int) -> Any:

@@ -131,7 +131,7 @@ def init_state(
     keys = {"params": init_key, "dropout": dropout_key}
     mutable = DenyList("intermediates")
     repair = "Write what else it takes, as in init_state(model, tx, key, x, train=False)."
-    with checks.called_with(repair):
+    with checks.input_not_batch(x, inputs), checks.called_with(repair):
         variables = model.lazy_init(keys, *args, mutable=mutable, **kwargs, **apply_kwargs)
     others = {k: v for k, v in variables.items() if k not in ("params", "batch_stats")}
     params: Any = variables.get("params", {})

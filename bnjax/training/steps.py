@@ -83,8 +83,8 @@ def train_step(
         `step(state, batch) -> (state, metrics)`. `batch` is a dict: `"x"` is the input of the
         model, `"mask"`, if there is one, a bool (N,) that says which examples count in loss,
         metrics and statistics, and the rest is for `loss_fn`. The metrics are means over the batch,
-        with `loss`, and `accepted`, which says whether loss and gradients were finite; see
-        `commit`. A metric of such a name is reported in its place.
+        with `loss`, and `accepted`, which says whether loss and gradients were finite and some
+        example counted; see `commit`. A metric of such a name is reported in its place.
 
     Raises:
         ValueError: a batch that does not divide by `microbatches` and the devices.
@@ -129,7 +129,7 @@ def _step(
     compute = functools.partial(objective, apply, **now)
     grads, moved, loss, means = compute(fast, scale=scale.up)
     grads = scale.down(grads)
-    accepted = all_finite((loss, grads))
+    accepted = all_finite((loss, grads)) & (objective.layout.counted(batch) > 0)
     frozen_fit(frozen, modules_of(fast) | objective.met.keys())
     again = functools.partial(compute, scale=lambda loss: loss)
     known = {"value_fn": lambda p: again(p)[2], "grad_fn": lambda p, _: again(p)[0]}
