@@ -12,8 +12,18 @@ from flax import linen as nn
 
 import bnjax
 from bnjax.core import checks
+from bnjax.training import train_step
 from tests.support.oracle import assert_close
-from tests.support.regression import TRAINED, Net, Norms, Parallel, images, start, trained
+from tests.support.regression import (
+    TRAINED,
+    Net,
+    Norms,
+    Parallel,
+    images,
+    squared_error,
+    start,
+    trained,
+)
 
 pytestmark = pytest.mark.quick_compile
 
@@ -214,6 +224,26 @@ def test_microbatches_average_the_gradients_of_parts_that_normalize_by_themselve
     assert_close(found.params, wanted, rtol=1e-5)
     whole: Any = trained(state, [batch]).params
     assert np.abs(wanted["Conv_0"]["kernel"] - whole["Conv_0"]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_a_loop_and_its_parts_one_after_another_give_the_same(unroll):
+    state = start(Net(TRAINED), images(0)["x"])
+    found = trained(state, [images(0)], microbatches=4, unroll=unroll)
+    expected = trained(state, [images(0)], microbatches=4)
+    assert_close(
+        (found.params, found.batch_stats), (expected.params, expected.batch_stats), rtol=1e-5
+    )
+
+
+def test_a_loop_over_micro_batches_takes_less_memory_than_one_piece():
+    state, batch = start(Net(TRAINED), images(0)["x"]), images(0, 1024)
+
+    def temporary(**options: Any) -> int:
+        step: Any = train_step(squared_error, donate=False, **options)
+        return step._compiled.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(microbatches=8, unroll=False) < 0.7 * temporary()
 
 
 def test_microbatches_change_nothing_where_no_layer_trains_its_statistics():

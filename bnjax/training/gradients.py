@@ -32,12 +32,14 @@ class Objective:
         layout: of the batches.
         microbatches: how many parts of a batch are run one after another.
         mask_statistics: whether the examples that don't count, count in no statistics either.
+        unroll: whether the parts are compiled one after another; None for what is fast.
     """
 
     loss_fn: LossFn
     layout: Layout
     microbatches: int
     mask_statistics: bool
+    unroll: bool | None = None
     met: dict[str, Met] = dataclasses.field(default_factory=dict)  # when it was traced
 
     def __call__(
@@ -112,7 +114,8 @@ class Objective:
             calls, results = rehearse(rehearsed, begun)
             begun = _stats(functools.partial(begin, calls=calls), collections)
             carry = jax.tree.map(_zeros, results), begun
-            if self.microbatches <= _FEW and jax.default_backend() == "cpu":
+            few = self.microbatches <= _FEW and jax.default_backend() == "cpu"
+            if few if self.unroll is None else self.unroll:
                 add = jax.jit(add)  # traced once, and inlined by XLA
                 for number in range(self.microbatches):
                     at = number + _nothing(carry[0])

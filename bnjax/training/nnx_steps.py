@@ -34,6 +34,7 @@ def train_step(
     apply_kwargs: Mapping[str, Any] | None = None,
     frozen: globs.Paths = (),
     microbatches: int = 1,
+    unroll: bool | None = None,
     mask_statistics: bool = True,
     mesh: Mesh | None = None,
     loss_scale: Any = None,
@@ -54,6 +55,7 @@ def train_step(
             mode are frozen.
         microbatches: cut the batch into this many, one after another, and update once. The running
             statistics are exactly those of the whole batch.
+        unroll: compile them one after another instead of in a loop, as there.
         mask_statistics: False takes examples that the mask leaves out into the statistics.
         mesh: train data-parallel: the batch is split over all devices of the mesh, model and
             optimizer are on each.
@@ -83,7 +85,9 @@ def train_step(
     """
     checks.loss_function(loss_fn)
     checks.microbatches(microbatches)
-    objective = Objective(loss_fn, layout(inputs, per_example), microbatches, mask_statistics)
+    objective = Objective(
+        loss_fn, layout(inputs, per_example), microbatches, mask_statistics, unroll
+    )
     update = functools.partial(_update, objective, dict(apply_kwargs or {}), globs.as_tuple(frozen))
     return TrainStep(update, objective, mesh, microbatches, donate, loss_scale)
 

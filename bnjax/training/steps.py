@@ -44,6 +44,7 @@ def train_step(
     apply_kwargs: Mapping[str, Any] | None = None,
     frozen: globs.Paths = (),
     microbatches: int = 1,
+    unroll: bool | None = None,
     mask_statistics: bool = True,
     mesh: Mesh | None = None,
     donate: bool = True,
@@ -69,8 +70,9 @@ def train_step(
             statistics are exactly those of the whole batch: moments are pooled, those of a virtual
             batch size too. The gradients are not, since each micro-batch normalizes by its own
             statistics; with few examples in each they are noisier. They add up in float32 at least.
-            On CPUs up to 8 are compiled one after another, which is faster there than a loop, and
-            saves less memory.
+        unroll: compile the micro-batches one after another instead of in a loop. By default up to 8
+            are on CPUs, where convolutions in a loop are several times slower; False saves more
+            memory there.
         mask_statistics: False takes examples that the mask leaves out into the statistics, for
             models whose batch norms see other arrays than one row for each example.
         mesh: train data-parallel: the batch is split over all devices of the mesh, the state is on
@@ -92,7 +94,7 @@ def train_step(
     checks.loss_function(loss_fn)
     checks.microbatches(microbatches)
     batches = layout(inputs, per_example)
-    objective = Objective(loss_fn, batches, microbatches, mask_statistics)
+    objective = Objective(loss_fn, batches, microbatches, mask_statistics, unroll)
     step = functools.partial(
         _step, objective, globs.as_tuple(frozen), checks.without_mutable(apply_kwargs)
     )
