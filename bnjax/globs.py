@@ -1,7 +1,7 @@
 """Globs over module paths, as in "encoder/**" or "**/bn*"."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 Paths = str | Sequence[str]
 
@@ -29,6 +29,23 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     tokens = re.split(r"(/\*\*(?=/|$)|^\*\*/|\*\*|\*|\?)", pattern)
     compiled = re.compile("".join(parts.get(token, re.escape(token)) for token in tokens))
     return lambda path: compiled.fullmatch(path) is not None
+
+
+def any_of(paths: Paths) -> Callable[[str], bool]:
+    """Whether a path fits one of the patterns at least."""
+    matchers = [matcher(pattern) for pattern in as_tuple(paths)]
+    return lambda path: any(fits(path) for fits in matchers)
+
+
+def check_each(
+    patterns: Paths,
+    paths: Collection[str],
+    what: str = "batch norm",
+    unknown: Mapping[str, str] | None = None,
+) -> None:
+    """Raise unless each pattern fits one of the paths, as `check_fits` does."""
+    for pattern in as_tuple(patterns):
+        check_fits(pattern, any(map(matcher(pattern), paths)), paths, what, unknown)
 
 
 def check_fits(

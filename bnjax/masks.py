@@ -53,19 +53,14 @@ def trainable_labels(params: Any, frozen: globs.Paths) -> Any:
     {'a': {'bn': {'scale': 'frozen'}}, 'b': {'kernel': 'trainable'}}
     """
     modules = modules_of(params)
-    for pattern in globs.as_tuple(frozen):
-        fits = any(map(globs.matcher(pattern), modules))
-        globs.check_fits(pattern, fits, modules, "module with parameters")
+    globs.check_each(frozen, modules, "module with parameters")
     return labels(params, frozen)
 
 
 def labels(params: Any, frozen: globs.Paths) -> Any:
     """What `trainable_labels` returns, also where a pattern fits nothing."""
-    matchers = [globs.matcher(pattern) for pattern in globs.as_tuple(frozen)]
-
-    def label(path: Any, _: Any) -> str:
-        return "frozen" if any(fits(_module(path)) for fits in matchers) else "trainable"
-
+    fits = globs.any_of(frozen)
+    label = lambda path, _: "frozen" if fits(_module(path)) else "trainable"  # noqa: E731
     return tree_map_with_path(label, params)
 
 

@@ -48,9 +48,9 @@ def freeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
 
 def freeze_fitting(model: nnx.Module, paths: globs.Paths) -> None:
     """Freeze the batch norms whose path fits, if there are any."""
-    matchers = [globs.matcher(pattern) for pattern in globs.as_tuple(paths)]
+    fits = globs.any_of(paths)
     for path, layer in batch_norms(model):
-        if any(fits(path) for fits in matchers) and not isinstance(layer, Frozen):
+        if fits(path) and not isinstance(layer, Frozen):
             object.__setattr__(layer, "__class__", _frozen(type(layer)))
 
 
@@ -67,12 +67,9 @@ def unfreeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
 
 def fitting(model: nnx.Module, paths: globs.Paths) -> list[nnx.Module]:
     """The batch norms whose path fits, after a look at all patterns."""
-    layers = list(batch_norms(model))
-    there = [path for path, _ in layers]
-    matchers = [globs.matcher(pattern) for pattern in globs.as_tuple(paths)]
-    for pattern, fits in zip(globs.as_tuple(paths), matchers, strict=True):
-        globs.check_fits(pattern, any(map(fits, there)), there)
-    return [layer for path, layer in layers if any(fits(path) for fits in matchers)]
+    layers, fits = list(batch_norms(model)), globs.any_of(paths)
+    globs.check_each(paths, [path for path, _ in layers])
+    return [layer for path, layer in layers if fits(path)]
 
 
 def batch_norms(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[str, Any]]:

@@ -174,9 +174,7 @@ class _Measurement:
         called, unknown = {"/".join(path) for path in notes["called"]}, dict(notes["strangers"])
         unknown |= getattr(self.model, "strangers", {})
         if not isinstance(self.model, Copy):
-            for pattern in self.patterns:
-                fits = any(map(globs.matcher(pattern), called))
-                globs.check_fits(pattern, fits, called, unknown=unknown)
+            globs.check_each(self.patterns, called, unknown=unknown)
         fitting = {"/".join(path) for path in layers_of(self.stats) if self.named(path)}
         checks.all_called(fitting - called, unknown)
 
@@ -227,8 +225,8 @@ def _program(
 
 
 def _named(patterns: tuple[str, ...]) -> Callable[[Path], bool]:
-    matchers = [globs.matcher(pattern) for pattern in patterns]
-    return lambda path: any(fits("/".join(path)) for fits in matchers)
+    fits = globs.any_of(patterns)
+    return lambda path: fits("/".join(path))
 
 
 def _with(stats: Any, seen: Mapping[Path, Moments]) -> Any:

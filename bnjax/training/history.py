@@ -47,7 +47,7 @@ def history(
     Returns:
         A step to use in the place of the one given.
     """
-    fits = [globs.matcher(pattern) for pattern in globs.as_tuple(paths)]
+    fits = globs.any_of(paths)
     calls = 0
 
     def statistics(batch_stats: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -58,7 +58,7 @@ def history(
         return {
             path: {key: read(stats[key]) for key in ("mean", "var")}
             for path, stats in layers.items()
-            if any(fit(path) for fit in fits)
+            if fits(path)
         }
 
     def recorded(*args: Any) -> Any:

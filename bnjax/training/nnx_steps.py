@@ -21,7 +21,7 @@ from bnjax.training import checks
 from bnjax.training.gradients import Objective
 from bnjax.training.scaling import Scale
 from bnjax.training.state import choose, own_buffers
-from bnjax.training.steps import Compiled, all_finite, frozen_fit, held, told
+from bnjax.training.steps import Compiled, all_finite, held, told
 
 Step = Callable[[nnx.Module, nnx.Optimizer, Batch], Metrics]
 
@@ -155,7 +155,7 @@ def _update(
     grads, moved, loss, means = compute(model.params, scale=scale.up)
     grads = scale.down(grads)
     accepted = all_finite((loss, grads)) & (objective.layout.counted(batch) > 0)
-    frozen_fit(frozen, model.modules | objective.met.keys())
+    globs.check_each(frozen, model.modules | objective.met.keys(), "module")
 
     def again(params: nnx.State, part: int) -> Any:
         single = model.with_params({})

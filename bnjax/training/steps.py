@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -132,7 +132,7 @@ def _step(
     grads, moved, loss, means = compute(fast, scale=scale.up)
     grads = scale.down(grads)
     accepted = all_finite((loss, grads)) & (objective.layout.counted(batch) > 0)
-    frozen_fit(frozen, modules_of(fast) | objective.met.keys())
+    globs.check_each(frozen, modules_of(fast) | objective.met.keys(), "module")
     again = functools.partial(compute, scale=lambda loss: loss)
     known = {"value_fn": lambda p: again(p)[2], "grad_fn": lambda p, _: again(p)[0]}
     proposed = state.replace(tx=told(state.tx, value=loss, grad=grads, **known)).apply_gradients(
@@ -229,12 +229,6 @@ def _freezing(patterns: tuple[str, ...]) -> contextlib.AbstractContextManager:
     if not patterns:
         return contextlib.nullcontext()
     return applying(Settings(("frozen", patterns), patterns, {"use_running_average": True}))
-
-
-def frozen_fit(patterns: tuple[str, ...], there: Collection[str]) -> None:
-    """Each pattern fits a module with parameters, or a batch norm without."""
-    for pattern in patterns:
-        globs.check_fits(pattern, any(map(globs.matcher(pattern), there)), there, "module")
 
 
 def held(params: Any, labels: Any, hold: Callable, *others: Any) -> Any:
