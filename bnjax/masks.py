@@ -1,7 +1,9 @@
 """Which parameters an optimizer treats differently, as trees for optax."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
 from bnjax import globs
@@ -62,6 +64,20 @@ def labels(params: Any, frozen: globs.Paths) -> Any:
     fits = globs.any_of(frozen)
     label = lambda path, _: "frozen" if fits(_module(path)) else "trainable"  # noqa: E731
     return tree_map_with_path(label, params)
+
+
+def held(params: Any, labels: Any, hold: Callable[..., Any], *others: Any) -> Any:
+    """The parameters, those that are labelled as frozen replaced by what `hold` makes of them.
+
+    `labels` are of the same tree, None for all parameters of a tree without any, or at a leaf.
+    """
+    if labels is None:
+        return params
+
+    def one(label: str | None, *leaves: Any) -> Any:
+        return hold(*leaves) if label == "frozen" else leaves[0]
+
+    return jax.tree.map(one, labels, params, *others, is_leaf=lambda label: label is None)
 
 
 def modules_of(params: Any) -> set[str]:

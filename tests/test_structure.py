@@ -41,10 +41,9 @@ FLOORS = {
     ),
     "bnjax.training": (
         {"checks", "scaling"},
-        {"gradients", "state"},
-        {"steps"},
-        {"nnx_steps"},
-        {"history", "averaging"},
+        {"compiled", "gradients", "state"},
+        {"attempts"},
+        {"averaging", "history", "nnx_steps", "steps"},
     ),
     "bnjax.checkpoints": (
         {"tensors"},

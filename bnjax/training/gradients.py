@@ -10,14 +10,16 @@ import jax.numpy as jnp
 
 from bnjax.core.moments import working_dtype
 from bnjax.models.accumulation import accumulating, begin, finish, next_pass, rehearse
-from bnjax.models.batches import Batch, Layout, LossFn, Metrics
+from bnjax.models.batches import Batch, Layout, LossFn, Metrics, Totals
 from bnjax.models.frames import Met
 from bnjax.models.visits import counting, watching
 from bnjax.training import checks
 
 # XLA has no fast convolutions inside a loop on CPUs, so few micro-batches stand one after another.
 _FEW = 8
-_REPAIR = "Give what it trains with, as in train_step(loss_fn, apply_kwargs={'train': True})."
+_TRAIN = "Give what it trains with, as in train_step(loss_fn, apply_kwargs={'train': True})."
+
+_EVALUATE = "Give what it evaluates with, as in eval_step(loss_fn, apply_kwargs={'train': False})."
 
 # `apply(params, collections, args, kwargs, key)` gives outputs and new collections.
 Apply = Callable[[Any, Any, tuple, dict, Any], tuple[Any, Any]]
@@ -69,7 +71,7 @@ class Objective:
             def objective(params: Any) -> tuple[jax.Array, tuple[Any, tuple]]:
                 args, kwargs = self.layout.call(batch)
                 mask = batch.get("mask") if self.mask_statistics else None
-                with counting(mask), checks.called_with(_REPAIR):
+                with counting(mask), checks.called_with(_TRAIN):
                     outputs, moved = apply(params, collections, args, kwargs, key)
                 loss, totals = self.layout.totals(self.loss_fn, outputs, batch)
                 return scale(loss / count), (moved, (loss / count, dict(totals)))
@@ -127,6 +129,14 @@ class Objective:
         (grads, found), moved = carry
         grads = jax.tree.map(lambda g, like: g.astype(like.dtype), grads, results[0])
         return grads, _stats(functools.partial(finish, measured=measured), moved), found
+
+
+def evaluated(loss_fn: LossFn, layout: Layout, forward: Callable[..., Any], batch: Batch) -> Totals:
+    """The totals of a batch in evaluation, of which `forward` gives the outputs."""
+    args, kwargs = layout.call(batch)
+    with counting(batch.get("mask")), checks.called_with(_EVALUATE):
+        outputs = forward(*args, **kwargs)
+    return layout.totals(loss_fn, outputs, batch)[1]
 
 
 def _stats(change: Callable[[Any], Any], collections: Mapping[str, Any]) -> dict[str, Any]:

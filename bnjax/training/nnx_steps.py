@@ -11,17 +11,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from bnjax import globs
+from bnjax.masks import held, modules_of
 from bnjax.masks import labels as labels_of
-from bnjax.masks import modules_of
 from bnjax.models.batches import Batch, Inputs, LossFn, Metrics, Totals, layout
 from bnjax.models.freezing import freeze_fitting
 from bnjax.models.nnx_copies import Copy
-from bnjax.models.visits import counting
 from bnjax.training import checks
-from bnjax.training.gradients import Objective
-from bnjax.training.scaling import Scale
+from bnjax.training.attempts import attempt, told
+from bnjax.training.compiled import Compiled
+from bnjax.training.gradients import Objective, evaluated
 from bnjax.training.state import choose, own_buffers
-from bnjax.training.steps import Compiled, all_finite, held, told
 
 Step = Callable[[nnx.Module, nnx.Optimizer, Batch], Metrics]
 
@@ -115,20 +114,19 @@ class TrainStep:
         self.loss_scale, self.rejected = loss_scale, jnp.zeros((), jnp.int32)
         self._donate = donate
         options = {"microbatches": microbatches, "donate": donate}
-        self._compile = lambda *graphs: Compiled(
-            functools.partial(update, *graphs), objective.layout, mesh, **options
+        self._of = functools.cache(
+            lambda *graphs: Compiled(
+                functools.partial(update, *graphs), objective.layout, mesh, **options
+            )
         )
-        self._programs: dict[Any, Compiled] = {}
 
     def __call__(self, model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> Metrics:
         """Update model and optimizer; metrics."""
         checks.nnx_training(model, optimizer)
         (graph, variables), (optimizing, opt_state) = nnx.split(model), nnx.split(optimizer)
-        if (graph, optimizing) not in self._programs:
-            self._programs[graph, optimizing] = self._compile(graph, optimizing)
         state = variables, opt_state, self.loss_scale, self.rejected
         state = own_buffers(state) if self._donate else state
-        state, metrics = self._programs[graph, optimizing](state, batch)
+        state, metrics = self._of(graph, optimizing)(state, batch)
         variables, opt_state, self.loss_scale, self.rejected = state
         nnx.update(model, variables)
         nnx.update(optimizer, opt_state)
@@ -149,31 +147,26 @@ def _update(
     old = jax.tree.map(lambda leaf: leaf, opt_state)  # an update changes the optimizer in place
     optimizer = nnx.merge(optimizing, opt_state)
     model = _Model(nnx.merge(graph, variables), optimizer.wrt, frozen, kwargs)
-    scale = Scale(loss_scale)
-    now = {"batch": batch, "key": None, "step": optimizer.step[...]}
-    compute = functools.partial(objective, model.apply, collections=model.others, **now)
-    grads, moved, loss, means = compute(model.params, scale=scale.up)
-    grads = scale.down(grads)
-    accepted = all_finite((loss, grads)) & (objective.layout.counted(batch) > 0)
+    now = {"collections": model.others, "batch": batch, "key": None, "step": optimizer.step[...]}
+    found = attempt(objective, model.apply, model.params, loss_scale, **now)
     globs.check_each(frozen, model.modules | objective.met.keys(), "module")
 
-    def again(params: nnx.State, part: int) -> Any:
+    def ours(params: nnx.State) -> dict[Any, Any]:
         single = model.with_params({})
         nnx.update(single, params)
-        return compute(model.params_of(single), scale=lambda loss: loss)[part]
+        return model.params_of(single)
 
-    after = model.with_params({})
-    descent = nnx.state(model.with_params(grads), optimizer.wrt)
-    known = {"value_fn": lambda p: again(p, 2), "grad_fn": lambda p, _: again(p, 0)}
-    tx = optimizer.tx
-    optimizer.tx = told(tx, value=loss, grad=nnx.as_pure(descent), **known)
-    optimizer.update(after, descent)
+    def theirs(grads: Any) -> nnx.State:
+        return nnx.as_pure(nnx.state(model.with_params(grads), optimizer.wrt))
+
+    after, tx = model.with_params({}), optimizer.tx
+    optimizer.tx = told(tx, found, ours, theirs)
+    optimizer.update(after, nnx.state(model.with_params(found.grads), optimizer.wrt))
     optimizer.tx = tx
-    variables = model.state(accepted, model.params_of(after), moved)
-    opt_state = choose(accepted, nnx.state(optimizer), old)
-    rejected = rejected + jnp.where(accepted, 0, 1)
-    metrics = {"loss": loss, "accepted": accepted} | means
-    return (variables, opt_state, scale.adjusted(accepted), rejected), metrics
+    variables = model.state(found.accepted, model.params_of(after), found.collections)
+    opt_state = choose(found.accepted, nnx.state(optimizer), old)
+    rejected = rejected + jnp.where(found.accepted, 0, 1)
+    return (variables, opt_state, found.loss_scale, rejected), found.metrics
 
 
 class _Model:
@@ -252,18 +245,16 @@ def eval_step(
 
     def totals(graph: Any, variables: Any, batch: Batch) -> Totals:
         copy = Copy(nnx.merge(graph, variables))
-        args, inputs = batches.call(batch)
-        with counting(batch.get("mask")):
-            outputs = copy.apply(copy.variables, *args, **inputs, **(apply_kwargs or {}))
-        return batches.totals(loss_fn, outputs, batch)[1]
+        forward = functools.partial(copy.apply, copy.variables, **(apply_kwargs or {}))
+        return evaluated(loss_fn, batches, forward, batch)
 
-    programs: dict[Any, Compiled] = {}
+    @functools.cache
+    def compiled(graph: Any) -> Compiled:
+        return Compiled(functools.partial(totals, graph), batches, mesh)
 
     def step(model: nnx.Module, batch: Batch) -> Totals:
         checks.nnx_model(model)
         graph, variables = nnx.split(model)
-        if graph not in programs:
-            programs[graph] = Compiled(functools.partial(totals, graph), batches, mesh)
-        return programs[graph](variables, batch)
+        return compiled(graph)(variables, batch)
 
     return step

@@ -2,35 +2,23 @@
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from bnjax import globs
+from bnjax.masks import held, modules_of
 from bnjax.masks import labels as labels_of
-from bnjax.masks import modules_of
-from bnjax.models.batches import (
-    Batch,
-    Inputs,
-    Layout,
-    LossFn,
-    Metrics,
-    Totals,
-    layout,
-    on_all,
-    shardings,
-    tracked,
-)
-from bnjax.models.frames import Met, Settings
-from bnjax.models.visits import applying, counting
+from bnjax.models.batches import Batch, Inputs, LossFn, Metrics, Totals, layout, tracked
+from bnjax.models.frames import Settings
+from bnjax.models.visits import applying
 from bnjax.training import checks
-from bnjax.training.gradients import Objective
-from bnjax.training.scaling import Scale
+from bnjax.training.attempts import attempt, told
+from bnjax.training.compiled import Compiled
+from bnjax.training.gradients import Objective, evaluated
 from bnjax.training.state import TrainState, commit
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -125,26 +113,21 @@ def _step(
             outputs, moved = state.apply_fn(variables, *args, **options)
         return outputs, {**collections, **moved}
 
-    scale = Scale(state.loss_scale)
     key = None if state.rng is None else jax.random.fold_in(state.rng, state.step)
     now = {"collections": collections, "batch": batch, "key": key, "step": state.step}
-    compute = functools.partial(objective, apply, **now)
-    grads, moved, loss, means = compute(fast, scale=scale.up)
-    grads = scale.down(grads)
-    accepted = all_finite((loss, grads)) & (objective.layout.counted(batch) > 0)
+    found = attempt(objective, apply, fast, state.loss_scale, **now)
     globs.check_each(frozen, modules_of(fast) | objective.met.keys(), "module")
-    again = functools.partial(compute, scale=lambda loss: loss)
-    known = {"value_fn": lambda p: again(p)[2], "grad_fn": lambda p, _: again(p)[0]}
-    proposed = state.replace(tx=told(state.tx, value=loss, grad=grads, **known)).apply_gradients(
-        grads=grads,
+    moved = dict(found.collections)
+    proposed = state.replace(tx=told(state.tx, found)).apply_gradients(
+        grads=found.grads,
         batch_stats=moved.pop("batch_stats", state.batch_stats),
         collections=moved,
-        loss_scale=scale.adjusted(accepted),
+        loss_scale=found.loss_scale,
     )
     labels = labels_of(state.params, frozen) if frozen else None
     params = held(proposed.params, labels, lambda _, old: old, state.params)
     proposed = proposed.replace(tx=state.tx, params=params)
-    return commit(accepted, proposed, state), {"loss": loss, "accepted": accepted} | means
+    return commit(found.accepted, proposed, state), found.metrics
 
 
 def eval_step(
@@ -174,14 +157,11 @@ def eval_step(
     batches, options = layout(inputs, per_example), dict(apply_kwargs or {})
 
     def step(state: TrainState, batch: Batch) -> Totals:
-        args, kwargs = batches.call(batch)
-        repair = (
-            "Give what it evaluates with, as in eval_step(loss_fn, apply_kwargs={'train': False})."
-        )
-        with counting(batch.get("mask")), checks.called_with(repair):
+        def forward(*args: Any, **kwargs: Any) -> Any:
             outputs = state.apply_fn(state.variables, *args, **kwargs, **options)
-        outputs = outputs[0] if options.get("mutable") else outputs
-        return batches.totals(loss_fn, outputs, batch)[1]
+            return outputs[0] if options.get("mutable") else outputs
+
+        return evaluated(loss_fn, batches, forward, batch)
 
     return Compiled(step, batches, mesh)
 
@@ -231,17 +211,6 @@ def _freezing(patterns: tuple[str, ...]) -> contextlib.AbstractContextManager:
     return applying(Settings(("frozen", patterns), patterns, {"use_running_average": True}))
 
 
-def held(params: Any, labels: Any, hold: Callable, *others: Any) -> Any:
-    """The parameters, those that are frozen changed."""
-    if labels is None:
-        return params
-
-    def one(label: str | None, *leaves: Any) -> Any:
-        return hold(*leaves) if label == "frozen" else leaves[0]
-
-    return jax.tree.map(one, labels, params, *others, is_leaf=lambda label: label is None)
-
-
 def _keys(key: Any, streams: Mapping[str, Any]) -> dict[str, Any] | None:
     """A key for each random stream; Flax draws those without one from `params`."""
     if key is None:
@@ -249,70 +218,3 @@ def _keys(key: Any, streams: Mapping[str, Any]) -> dict[str, Any] | None:
     number = jax.random.bits(key)
     own = {name: jax.random.fold_in(stream, number) for name, stream in streams.items()}
     return {"dropout": key, "params": jax.random.fold_in(key, 1), **own}
-
-
-def told(tx: optax.GradientTransformation, **known: Any) -> optax.GradientTransformation:
-    """An optimizer that gets those of optax's extra arguments that it takes."""
-    update = optax.with_extra_args_support(tx).update
-    taken = inspect.signature(update).parameters.values()
-    names = {each.name for each in taken}
-    if any(each.kind is each.VAR_KEYWORD for each in taken):
-        names |= {"value", "grad", "value_fn"}  # of which those inside take what they know
-    known = {name: value for name, value in known.items() if name in names}
-    return optax.GradientTransformation(tx.init, functools.partial(update, **known))
-
-
-class Compiled:
-    """A step, compiled, over the devices of a mesh if there is one.
-
-    Args:
-        step: the function of a state and a batch.
-        batches: their layout.
-        mesh: the mesh, or None.
-        microbatches: what a batch must divide by; 0 in evaluation, which fills it up.
-        donate: reuse the memory of the state.
-
-    Attributes:
-        layout: of its batches.
-        met: the batch norms that were called when it was traced, by path.
-    """
-
-    def __init__(
-        self,
-        step: Callable[[Any, Any], Any],
-        batches: Layout,
-        mesh: Mesh | None,
-        *,
-        microbatches: int = 0,
-        donate: bool = False,
-        met: Mapping[str, Met] | None = None,
-    ) -> None:
-        self.layout, self._microbatches = batches, microbatches
-        self.met = {} if met is None else met
-        self._mesh, self._shardings, shard = mesh, None, {}
-        if mesh is not None:
-            checks.mesh(mesh)
-            self._shardings = shardings(mesh)
-            alike = self._shardings[1]
-            shard = {"in_shardings": (alike, None), "out_shardings": alike}
-        self._compiled = jax.jit(step, donate_argnums=0 if donate else (), **shard)
-
-    def __call__(self, state: Any, batch: Any) -> Any:
-        """Run it."""
-        batch, layout = self.layout.named(batch), self.layout
-        checks.not_donated(state)
-        devices = 1 if self._mesh is None else len(self._mesh.local_devices)
-        if self._microbatches:
-            checks.divides(layout.size(batch), devices, self._microbatches)
-        if self._shardings is None:
-            return self._compiled(state, batch)
-        auto, alike, split = self._shardings
-        batch = batch if self._microbatches else layout.padded(batch, devices)
-        with jax.set_mesh(auto):  # not the user's, whose axes may be explicit
-            return self._compiled(on_all(state, alike), layout.split(batch, alike, split))
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Whether all numbers of a tree are finite: bool, ()."""
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(leaves))

@@ -1,0 +1,74 @@
+"""A step before it is committed: its gradients, what the model has moved, whether all is finite."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bnjax.models.batches import Batch, Metrics
+from bnjax.training.gradients import Apply, Objective
+from bnjax.training.scaling import Scale
+
+
+class Attempt(NamedTuple):
+    """What a step would change."""
+
+    grads: Any
+    collections: Any  # of the model, after the step
+    accepted: jax.Array  # whether loss and gradients are finite and some example counts: bool, ()
+    metrics: Metrics
+    loss_scale: Any  # for the next step
+    loss: jax.Array
+    again: Callable[[Any], tuple]  # what the objective gives with other parameters
+
+
+def attempt(
+    objective: Objective, apply: Apply, params: Any, loss_scale: Any, *, batch: Batch, **now: Any
+) -> Attempt:
+    """The gradients of a batch, scaled and unscaled; `now` is as for the objective."""
+    scale = Scale(loss_scale)
+    compute = functools.partial(objective, apply, batch=batch, **now)
+    grads, collections, loss, means = compute(params, scale=scale.up)
+    grads = scale.down(grads)
+    accepted = _all_finite((loss, grads)) & (objective.layout.counted(batch) > 0)
+    metrics = {"loss": loss, "accepted": accepted} | means
+    again = functools.partial(compute, scale=lambda loss: loss)
+    return Attempt(grads, collections, accepted, metrics, scale.adjusted(accepted), loss, again)
+
+
+def told(
+    tx: optax.GradientTransformation,
+    found: Attempt,
+    ours: Callable[[Any], Any] = lambda params: params,
+    theirs: Callable[[Any], Any] = lambda grads: grads,
+) -> optax.GradientTransformation:
+    """An optimizer that gets those of optax's extra arguments that it takes.
+
+    Args:
+        tx: the optimizer.
+        found: the step that it updates by.
+        ours: the parameters as the model has them, of those that the optimizer has.
+        theirs: gradients as the optimizer has them.
+    """
+    known = {
+        "value": found.loss,
+        "grad": theirs(found.grads),
+        "value_fn": lambda params: found.again(ours(params))[2],
+        "grad_fn": lambda params, _: theirs(found.again(ours(params))[0]),
+    }
+    update = optax.with_extra_args_support(tx).update
+    taken = inspect.signature(update).parameters.values()
+    names = {each.name for each in taken}
+    if any(each.kind is each.VAR_KEYWORD for each in taken):
+        names |= {"value", "grad", "value_fn"}  # of which those inside take what they know
+    known = {name: value for name, value in known.items() if name in names}
+    return optax.GradientTransformation(tx.init, functools.partial(update, **known))
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))
