@@ -349,13 +349,6 @@ for wrong in (0, -1, 2.0, True):
     message = f"`microbatches` must be an int of 1 or more, got {wrong!r}."
     call: Any = functools.partial(train_step, loss, microbatches=wrong)
     MISTAKES[f"microbatches_{wrong}"] = (call, ValueError, message)
-for wrong in (4, jax.devices()):
-    message = (
-        "`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
-        f"{type(wrong).__name__}."
-    )
-    call = functools.partial(train_step, loss, mesh=wrong)
-    MISTAKES[f"mesh_{type(wrong).__name__}"] = (call, TypeError, message)
 for wrong in (3, ("x", 1), {"x": 2}, None):
     call = functools.partial(train_step, loss, inputs=wrong)
     MISTAKES[f"inputs_{wrong}"] = (call, TypeError, INPUTS_OR.format(wrong))

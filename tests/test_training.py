@@ -267,6 +267,13 @@ MISTAKES = {
         lambda: train_step(3),  # pyright: ignore[reportArgumentType]
         "`loss_fn` must be a function, loss_fn(outputs, batch), got int.",
     ),
+} | {
+    f"{wrong} as mesh": (
+        lambda wrong=wrong: train_step(squared_error, mesh=wrong),  # pyright: ignore
+        "`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
+        f"{type(wrong).__name__}.",
+    )
+    for wrong in (4, [*jax.devices()])
 }
 
 

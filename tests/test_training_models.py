@@ -16,7 +16,7 @@ from flax.training.dynamic_scale import DynamicScale
 
 import bnjax
 from bnjax.core import checks
-from bnjax.training import TrainState, eval_step, evaluate, history, init_state, train_step
+from bnjax.training import TrainState, eval_step, evaluate, init_state, train_step
 from tests.support.strangers import Codebook, Noisy, Spectral
 
 pytestmark = pytest.mark.quick_compile
@@ -382,20 +382,14 @@ def test_a_frozen_encoder_keeps_its_parameters_statistics_and_mode(number):
         close(metrics["loss"], loss(y, BATCH).mean())
 
 
-class Conventions(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.BatchNorm(False, momentum=0.99, name="flax")(x) + bnjax.BatchNorm1d(name="torch")(x)
-        return x.sum(-1) + bnjax.BatchNorm1d(momentum=None, name="average")(x).sum(-1)
-
-
-def test_a_history_tells_the_statistics_of_a_batch_by_the_momentum_of_each_layer():
-    record: dict[str, Any] = {}
-    step = history(train_step(loss), record)
-    step(start(Conventions()), BATCH)
-    wide = X.astype(np.float64)
-    for name, correction in (("flax", 0), ("torch", 1)):
-        lines = record["layers"][name]
-        close(np.asarray(lines["batch_mean"]), wide.mean(0)[None], 1e-4)
-        close(np.asarray(lines["batch_var"]), wide.var(0, ddof=correction)[None], 1e-3)
-    assert "batch_mean" not in record["layers"]["average"]
+def test_lookahead_keeps_what_is_frozen_in_both_of_its_sets():
+    state = start(Tower(), optax.lookahead(optax.adamw(0.1, weight_decay=0.1), 2, 0.5))
+    before, step = state, train_step(loss, frozen="encoder/**", **TRAIN)
+    for _ in range(2):
+        state, _ = step(state, BATCH)
+    for name in ("fast", "slow"):
+        after, old = getattr(state.params, name), getattr(before.params, name)
+        same(after["encoder"], old["encoder"])
+        assert jax.tree.all(
+            jax.tree.map(lambda a, b: (a != b).any(), after["decoder"], old["decoder"])
+        )

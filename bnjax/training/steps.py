@@ -124,8 +124,9 @@ def _step(
         collections=moved,
         loss_scale=found.loss_scale,
     )
-    labels = labels_of(state.params, frozen) if frozen else None
-    params = held(proposed.params, labels, lambda _, old: old, state.params)
+    # Lookahead has two sets of parameters.
+    each = labels if fast is state.params else type(state.params)(labels, labels)
+    params = held(proposed.params, each, lambda _, old: old, state.params)
     proposed = proposed.replace(tx=state.tx, params=params)
     return commit(found.accepted, proposed, state), found.metrics
 

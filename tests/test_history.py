@@ -1,19 +1,20 @@
-"""The record of an nnx training: its running statistics, and those of each batch."""
+"""The record of a training: its running statistics, and those of each batch."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from bnjax.training import history
+from bnjax.training import history, init_state, train_step
 
 pytestmark = pytest.mark.quick_compile
 
 
-def test_the_record_has_the_statistics_of_each_batch():
+def test_the_record_of_nnx_has_the_statistics_of_each_batch():
     norm = nnx.BatchNorm(3, momentum=0.75, rngs=nnx.Rngs(0))
     model = nnx.Sequential(norm, lambda x: x.sum(-1))
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
@@ -32,3 +33,27 @@ def test_the_record_has_the_statistics_of_each_batch():
     assert (record["step"], record["examples"]) == ([1, 2, 3], [8, 8, 8])
     params = np.concatenate(jax.tree.leaves(nnx.state(model, nnx.Param)))
     np.testing.assert_allclose(record["params_norm"][-1], np.sqrt((params**2).sum()), rtol=1e-6)
+
+
+class Conventions(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(False, momentum=0.99, name="flax")(x) + bnjax.BatchNorm1d(name="torch")(x)
+        return x.sum(-1) + bnjax.BatchNorm1d(momentum=None, name="average")(x).sum(-1)
+
+
+def test_a_history_tells_the_statistics_of_a_batch_by_the_momentum_of_each_layer():
+    x = np.random.default_rng(0).normal(1, 2, (16, 4)).astype(np.float32)
+    record: dict = {}
+    step = history(train_step(lambda y, batch: y**2), record)
+    step(init_state(Conventions(), optax.sgd(0.1), jax.random.key(0), x), {"x": x})
+    wide = x.astype(np.float64)
+    for name, correction in (("flax", 0), ("torch", 1)):
+        lines = record["layers"][name]
+        np.testing.assert_allclose(
+            np.asarray(lines["batch_mean"]), wide.mean(0)[None], rtol=1e-4, atol=1e-4
+        )
+        np.testing.assert_allclose(
+            np.asarray(lines["batch_var"]), wide.var(0, ddof=correction)[None], rtol=1e-3, atol=1e-3
+        )
+    assert "batch_mean" not in record["layers"]["average"]
