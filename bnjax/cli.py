@@ -24,7 +24,7 @@ from bnjax._words import number_of
 from bnjax.checkpoints import files, inspection
 from bnjax.checkpoints.conversion import from_torch, to_torch
 from bnjax.models.diagnosis import diagnose as diagnosed
-from bnjax.models.saved import variables_in
+from bnjax.models.saved import of_variable, variables_in
 
 PROBLEMS, FAILED = 1, 2
 _UNBROKEN = 1000  # columns
@@ -282,7 +282,7 @@ def as_variables(tree: dict[str, Any]) -> Any:
     """What was saved of linen variables as it is, of an nnx state as a state."""
     if {"params", "batch_stats"} & {*tree}:
         return tree
-    flat = {keys[:-1] if keys[-1] == "value" else keys: x for keys, x in flatten_dict(tree).items()}
+    flat = {of_variable(keys): x for keys, x in flatten_dict(tree).items()}
     kinds = {"mean": nnx.BatchStat, "var": nnx.BatchStat, "count": nnx.BatchStat}
     return nnx.from_flat_state((k, kinds.get(k[-1], nnx.Param)(x)) for k, x in flat.items())
 

@@ -257,7 +257,7 @@ def late() -> Any:
 
 
 @pytest.mark.parametrize("tool", ["recalibrate", "diagnose", "fold"])
-def test_a_tool_that_refused_a_model_takes_it_once_its_class_is_registered(tool):
+def test_a_tool_that_refused_a_model_takes_it_once_its_class_registered_class(tool):
     # Refused it for as long as the model lived: what was traced before was kept.
     net, kind = late()
     variables = net.init(jax.random.key(0), BATCHES[0])

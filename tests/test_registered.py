@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from bnjax.models.conventions import is_registered
+from bnjax.models.conventions import registered_class
 from bnjax.training import init_state, train_step
 from tests.support import strangers
 from tests.support.strangers import (
@@ -31,7 +31,7 @@ from tests.support.strangers import (
 pytestmark = pytest.mark.quick_compile
 
 for each in {case.kind: case for case in (CASES | CASES_NNX).values()}.values():
-    if not is_registered(each.kind.__new__(each.kind)):
+    if not registered_class(each.kind.__new__(each.kind)):
         bnjax.register(each.kind, each.facts)
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -264,9 +264,9 @@ def test_a_class_that_is_known_is_not_registered(kind):
         bnjax.register(kind)
 
 
-def test_a_subclass_that_does_not_call_a_known_class_is_registered():
+def test_a_subclass_that_does_not_call_a_known_class_registered_class():
     bnjax.register(kind := type("Anew", (strangers.Rewritten,), {}))
-    assert is_registered(kind(True))
+    assert registered_class(kind(True))
 
 
 def test_facts_of_other_names_are_refused():
@@ -381,7 +381,7 @@ def test_each_tool_names_a_class_that_is_not_registered(tool):
 @pytest.mark.parametrize("kind", [strangers.Parent, strangers.Rewritten])
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
 def test_a_known_class_does_not_hide_one_that_it_shares_code_with(tool, kind):
-    if not is_registered(strangers.Child()):
+    if not registered_class(strangers.Child()):
         bnjax.register(strangers.Child)
     names_the_class(*start(unknown(kind)), tool, kind.__name__)
 

@@ -16,6 +16,7 @@ import bnjax
 from bnjax.checkpoints import inspection
 from bnjax.models.saved import variables_in, variables_of_model
 from bnjax.training import init_state
+from tests.support.nnx_layers import WithDropout
 
 pytestmark = pytest.mark.quick_compile
 
@@ -85,20 +86,9 @@ def test_several_models_and_those_of_pytorch_are_told():
             bnjax.recalibrate(Net(), tree, [X])
 
 
-class Nnx(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), bnjax.nnx.BatchNorm1d(4, rngs=rngs)])
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.dropout(x)
-
-
 @pytest.mark.parametrize("form", ["model", "dict", "tuple", "loaded"])
 def test_an_nnx_state_is_found_beside_its_optimizer(tmp_path, form):
-    model, other = Nnx(nnx.Rngs(0)), Nnx(nnx.Rngs(1))
+    model, other = WithDropout(nnx.Rngs(0)), WithDropout(nnx.Rngs(1))
     optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
     bnjax.save(tmp_path / "m.msgpack", {"optimizer": optimizer, "net": model, "epoch": 1})
     saved = {

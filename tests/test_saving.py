@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import bnjax
 from bnjax.training import TrainState, init_state, train_step
 from tests.support.checkpoints import NEEDS
+from tests.support.nnx_layers import WithDropout
 
 pytestmark = pytest.mark.quick_compile
 
@@ -110,19 +111,8 @@ def test_flax_itself_saves_a_state_with_typed_keys(state):
     assert type(found) is Averaged
 
 
-class Nnx(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), bnjax.nnx.BatchNorm1d(4, rngs=rngs)])
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.dropout(x)
-
-
-def nnx_training(seed: int, *, steps: int = 0) -> tuple[Nnx, nnx.Optimizer]:
-    model = Nnx(nnx.Rngs(seed))
+def nnx_training(seed: int, *, steps: int = 0) -> tuple[WithDropout, nnx.Optimizer]:
+    model = WithDropout(nnx.Rngs(seed))
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
     step = bnjax.nnx.train_step(lambda y, batch: y.sum(-1))
     for _ in range(steps):

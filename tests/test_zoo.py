@@ -241,7 +241,7 @@ def test_a_tool_on_a_model_of_the_zoo(name, tool):
 
 
 @pytest.mark.parametrize("package", dict.fromkeys(c.package for c in CASES.values() if c.copy))
-def test_a_class_of_its_own_is_named_until_it_is_registered(package):
+def test_a_class_of_its_own_is_named_until_it_registered_class(package):
     net, messages = said(package)
     for tool, message in messages.items():
         for layer in net.layers:

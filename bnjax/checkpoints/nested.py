@@ -11,6 +11,7 @@ from flax.core import meta
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from bnjax.checkpoints.tensors import is_key
+from bnjax.models.saved import of_variable
 
 Leaf = Callable[[Any, str], Any]
 UNWANTED = object()  # what a leaf becomes that is left out
@@ -142,13 +143,13 @@ def _note(wanted: dict[str, Any], leaf: Any, name: str) -> Any:
 
 
 def _by_name(checkpoint: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays by full name. Of an nnx variable, orbax may have saved {"value": array}."""
+    """The arrays by full name."""
     found: dict[str, Any] = {}
 
     def note(leaf: Any, name: str) -> None:
-        outer, _, last = name.rpartition("/")
         if leaf is not None:
-            found[outer if last == "value" and name not in wanted else name] = leaf
+            outer = "/".join(of_variable(tuple(name.split("/"))))
+            found[name if name in wanted else outer] = leaf
 
     _dicts(checkpoint, note, "", False)
     return found

@@ -55,14 +55,14 @@ def knowledge() -> int:
     return len(_times)
 
 
-def is_registered(layer: Any) -> bool:
-    """Whether a layer is known because a user has registered its class."""
-    return any(kind in _calls for kind in type(layer).__mro__)
+def registered_class(layer: Any) -> type | None:
+    """The class of a layer that a user has registered, if it is known by that."""
+    return next((kind for kind in type(layer).__mro__ if kind in _calls), None)
 
 
 def is_call(layer: Any, function: Any) -> bool:
     """Whether a function is the call of a batch norm, or of a linear layer, itself."""
-    registered = next((kind for kind in type(layer).__mro__ if kind in _calls), None)
+    registered = registered_class(layer)
     if registered is not None:
         return _calls[registered] is function
     return function in _OWN_CALLS and isinstance(layer, (Linen, NNX, *LINEAR))

@@ -165,10 +165,9 @@ class Copy:
 def restored(model: nnx.Module, checkpoint: Mapping[str, Any]) -> nnx.State:
     """The state of an nnx model with the arrays of a checkpoint, nested by path.
 
-    Random keys stay those of the model. Of a variable, orbax may have saved {"value": array}.
+    Random keys stay those of the model.
     """
     arrays = {_names(keys): array for keys, array in flatten_dict(checkpoint).items()}
-    arrays = {keys[:-1] if keys[-1] == "value" else keys: array for keys, array in arrays.items()}
     leaves = dict(nnx.to_flat_state(nnx.state(model)))
     held = {k: leaf for k, leaf in leaves.items() if not isinstance(leaf, nnx.RngState)}
     checks.tree_fits(_shapes(arrays), _shapes(held))

@@ -4,12 +4,12 @@ import dataclasses
 import inspect
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from flax import linen as nn
 from flax import nnx
 
-from bnjax.models.conventions import NNX, Linen, is_rewritten, know
+from bnjax.models.conventions import NNX, Linen, is_rewritten, know, registered_class
 
 # What a batch norm is told, in the words of `flax.linen.BatchNorm`, and what holds if nobody does.
 _UNTOLD = {
@@ -23,7 +23,7 @@ _UNTOLD = {
 }
 _NEEDED = ("use_running_average", "momentum")
 _FACTS = ("x", *_NEEDED, *_UNTOLD)
-_registered: dict[type, "_Reading"] = {}
+_readings: dict[type, "_Reading"] = {}
 
 
 def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) -> None:
@@ -78,7 +78,7 @@ def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) 
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module | nnx.Module)):
         raise TypeError(f"`kind` must be a class of linen or nnx modules, got {kind!r}.")
-    if issubclass(kind, Linen | NNX) and kind not in _registered and not is_rewritten(kind):
+    if issubclass(kind, Linen | NNX) and kind not in _readings and not is_rewritten(kind):
         raise ValueError(f"{kind.__name__} is known already, by a class that it inherits from.")
     if unknown := [name for name in facts if name not in _FACTS]:
         raise TypeError(
@@ -89,7 +89,7 @@ def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) 
         raise ValueError(f"A call of {kind.__name__} takes no argument, so it has no input.")
     for name in _FACTS:
         reading.check(name)
-    _registered[kind] = reading
+    _readings[kind] = reading
     know(kind)
 
 
@@ -129,8 +129,8 @@ class Bound:
     """
 
     def __init__(self, layer: Any, where: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        kinds = (kind for kind in type(layer).__mro__ if kind in _registered)
-        self._layer, self._where, self._reading = layer, where, _registered[next(kinds)]
+        self._layer, self._where = layer, where
+        self._reading = _readings[cast(type, registered_class(layer))]
         self._bound = self._reading.signature.bind(layer, *args, **kwargs)
         self._bound.apply_defaults()
         self.facts = types.SimpleNamespace(**{name: self._get(name) for name in _FACTS})

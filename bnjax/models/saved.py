@@ -10,6 +10,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from bnjax.models.nnx_copies import restored
+from bnjax.models.statistics import Path
 
 _MODEL = ("params", "batch_stats")
 # What a training keeps beside them, by the usual names; what is no dict is none of theirs either.
@@ -123,13 +124,18 @@ def _of_nnx(model: nnx.Module, tree: Any) -> Any:
     return unflatten_dict({k: leaf for k, leaf in held.items() if k[0] not in beside})
 
 
-def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
-    """The leaves by path. Of an nnx variable, orbax may have saved {"value": array}."""
-    found: dict[tuple[str, ...], Any] = {}
+def of_variable(names: Path) -> Path:
+    """The path of an nnx variable, of which orbax may have saved {"value": array}."""
+    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
+
+
+def _flat(tree: Any) -> dict[Path, Any]:
+    """The leaves by path."""
+    found: dict[Path, Any] = {}
     for key, part in _parts(tree).items():
         inner = _flat(part) if _parts(part) else {(): part}
         found |= {(str(key), *path): leaf for path, leaf in inner.items()}
-    return {k[:-1] if len(k) > 1 and k[-1] == "value" else k: leaf for k, leaf in found.items()}
+    return {of_variable(path): leaf for path, leaf in found.items()}
 
 
 def _is_torch(tree: Any) -> bool:

@@ -33,8 +33,8 @@ from bnjax.models.conventions import (
     Linen,
     facts,
     is_call,
-    is_registered,
     is_some_call,
+    registered_class,
 )
 from bnjax.models.frames import Examples, Met, Settings, Visitor, Watch
 from bnjax.models.registered import Bound
@@ -353,7 +353,7 @@ def _visit(
 ) -> Visit:
     path = path_of(layer)
     fields = _fields(layer, path, frames)
-    if is_registered(layer):
+    if registered_class(layer) is not None:
         bound = Bound(layer, checks.where(path), args, kwargs)
         told, x, given, mask = bound.facts, bound.facts.x, None, bound.facts.mask
     else:

@@ -75,3 +75,16 @@ def moving(model: Any) -> set[str]:
     before = held(model)
     model(ROW)
     return {path.rpartition("/")[0] for path in moved(before, held(model))}
+
+
+class WithDropout(nnx.Module):
+    """Layers in a list, and random keys."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), bnjax.nnx.BatchNorm1d(4, rngs=rngs)])
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.dropout(x)

@@ -17,7 +17,7 @@ from bnjax.core.moments import working_dtype
 from bnjax.models import checks
 from bnjax.models.batches import Batch, Layout, LossFn
 from bnjax.models.compat import in_filter, union_filters
-from bnjax.models.conventions import Facts, is_registered
+from bnjax.models.conventions import Facts, registered_class
 from bnjax.models.frames import settings_key
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.programs import Program, kept_with
@@ -152,7 +152,7 @@ def _evaluated(visit: Visit, kind: Kind, moves: bool) -> Any:
         shape = tuple(jnp.shape(visit.x)[axis] for axis in visit.axes)
         kept = ("mean", "var", "count")
         held = {name: value for name, value in visit.statistics.items() if name in kept}
-        if not is_registered(visit.layer):  # whose statistics may have more axes
+        if registered_class(visit.layer) is None:  # whose statistics may have more axes
             checks.shapes("batch_stats", held, shape)
         if not kind.running and not moves:
             return visit.by_batch()  # by the user's own word nothing is mutable
