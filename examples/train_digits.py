@@ -38,7 +38,8 @@ def train(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=part[0] > 0) as progress:
+    hidden = part[0] > 0 or not console.is_terminal  # where each epoch has a line
+    with Progress(*columns, console=console, disable=hidden) as progress:
         bar = progress.add_task("training", total=epochs, completed=len(run.epochs))
         for epoch in range(len(run.epochs), epochs):
             measured = []

@@ -27,36 +27,37 @@ _readings: dict[type, "_Reading"] = {}
 
 
 def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) -> None:
-    """Teach the tools a batch norm class of your own, or of somebody else's.
+    """Register a batch norm class, so that the tools treat it like Flax's own.
 
-    bnjax's and Flax's layers, and their subclasses, are known. A class that was written anew, such
-    as a copy of Flax's, is known after one call: then `override`, `freeze`, `recalibrate`, `fold`,
-    `diagnose` and micro-batches take it as they take Flax's own.
+    The tools know bnjax's and Flax's layers and their subclasses. Register any other class, such as
+    a copy of Flax's layer, and `override`, `freeze`, `recalibrate`, `fold`, `diagnose` and
+    micro-batches work on it, too.
 
-    A call of it must return what it normalized, alone or first in a tuple; keep `mean` and `var` in
-    the collection `batch_stats` (of nnx: as `nnx.BatchStat`); and in training set them to
-    `momentum * old + (1 - momentum) * batch`, the variance biased.
+    The layer must return its normalized input, alone or first in a tuple; keep `mean` and `var` in
+    the collection `batch_stats` (in nnx, as `nnx.BatchStat`); and in training update them to
+    `momentum * old + (1 - momentum) * batch`, with the biased variance.
 
     Args:
-        kind: a subclass of `flax.linen.Module` or `flax.nnx.Module`. Subclasses of it are known
+        kind: a subclass of `flax.linen.Module` or `flax.nnx.Module`. Its subclasses are registered
             with it.
-        facts: where what is found, by the names of `flax.linen.BatchNorm`: `"x"`, the input;
+        facts: where to find each setting, by its name in `flax.linen.BatchNorm`: `"x"`, the input;
             `"use_running_average"`; `"momentum"`, the weight of the old statistics; `"epsilon"`,
             `"axis"`, `"mask"`, `"axis_name"`, `"axis_index_groups"`, `"use_scale"` and
             `"use_bias"`. Each is
 
-            - a string: an argument of the call, or else a field, such as `"is_training"` or
-              `"config.epsilon"`. `"not is_training"` is the opposite;
-            - a function of the layer and a dict of the arguments of its call; or
+            - a string: the name of a call argument or, failing that, of a field, such as
+              `"is_training"` or `"config.epsilon"`; prefix it with `"not "` to negate it;
+            - a function of the layer and a dict of its call arguments; or
             - the value itself.
 
-            What is left out is found under its own name, the input as the first argument, and
-            otherwise is as in `flax.linen.BatchNorm`. So a copy of that class needs no facts.
+            A setting that is left out is looked up under its own name (the input is the first
+            argument), and defaults to that of `flax.linen.BatchNorm`. A copy of that class needs no
+            facts.
 
     Raises:
-        TypeError: `kind` is no class of modules, or there is no fact of that name.
-        ValueError: `kind` is known already, or has no argument or field of a name that is given;
-            or none tells its mode, or its momentum.
+        TypeError: `kind` is not a module class, or a fact has an unknown name.
+        ValueError: `kind` inherits from a class that is known; a fact names an argument or a field
+            that `kind` does not have; or its mode or momentum can't be found.
 
     >>> import jax, jax.numpy as jnp, bnjax
     >>> class Norm(nn.Module):

@@ -1,4 +1,4 @@
-"""Training and evaluation of linen models with batch statistics: one state, two steps."""
+"""Training and evaluation of linen models with batch statistics; of nnx models: bnjax.nnx."""
 
 from bnjax.models.batches import pad_batch
 from bnjax.training.averaging import Average

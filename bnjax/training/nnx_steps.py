@@ -41,36 +41,36 @@ def train_step(
 ) -> "TrainStep":
     """A compiled step for an nnx model, in place: forward, backward, update, commit.
 
-    A step whose loss or gradients are not finite, or whose batch has no example that counts, leaves
-    all as it was: parameters, optimizer, statistics and the counts of random numbers.
+    A step is rejected if its loss or gradients are not finite, or if no example of its batch
+    counts. It then leaves parameters, optimizer, running statistics and rng counts unchanged.
 
     Args:
         loss_fn: `loss_fn(outputs, batch)` gives the loss, or `(loss, metrics)` with a dict of
             metrics. Each is an array with one entry for each example, (N,), or a mean, ().
-        inputs: what of a batch the model is called with, as for `bnjax.training.train_step`.
-        per_example: what of a batch has an entry for each example, as there.
-        apply_kwargs: passed to the model's call.
-        frozen: globs over module paths, such as `"encoder/**"`, whose parameters, statistics and
-            mode are frozen.
-        microbatches: cut the batch into this many, one after another, and update once. The running
-            statistics are exactly those of the whole batch.
-        unroll: compile them one after another instead of in a loop, as there.
-        mask_statistics: False takes examples that the mask leaves out into the statistics.
-        mesh: train data-parallel: the batch is split over all devices of the mesh, model and
-            optimizer are on each.
+        inputs: which entries of a batch to call the model with, as for
+            `bnjax.training.train_step`.
+        per_example: names of the entries that have one value per example, as there.
+        apply_kwargs: extra arguments for the model's call.
+        frozen: globs over module paths, such as `"encoder/**"`. Freezes parameters, running
+            statistics and mode of these modules.
+        microbatches: split the batch into this many parts, run them in turn, and update once. The
+            running statistics are exactly those of the whole batch.
+        unroll: unroll the loop over micro-batches, as there.
+        mask_statistics: whether `mask` also keeps examples out of the batch statistics.
+        mesh: train data-parallel: split the batch over all devices of the mesh and replicate model
+            and optimizer.
         loss_scale: scales the loss, for gradients in float16, as for `bnjax.training.init_state`.
             The step keeps it: `step.loss_scale`.
-        donate: reuse the memory of the model's and the optimizer's arrays. What was taken of them
-            before, such as `nnx.state(model)`, is gone then.
+        donate: donate the buffers of model and optimizer. References taken before the step, such
+            as `nnx.state(model)`, can't be used afterwards.
 
     Returns:
-        `step(model, optimizer, batch) -> metrics`. The model trains in the mode that it is in, so
-        call `model.train()` before; the optimizer is an `nnx.Optimizer`. `batch` and the metrics
-        are as for `bnjax.training.train_step`. `step.rejected` is the number of steps that were not
-        committed.
+        `step(model, optimizer, batch) -> metrics`. The step keeps the mode of the model, so call
+        `model.train()` first; the optimizer is an `nnx.Optimizer`. `batch` and the metrics are as
+        for `bnjax.training.train_step`. `step.rejected` counts the steps that were rejected.
 
     Raises:
-        TypeError: the model or the optimizer is none of nnx.
+        TypeError: the model is not an `nnx.Module`, or the optimizer not an `nnx.Optimizer`.
         ValueError: a batch that does not divide by `microbatches` and the devices.
 
     >>> import optax, bnjax

@@ -42,39 +42,38 @@ def train_step(
     Args:
         loss_fn: `loss_fn(outputs, batch)` gives the loss, or `(loss, metrics)` with a dict of
             metrics. Each is an array with one entry for each example, (N,), or a mean, ().
-        inputs: what of a batch the model is called with: a name; several, its arguments; a dict of
-            names by keyword; or a function of the batch that returns a tuple of arguments, a dict
-            of keywords, or one argument.
-        per_example: the entries of a batch that have an entry for each example, beside the inputs
-            and the mask. By default those whose leading axis is as long as that of the first input:
-            name them where something else, such as class weights, may be as long. All others are
-            left whole by micro-batches and meshes.
-        apply_kwargs: passed to the model's call, such as `{"train": True}`. Keys in `"rngs"` are
-            streams of their own, from which each step draws anew; a stream that is not named
-            draws from the state's key.
-        frozen: globs over module paths, such as `"encoder/**"`, whose parameters, statistics and
-            mode are frozen, as by `bnjax.freeze` and `bnjax.trainable_labels`.
-        microbatches: cut the batch into this many, one after another, and update once. The running
-            statistics are exactly those of the whole batch: moments are pooled, those of a virtual
-            batch size too. The gradients are not, since each micro-batch normalizes by its own
-            statistics; with few examples in each they are noisier. They add up in float32 at least.
-        unroll: compile the micro-batches one after another instead of in a loop. By default up to 8
-            are on CPUs, where convolutions in a loop are several times slower; False saves more
-            memory there.
-        mask_statistics: False takes examples that the mask leaves out into the statistics, for
-            models whose batch norms see other arrays than one row for each example.
-        mesh: train data-parallel: the batch is split over all devices of the mesh, the state is on
-            each. The result is that of one device: batch norms see the whole batch, and need no
-            `axis_name`. With several processes each passes its own part
-            of the batch.
-        donate: reuse the memory of the state that is passed in, which is then gone.
+        inputs: which entries of a batch to call the model with: one name; several names, as
+            positional arguments; a dict of names by keyword; or a function of the batch that
+            returns a tuple of arguments, a dict of keyword arguments, or a single argument.
+        per_example: names of the entries that have one value per example, besides the inputs and
+            the mask. By default, every array whose leading axis is as long as that of the first
+            input. Pass it if something else, such as class weights, can have that length.
+            Micro-batches and meshes leave all other entries whole.
+        apply_kwargs: extra arguments for the model's call, such as `{"train": True}`. Keys under
+            `"rngs"` seed random streams by name, and each step folds in its number; all other
+            streams are derived from the key in the state.
+        frozen: globs over module paths, such as `"encoder/**"`. Freezes parameters, running
+            statistics and mode of these modules.
+        microbatches: split the batch into this many parts, run them in turn, and update once. The
+            running statistics are exactly those of the whole batch, since moments are pooled (with
+            a virtual batch size, too). The gradients are not: each part is normalized by its own
+            statistics, so with few examples per part they are noisier. They are summed in float32
+            or wider.
+        unroll: unroll the loop over micro-batches. By default up to 8 are unrolled on CPUs, where
+            XLA's convolutions are several times slower inside a loop; False saves more memory.
+        mask_statistics: whether `mask` also keeps examples out of the batch statistics. Pass False
+            for models that reshape their examples before a batch norm.
+        mesh: train data-parallel: split the batch over all devices of the mesh and replicate the
+            state. Results match one device: batch norms see the whole batch and need no
+            `axis_name`. With several processes, each passes its own part of the batch.
+        donate: donate the buffers of the state that is passed in; it can't be used afterwards.
 
     Returns:
         `step(state, batch) -> (state, metrics)`. `batch` is a dict: `"x"` is the input of the
-        model, `"mask"`, if there is one, a bool (N,) that says which examples count in loss,
-        metrics and statistics, and the rest is for `loss_fn`. The metrics are means over the batch,
-        with `loss`, and `accepted`, which says whether loss and gradients were finite and some
-        example counted; see `commit`. A metric of such a name is reported in its place.
+        model; `"mask"`, if present, is a bool array (N,) of the examples that count in the loss,
+        the metrics and the statistics; the rest is for `loss_fn`. The metrics are means over the
+        batch. They include `loss` and `accepted`: whether loss and gradients were finite and any
+        example counted (see `commit`). A metric of your own with such a name replaces it.
 
     Raises:
         ValueError: a batch that does not divide by `microbatches` and the devices.

@@ -63,8 +63,8 @@ def diagnose(
         steps: how many steps the model was trained for: tells statistics that lag from others.
         history: the record of `training.history`: tells averaged weights from shifted data, layers
             left in evaluation from new ones, and knows the steps and the batch size.
-        inputs: what of a batch the model is called with, as for `training.train_step`.
-        per_example: what of a batch has an entry for each example, as for `training.train_step`.
+        inputs: which entries of a batch to call the model with, as for `training.train_step`.
+        per_example: names of the entries that have one value per example, as there.
         apply_kwargs: what you evaluate the model with, such as `{"train": False}`; with
             `"mutable"`, if you pass that.
 

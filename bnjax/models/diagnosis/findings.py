@@ -124,7 +124,7 @@ def not_known(evidence: Evidence) -> Finding | None:
         f"{strangers(unknown)}.",
         {"modules": len(unknown)},
         "They are classes of their own, so how they use their statistics can't be seen.",
-        "class Norm(flax.linen.BatchNorm): ...  # or flax.nnx.BatchNorm, or bnjax's layers",
+        f"bnjax.register({unknown[min(unknown)]}, facts)  # how to read its fields and its call",
     )
 
 
