@@ -61,8 +61,8 @@ def recalibrate(
             takes one pass for each layer, in the order of their calls, in evaluation: each layer
             sees what the recalibrated layers before it made, as it will when the model is used.
             `batches` must then be iterable more than once, such as a list.
-        inputs: which entries of a batch to call the model with, as for `training.train_step`, such as
-            `("obs", "action")`.
+        inputs: which entries of a batch to call the model with, as for `training.train_step`, such
+            as `("obs", "action")`.
         apply_kwargs: passed to the model's call, such as `{"train": False}`. Batch norms measure
             whatever they say; dropout and the like go by them.
         mesh: split each batch over the devices of the mesh.

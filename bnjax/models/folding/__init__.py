@@ -149,8 +149,8 @@ def fold(
             its own.
         example_x: an input of the model. What was folded is right for inputs that take the same
             way through the model's Python code: of another batch size, say.
-        inputs: which entries of a batch to call the model with, as for `training.train_step`, such as
-            `("obs", "action")`. Then `example_x` and what `apply` gets are batches, dicts.
+        inputs: which entries of a batch to call the model with, as for `training.train_step`, such
+            as `("obs", "action")`. Then `example_x` and what `apply` gets are batches, dicts.
         apply_kwargs: passed to the model's call, such as `{"train": False}`.
 
     Returns:
