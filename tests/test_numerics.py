@@ -43,7 +43,7 @@ def platform(request):
     """All tests run the program for CPUs, and here, too, the one for all other platforms."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "bnjax.core.sums._devices", lambda: 1
+            "bnjax.core.sharding.device_count", lambda: 1
         )  # as most users have, not the 8 of tests
         jax.clear_caches()
         with as_on_accelerators() if request.param == "accelerator" else contextlib.nullcontext():

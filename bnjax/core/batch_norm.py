@@ -156,7 +156,7 @@ def _steps(
     else:
         parts = partition.virtual(x, mask, told.axes, size)
     if told.by_batch:
-        batch = moments_of(parts)
+        batch = moments_of(parts, batch_stats.get("mean"))
         if told.axis_name is not None and parts.group is None:
             batch = pool(batch, told.axis_name, told.axis_index_groups)
     chosen = choose(batch, batch_stats, parts)

@@ -30,7 +30,7 @@ def measure(x: chex.Array, axes: Axes, mask: chex.Array | None = None) -> Moment
     return moments_of(whole(jnp.asarray(x), None if mask is None else jnp.asarray(mask), axes))
 
 
-def moments_of(parts: Parts) -> Moments:
+def moments_of(parts: Parts, guess: jax.Array | None = None) -> Moments:
     """The moments of each part; those of virtual batches may be on devices that do not talk."""
     working = working_dtype(parts.x.dtype)
     real = jnp.finfo(working).dtype
@@ -39,7 +39,7 @@ def moments_of(parts: Parts) -> Moments:
         return Moments(jnp.zeros((), real), empty, empty, jnp.zeros(parts.features, real))
     count = _count(parts, real)
     find = _centred.fun if compat.plain.value else _centred
-    return _moments(count, *find(parts, count))
+    return _moments(count, *find(parts, count, guess))
 
 
 @jax.jit
@@ -61,7 +61,9 @@ def _count(parts: Parts, dtype: jnp.dtype) -> jax.Array:
 
 
 @jax.custom_jvp
-def _centred(parts: Parts, count: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _centred(
+    parts: Parts, count: jax.Array, guess: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Origin, mean minus origin, and biased variance.
 
     The rule for derivatives is written out because it is so much simpler than what happens above:
@@ -69,14 +71,14 @@ def _centred(parts: Parts, count: jax.Array) -> tuple[jax.Array, jax.Array, jax.
     d var = 2 mean(Re(conj(x - mean) dx)).
     """
     n, apart = jnp.maximum(count, 1), parts.group is not None
-    return origins.centred(parts.x, parts.mask, n, parts.reduced, apart)
+    return origins.centred(parts.x, parts.mask, n, guess, parts.reduced, apart)
 
 
 @_centred.defjvp
 def _centred_jvp(primals, tangents):  # pyright: ignore[reportUnusedFunction]
-    parts, count = primals
+    parts, count, guess = primals
     # Named here, not inside a jit: there, a policy of jax 0.12 does not see it.
-    origin, offset, var = map(kept, _centred(parts, count))
+    origin, offset, var = map(kept, _centred(parts, count, guess))
     n, dx = jnp.maximum(count, 1), tangents[0].wide
     d_offset, d_var = _tangent(parts.x, parts.mask, n, origin, offset, dx, parts.reduced)
     return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)

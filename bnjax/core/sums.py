@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bnjax.core import compat
+from bnjax.core import compat, sharding
 from bnjax.core.sharding import varying_alike
 
 Axes = tuple[int, ...]
 
 # XLA unrolls the inner loop over so many terms, and vectorizes the one around it.
 _TERMS = 16
-SMALL = 2**12  # values, up to which XLA's CPU compiler adds one after the other
+_LONG = 512  # values side by side
 
 
 def sums(values: Sequence[jax.Array], reduced: Axes) -> tuple[jax.Array, ...]:
@@ -51,37 +51,29 @@ def _repeated(*vectors: jax.Array, shape: Axes, reduced: Axes) -> list[jax.Array
 
 
 def _in_one_reading(*values: jax.Array, reduced: Axes) -> Sequence[jax.Array]:
-    """For CPUs: all in a short inner loop along one axis, then what is left of them alike.
+    """For CPUs: all in a short inner loop along one axis, then what is left of each by itself.
 
-    XLA's CPU compiler has fast and exact kernels for one large array alone. Its own loop over
-    several is not vectorized, unless the reduced axis is so short that it is unrolled, and that
-    over a small array adds one value after the other. Sums of sums are more exact.
+    XLA has fast, exact and ready kernels for one sum of one array. Its own loop over several is not
+    vectorized, unless the reduced axis is so short that it is unrolled.
     """
-    shape, alone = values[0].shape, len(values) == 1
+    shape = values[0].shape
     rows = math.prod(shape[axis] for axis in reduced)
-    known = all(isinstance(size, int) for size in shape)
-    if not known or (alone and math.prod(shape) > SMALL and values[0].size > rows):
+    if len(values) == 1 or not all(isinstance(size, int) for size in shape):
         return _each_by_itself(*values, reduced=reduced)
-    if alone:  # XLA would make one sum of its sums of sums: not if there are two arrays
-        plus, minus = _in_one_reading(values[0], -values[0], reduced=reduced)
-        return [plus / 2 - minus / 2]
-    while math.prod(shape[axis] for axis in reduced) > _TERMS:
-        axis, parts, terms = _division(shape, reduced)
-        if terms == 1:
-            break
-        rows = tuple(_split(value, axis, parts, terms) for value in values)
-        zeros = tuple(np.zeros((), value.dtype) for value in values)
-        values = lax.reduce(rows, zeros, _add, (axis + 1,))
-        shape = values[0].shape
-    return _each_by_itself(*values, reduced=reduced)
+    if rows <= _TERMS:
+        return _at_once(values, reduced)
+    axis, parts, terms = _division(shape, reduced)
+    split = tuple(_split(value, axis, parts, terms) for value in values)
+    return _each_by_itself(*_at_once(split, (axis + 1,)), reduced=reduced)
+
+
+def _at_once(values: Sequence[jax.Array], reduced: Axes) -> Sequence[jax.Array]:
+    zeros = tuple(np.zeros((), value.dtype) for value in values)
+    return lax.reduce(tuple(values), zeros, _add, reduced)
 
 
 def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return tuple(map(lax.add, a, b))
-
-
-def _devices() -> int:
-    return jax.device_count()
 
 
 def _division(shape: Axes, reduced: Axes) -> tuple[int, int, int]:
@@ -89,13 +81,19 @@ def _division(shape: Axes, reduced: Axes) -> tuple[int, int, int]:
 
     def part(axis: int) -> int:
         # An axis may be split over the devices: then its parts can be, too.
-        return shape[axis] // (_devices() if shape[axis] % _devices() == 0 else 1)
+        return shape[axis] // (
+            sharding.device_count() if shape[axis] % sharding.device_count() == 0 else 1
+        )
 
     def terms(axis: int) -> int:
         return max((k for k in range(1, _TERMS + 1) if part(axis) % k == 0), default=1)
 
+    def long(axis: int) -> bool:  # what the loop around the terms is vectorized over
+        return math.prod(shape[axis + 1 :]) >= _LONG
+
     order = (*reduced[1:], reduced[0])  # the batch last
-    axis = next((a for a in order if terms(a) > _TERMS // 2), max(order, key=terms))
+    good = [axis for axis in order if terms(axis) >= _TERMS // 2]
+    axis = next(filter(long, good), good[0] if good else max(order, key=terms))
     if terms(axis) > 1:
         return axis, shape[axis] // part(axis), terms(axis)
     axis = max(order, key=part)  # no number divides it: it must be filled up
