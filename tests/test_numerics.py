@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import bnjax
+from bnjax.core import sums
 from tests.support import oracle
 from tests.support.cases import Case, Outcome, as_on_accelerators, run
 from tests.support.oracle import assert_close
@@ -38,15 +39,21 @@ each_layout = pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.nam
 each_mean = pytest.mark.parametrize("mean", MEANS)
 
 
-@pytest.fixture(autouse=True, scope="module", params=["CPU", "accelerator"])
+@pytest.fixture(autouse=True, scope="module", params=["cpu", "cuda", "default"])
 def platform(request):
-    """All tests run the program for CPUs, and here, too, the one for all other platforms."""
+    """All tests run the program for CPUs, and here, too, those for GPUs and for other platforms."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "bnjax.core.sharding.device_count", lambda: 1
-        )  # as most users have, not the 8 of tests
+        # As most users have, not the 8 of tests.
+        patch.setattr("bnjax.core.sharding.device_count", lambda: 1)
+        if (
+            request.param == "cuda"
+        ):  # whose sums are trees: XLA's for a CPU, one value after the other
+            patch.setattr("bnjax.core.sums._CHUNKS", 16)
+            tree = sums._in_one_reading
+            patch.setattr("bnjax.core.origins.at_once", lambda v, axes: tree(*v, reduced=axes))
         jax.clear_caches()
-        with as_on_accelerators() if request.param == "accelerator" else contextlib.nullcontext():
+        on_cpu = request.param == "cpu"
+        with contextlib.nullcontext() if on_cpu else as_on_accelerators(request.param):
             yield
     jax.clear_caches()
 

@@ -1,5 +1,7 @@
 """`sums` and `spread`: right, linear in every transformation, and one reading on a CPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax import export, lax
 from jax.test_util import check_grads
 
-from bnjax.core.sums import spread, sums
+from bnjax.core.sums import _in_chunks, spread, sums
 from tests.support.hlo import compiled, operations
 from tests.support.oracle import assert_close
 
@@ -31,7 +33,7 @@ CASES = {
 @pytest.fixture(autouse=True, params=[1, 8], ids="{} devices".format)
 def devices(request, monkeypatch):
     """That a user has: of those that are here, 8, depends how sums are divided."""
-    monkeypatch.setattr("bnjax.core.sums._devices", lambda: request.param)
+    monkeypatch.setattr("bnjax.core.sharding.device_count", lambda: request.param)
     jax.clear_caches()
     yield request.param
     jax.clear_caches()
@@ -127,14 +129,27 @@ def test_a_cpu_reads_what_is_summed_once(shape, dtype):
     assert {each.name for each in program.steps() if shape in each.shapes} == inputs
 
 
-def test_an_accelerator_is_given_plain_sums():
+def test_each_platform_is_given_what_its_compiler_makes_fast():
     def pair(x):
         return sums((x, x * x), (0, 1, 2))
 
     x = jax.ShapeDtypeStruct((32, 28, 28, 64), "float32")
-    cuda, cpu = (operations(jax.jit(pair), x, platform=name) for name in ("cuda", "cpu"))
-    assert cuda["reduce"] == 2
-    assert (cuda["reshape"] > 0, cpu["reshape"] > 0) == (False, True)
+    platforms = ("tpu", "cuda", "cpu")
+    tpu, cuda, cpu = (operations(jax.jit(pair), x, platform=name) for name in platforms)
+    assert [found["reduce"] for found in (tpu, cuda, cpu)] == [2, 2, 3]
+    assert [found["reshape"] > 0 for found in (tpu, cuda, cpu)] == [False, True, True]
+
+
+@pytest.mark.parametrize("shape", [(31, 6), (4096, 5), (8, 7, 7, 3), (600, 2), (2, 3, 5, 4)], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_sums_by_chunks_of_gpus_are_those_of_float64(rng, shape, channels_last):
+    last = len(shape) - 1
+    reduced = tuple(range(last)) if channels_last else tuple(a for a in range(last + 1) if a != 1)
+    x = rng.standard_normal(shape).astype(np.float32)
+    found = jax.jit(functools.partial(_in_chunks, reduced=reduced))(x, x * x)
+    wide = x.astype(np.float64)
+    for one, expected in zip(found, (wide, wide * wide), strict=True):
+        assert_close(one, expected.sum(reduced), rtol=3e-6)
 
 
 def test_a_size_that_is_not_known_yet(rng):

@@ -1,11 +1,13 @@
 """Every private or moving part of JAX that bnjax uses; tests/test_compat.py names what goes."""
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, partial_eval
@@ -42,20 +44,45 @@ def gathers_at_once(names: Sequence[str]) -> bool:
     return True
 
 
-def linear(name: str, function: Function, on_cpu: Function) -> Primitive:
+_devices_of_program = Primitive("devices_of_program")
+_devices_of_program.def_impl(jax.device_count)
+_devices_of_program.def_abstract_eval(lambda: jax.core.ShapedArray((), jax.numpy.int32))
+
+
+def devices_of_program() -> jax.Array:
+    """Over how many devices XLA may split the arrays of a program; known when it is compiled.
+
+    Inside of `shard_map` and `pmap`, nothing is split: 1.
+    """
+    return _devices_of_program.bind()
+
+
+@functools.partial(mlir.register_lowering, _devices_of_program)
+def _count_devices(context: Any) -> Any:
+    axes = context.module_context.axis_context
+    if (mesh := getattr(axes, "mesh", None)) is not None:
+        sizes = [size for name, size in mesh.shape.items() if name not in axes.manual_axes]
+        number = math.prod(sizes)
+    else:
+        number = getattr(axes, "num_devices", None) or jax.device_count()
+    return [mlir.ir_constant(np.int32(number))]
+
+
+def linear(name: str, function: Function, *, on_cpu: Function, on_gpu: Function) -> Primitive:
     """A primitive for a linear function of several arrays to several.
 
     Args:
         name: its name in a program.
         function: what it does, from arrays and static keywords.
         on_cpu: what it does on a CPU.
+        on_gpu: what it does on a GPU.
     """
     made = Primitive(name)
     made.multiple_results = True
 
     def plain(*arrays: jax.Array, **static: Any) -> Any:
-        cpu, default = (functools.partial(f, **static) for f in (on_cpu, function))
-        return lax.platform_dependent(*arrays, cpu=cpu, default=default)
+        cpu, gpu, default = (functools.partial(f, **static) for f in (on_cpu, on_gpu, function))
+        return lax.platform_dependent(*arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=default)
 
     made.def_impl(jax.jit(plain, static_argnames=("reduced", "shape")))
     made.def_abstract_eval(
@@ -64,7 +91,9 @@ def linear(name: str, function: Function, on_cpu: Function) -> Primitive:
         )
     )
     mlir.register_lowering(made, mlir.lower_fun(function, multiple_results=True))
-    mlir.register_lowering(made, mlir.lower_fun(on_cpu, multiple_results=True), platform="cpu")
+    for platform, special in (("cpu", on_cpu), ("cuda", on_gpu), ("rocm", on_gpu)):
+        rule = mlir.lower_fun(special, multiple_results=True)
+        mlir.register_lowering(made, rule, platform=platform)
     return made
 
 

@@ -6,6 +6,8 @@ mean minus origin, and biased variance:
 
 - `_from_typical`: a median of 27 values. It reads nothing, and is never far; but the sums wait for
   x, and where a batch is split over devices, it is a message.
+- `_from_chunks`: each chunk from a value of its own. It reads nothing, is never far, and needs one
+  message where a batch is split: of numbers for each device, so for few.
 - `_from_running`: the running mean, known before x is. In a training that runs it is never far;
   in the first steps, and wherever it is, x is read once more, from the mean itself.
 - `_from_mean`: the mean. Always good, and always one reading more.
@@ -22,11 +24,12 @@ from jax import lax
 
 from bnjax.core import compat, sharding
 from bnjax.core.moments import Axes, abs2, deviations, where, working_dtype
-from bnjax.core.sums import sums
+from bnjax.core.sums import at_once, in_chunks, sums
 
 # Squared distance of the mean from the origin, over the variance: up to there, sums lose a factor
 # of 1 + _NEAR of their precision. The rounding of half precision itself has cost more digits.
 _NEAR, _NEAR_HALF = 3, 36
+_FEW = 32  # devices
 _HUGE = 2.0**64  # squares of larger numbers overflow in float32
 
 Centred = tuple[jax.Array, jax.Array, jax.Array]
@@ -55,15 +58,23 @@ def centred(
         running = jnp.zeros([x.shape[a] for a in range(x.ndim) if a not in reduced])
     origin = lax.stop_gradient(jnp.where(jnp.isfinite(running), running, 0))
     origin = origin.astype(working_dtype(x.dtype))
-    if mask is not None or not known or sharding.device_count() > 1:
+    if mask is not None or not known:
         return _from_running(x, mask, n, origin, reduced)
-    return lax.platform_dependent(
-        x,
-        n,
-        origin,
-        cpu=lambda x, n, _: _from_typical(x, n, reduced),
-        default=lambda x, n, origin: _from_running(x, None, n, origin, reduced),
-    )
+    devices = compat.devices_of_program()
+
+    def from_running(x: jax.Array, n: jax.Array, origin: jax.Array) -> Centred:
+        return _from_running(x, None, n, origin, reduced)
+
+    def on_cpu(x: jax.Array, n: jax.Array, origin: jax.Array) -> Centred:
+        alone = functools.partial(_from_typical, reduced=reduced)
+        return lax.cond(devices == 1, lambda: alone(x, n), lambda: from_running(x, n, origin))
+
+    def on_gpu(x: jax.Array, n: jax.Array, origin: jax.Array) -> Centred:
+        few = functools.partial(_from_chunks, reduced=reduced)
+        return lax.cond(devices <= _FEW, lambda: few(x, n), lambda: from_running(x, n, origin))
+
+    gpu = {"cuda": on_gpu, "rocm": on_gpu}
+    return lax.platform_dependent(x, n, origin, cpu=on_cpu, default=from_running, **gpu)
 
 
 def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes) -> Centred:
@@ -81,6 +92,8 @@ def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes) -> Centred:
     # As a product of matrices, since XLA computes a plain sum anew for each value of x.
     weights = np.array([0.25, 0.5, 0.25], middle.dtype)
     origin = jnp.tensordot(weights, middle, 1, precision="highest")
+    # Without the barrier, XLA writes a float32 copy of half precision for this and for the output.
+    x, origin = lax.optimization_barrier((x, origin))
     offset, var = _around(origin, x, None, n, reduced)
     return origin, offset, jnp.maximum(var, 0)
 
@@ -92,14 +105,70 @@ def _together(axes: Axes) -> bool:
 
 def _median_of_3(rows: jax.Array) -> jax.Array:
     """Of three at a time along the first axis."""
-    a, b, c = jnp.split(rows, 3)
+    return _median(*jnp.split(rows, 3))
+
+
+def _median(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+
+
+def _from_chunks(x: jax.Array, n: jax.Array, reduced: Axes) -> Centred:
+    """Each chunk of x from a median of three of its values; then the chunks' means are merged."""
+    values, inner = in_chunks(x, reduced)
+    chunks, size = values.shape[0], math.prod(values.shape[axis] for axis in inner)
+
+    def value(third: int) -> jax.Array:
+        # In one row, if it has any: a GPU reads no less than 32 bytes.
+        start = [n // 2 if axis in inner else 0 for axis, n in enumerate(values.shape)]
+        if inner:
+            start[inner[-1]] = third * values.shape[inner[-1]] // 3
+        end = [start[a] + 1 if a in inner else n for a, n in enumerate(values.shape)]
+        return lax.squeeze(lax.slice(values, start, end), inner)
+
+    origin = _median(*map(value, range(3))).astype(working_dtype(x.dtype))
+    distance = deviations(values, origin, inner)
+    total, squares = at_once((distance, abs2(distance)), inner)
+    # Always `size`: but a constant array is written, what comes from another one is not.
+    count = jnp.minimum(jnp.abs(origin) + size, size)
+    if chunks == 1:
+        origin, total, squares = origin[0], total[0], squares[0]
+    else:
+        parts = count, origin, total, squares
+        zeros = tuple(np.zeros((), part.dtype) for part in parts)
+        _, origin, total, squares = lax.reduce(parts, zeros, _merged, (0,))
+    offset = total * (1 / n)
+    return origin, offset, jnp.maximum(squares * (1 / n) - abs2(offset), 0)
+
+
+Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _merged(a: Sums, b: Sums) -> Sums:
+    """Count, origin, sum and sum of squares from there of two sets (Chan et al. 1983).
+
+    The new origin is the mean of the first set that has values, so squares never grow.
+    """
+    (count_a, origin_a, total_a, squares_a), (count_b, origin_b, total_b, squares_b) = a, b
+    count = count_a + count_b
+    mean_a, mean_b = (
+        total / jnp.maximum(n, 1) for n, total, *_ in ((count_a, total_a), (count_b, total_b))
+    )
+    some = count_a > 0
+    origin, mean = jnp.where(some, origin_a, origin_b), jnp.where(some, mean_a, mean_b)
+    apart = jnp.where(some & (count_b > 0), (origin_b - origin_a) + (mean_b - mean_a), 0)
+    share = count_b / jnp.maximum(count, 1)
+    new = origin + mean
+    offset = (origin - new) + mean + apart * share
+    m2 = squares_a - abs2(mean_a) * count_a + squares_b - abs2(mean_b) * count_b
+    m2 = m2 + abs2(apart) * count_a * share
+    return count, new, offset * count, m2 + abs2(offset) * count
 
 
 def _from_running(
     x: jax.Array, mask: jax.Array | None, n: jax.Array, origin: jax.Array, reduced: Axes
 ) -> Centred:
     """From the running mean, and for the channels where that is far from the mean."""
+    origin, _ = sharding.varying_alike((origin, x))
     offset, var = _around(origin, x, mask, n, reduced)
     bound = _NEAR if x.dtype == origin.dtype else _NEAR_HALF
     # 0 away, with the variance 0: a constant channel that never was anything else.
@@ -107,7 +176,7 @@ def _from_running(
 
     def again() -> Centred:
         # By channel, so that no channel's result depends on the others.
-        nearer = jnp.where(near, origin, _bounded(origin + offset))
+        nearer = jnp.where(near, origin, _mean(x, mask, n, reduced))
         return _put_right(nearer, *_around(nearer, x, mask, n, reduced))
 
     return lax.cond(jnp.all(near), lambda: (origin, offset, var), again)
@@ -115,25 +184,32 @@ def _from_running(
 
 def _from_mean(x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes) -> Centred:
     """From the mean itself."""
-    unit = _unit(x.shape, reduced, n.dtype)
-    (total,) = sums([where(mask, x.astype(working_dtype(x.dtype)) * unit)], reduced)
-    mean = _bounded(total / (n * unit))
+    mean = _mean(x, mask, n, reduced)
     return _put_right(mean, *_around(mean, x, mask, n, reduced))
+
+
+def _mean(x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes) -> jax.Array:
+    """The mean, as a sum that does not overflow."""
+    unit = _unit(x.shape, reduced, n.dtype)
+    scaled = x.astype(working_dtype(x.dtype)) * unit
+    (total,) = sums([where(mask, scaled)], reduced)
+    mean = total / (n * unit)
+    # What is taken from x must be the same everywhere, but XLA computes a product anew for each
+    # use, here rounded, there (in a fused multiply-add) not: a bound prevents that.
+    bound = jnp.finfo(mean.dtype).max
+    return mean if jnp.iscomplexobj(mean) else jnp.clip(mean, -bound, bound)
 
 
 def _around(
     origin: jax.Array, x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes
 ) -> tuple[jax.Array, jax.Array]:
     """Mean minus origin, and variance, in one reading."""
-    unit = _unit(x.shape, reduced, n.dtype)
-    if x.dtype != origin.dtype:  # XLA would write a wide copy of x, for what follows, too
-        x, origin = lax.optimization_barrier((x, origin))
     by = jnp.where(jnp.abs(origin) > _HUGE, 1 / _HUGE, 1.0)  # rounding errors have squares, too
     distance = where(mask, deviations(x, origin, reduced))
     squares = abs2(distance * jnp.expand_dims(by, reduced))
-    total, squares = sums((distance * unit, squares), reduced)
-    offset = total * (1 / (n * unit))
-    return offset, (squares * (1 / n) - abs2(offset * by)) * lax.square(1 / by)
+    total, squares = sums((distance, squares), reduced)
+    offset = total * (1 / n)
+    return offset, (squares * (1 / n) - abs2(offset * by)) * (1 / by) * (1 / by)
 
 
 def _put_right(origin: jax.Array, offset: jax.Array, var: jax.Array) -> Centred:
@@ -141,13 +217,6 @@ def _put_right(origin: jax.Array, offset: jax.Array, var: jax.Array) -> Centred:
     constant = var <= abs2(offset) * 2.0**-18
     origin = jnp.where(constant, origin + offset, origin)
     return origin, jnp.where(constant, 0, offset), jnp.where(constant, 0, var)
-
-
-def _bounded(origin: jax.Array) -> jax.Array:
-    # What is taken from x must be the same everywhere, but XLA computes a product anew for each
-    # use, here rounded, there (in a fused multiply-add) not: a bound prevents that.
-    bound = jnp.finfo(origin.dtype).max
-    return origin if jnp.iscomplexobj(origin) else jnp.clip(origin, -bound, bound)
 
 
 def _unit(shape: Axes, reduced: Axes, dtype: jnp.dtype) -> float | jax.Array:

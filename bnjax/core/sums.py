@@ -21,6 +21,8 @@ Axes = tuple[int, ...]
 # XLA unrolls the inner loop over so many terms, and vectorizes the one around it.
 _TERMS = 16
 _LONG = 512  # values side by side
+_SMALL = 2**12
+_CHUNKS, _ROWS = 512, 32  # at most and at least: a GPU sums one or more in a block
 
 
 def sums(values: Sequence[jax.Array], reduced: Axes) -> tuple[jax.Array, ...]:
@@ -53,23 +55,69 @@ def _repeated(*vectors: jax.Array, shape: Axes, reduced: Axes) -> list[jax.Array
 def _in_one_reading(*values: jax.Array, reduced: Axes) -> Sequence[jax.Array]:
     """For CPUs: all in a short inner loop along one axis, then what is left of each by itself.
 
-    XLA has fast, exact and ready kernels for one sum of one array. Its own loop over several is not
-    vectorized, unless the reduced axis is so short that it is unrolled.
+    XLA has fast, exact and ready kernels for one sum of one large array. Its own loop over several
+    is not vectorized, unless the reduced axis is so short that it is unrolled, and over a small
+    array it adds one value after the other: that is shortened again and again.
     """
     shape = values[0].shape
-    rows = math.prod(shape[axis] for axis in reduced)
-    if len(values) == 1 or not all(isinstance(size, int) for size in shape):
+    known = all(isinstance(size, int) for size in shape)
+    if not known or (len(values) == 1 and _large(shape, reduced)):
         return _each_by_itself(*values, reduced=reduced)
-    if rows <= _TERMS:
-        return _at_once(values, reduced)
-    axis, parts, terms = _division(shape, reduced)
-    split = tuple(_split(value, axis, parts, terms) for value in values)
-    return _each_by_itself(*_at_once(split, (axis + 1,)), reduced=reduced)
+    if len(values) == 1:  # XLA would make one sum of its sums of sums: not if there are two arrays
+        plus, minus = _in_one_reading(values[0], -values[0], reduced=reduced)
+        return [plus / 2 - minus / 2]
+    while math.prod(shape[axis] for axis in reduced) > _TERMS:
+        axis, parts, terms = _division(shape, reduced)
+        if terms == 1:
+            return _each_by_itself(*values, reduced=reduced)
+        values = at_once([_split(value, axis, parts, terms) for value in values], (axis + 1,))
+        shape = values[0].shape
+        if _large(shape, reduced):
+            return _each_by_itself(*values, reduced=reduced)
+    return at_once(values, reduced)
 
 
-def _at_once(values: Sequence[jax.Array], reduced: Axes) -> Sequence[jax.Array]:
+def _large(shape: Axes, reduced: Axes) -> bool:
+    """Whether XLA has a kernel for one sum of it."""
+    rows = math.prod(shape[axis] for axis in reduced)
+    return math.prod(shape) > _SMALL and math.prod(shape) > rows
+
+
+def _in_chunks(*values: jax.Array, reduced: Axes) -> Sequence[jax.Array]:
+    """For GPUs: those of each chunk, then all of these at once.
+
+    XLA leaves a sum over up to 4,096 rows to a few blocks, and writes what is summed first; and two
+    small sums of sums are two kernels.
+    """
+    known = all(isinstance(size, int) for size in values[0].shape)
+    if len(values) == 1 or not known or values[0].size == 0 or not reduced:
+        return _each_by_itself(*values, reduced=reduced)
+    chunks, inner = zip(*(in_chunks(value, reduced) for value in values), strict=True)
+    return at_once(at_once(chunks, inner[0]), (0,))
+
+
+def in_chunks(value: jax.Array, reduced: Axes) -> tuple[jax.Array, Axes]:
+    """With an axis of chunks in front, and the axes of each chunk that are summed over.
+
+    A chunk is an example, or part of one, or several: where a batch is split over devices, chunks
+    are, too.
+    """
+    shape = value.shape
+    if reduced != tuple(range(len(reduced))):  # channels first
+        return value if reduced[0] == 0 else jnp.moveaxis(value, reduced[0], 0), tuple(reduced[1:])
+    batch, rows = shape[0], math.prod(shape[1 : len(reduced)])
+    most = max(min(_CHUNKS, batch * rows // _ROWS), 1)
+    if batch > most:
+        chunks = max(k for k in range(1, most + 1) if batch % k == 0)
+    else:
+        chunks = batch * max(k for k in range(1, most // batch + 1) if rows % k == 0)
+    return value.reshape(chunks, batch * rows // chunks, *shape[len(reduced) :]), (1,)
+
+
+def at_once(values: Sequence[jax.Array], reduced: Axes) -> list[jax.Array]:
+    """The sums of all of them in one loop, as XLA makes it."""
     zeros = tuple(np.zeros((), value.dtype) for value in values)
-    return lax.reduce(tuple(values), zeros, _add, reduced)
+    return list(lax.reduce(tuple(values), zeros, _add, tuple(reduced)))
 
 
 def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -111,8 +159,8 @@ def _split(value: jax.Array, axis: int, parts: int, terms: int) -> jax.Array:
     return value.reshape(*before, size // terms, terms, *after)
 
 
-_sums = compat.linear("sums", _each_by_itself, on_cpu=_in_one_reading)
-_spread = compat.linear("spread", _repeated, on_cpu=_repeated)
+_sums = compat.linear("sums", _each_by_itself, on_cpu=_in_one_reading, on_gpu=_in_chunks)
+_spread = compat.linear("spread", _repeated, on_cpu=_repeated, on_gpu=_repeated)
 compat.transposed(
     _sums,
     lambda cotangents, shape, reduced: spread(cotangents, shape, reduced),

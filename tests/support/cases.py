@@ -14,11 +14,15 @@ import bnjax
 
 
 @contextlib.contextmanager
-def as_on_accelerators() -> Iterator[None]:
-    """What is traced in this context is the program for other platforms than this one, a CPU."""
+def as_on_accelerators(platform: str = "default") -> Iterator[None]:
+    """What is traced in this context is the program for another platform than this one, a CPU."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        patch.setattr(
+            jax.lax,
+            "platform_dependent",
+            lambda *args, **by_platform: by_platform[platform](*args),
+        )
         yield
     jax.clear_caches()
 
