@@ -140,7 +140,9 @@ def test_each_platform_is_given_what_its_compiler_makes_fast():
     assert [found["reshape"] > 0 for found in (tpu, cuda, cpu)] == [False, True, True]
 
 
-@pytest.mark.parametrize("shape", [(31, 6), (4096, 5), (8, 7, 7, 3), (600, 2), (2, 3, 5, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(31, 6), (4096, 5), (8, 7, 7, 3), (600, 2), (2, 3, 5, 4)], ids=str
+)
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_the_sums_by_chunks_of_gpus_are_those_of_float64(rng, shape, channels_last):
     last = len(shape) - 1
