@@ -14,16 +14,17 @@ from tests.benchmarks.contenders import OURS, REFERENCE, Apply, linen
 from tests.benchmarks.steps import step
 from tests.support import oracle
 
-# Their new statistics are the batch's.
+_MOMENTUM = 0.5  # so that an error of the batch's statistics is seen in the new ones
 LAYERS = {
-    OURS: linen(functools.partial(bnjax.linen.BatchNorm, momentum=0.0)),
-    REFERENCE: linen(functools.partial(nn.BatchNorm, momentum=0.0)),
+    OURS: linen(functools.partial(bnjax.linen.BatchNorm, momentum=_MOMENTUM)),
+    REFERENCE: linen(functools.partial(nn.BatchNorm, momentum=_MOMENTUM)),
 }
 PARTS = "eval", "y", "mean", "var", "dx", "dscale", "dbias"
-# Of the largest error of each part, as a part of the largest value.
+# Of the largest error of each part, as a part of the largest value. Statistics of bfloat16 need
+# not be better than the rounding of the values that they are of.
 BOUNDS = {
     "float32": dict.fromkeys(PARTS, 2e-5),
-    "bfloat16": dict.fromkeys(PARTS, 2e-5) | dict.fromkeys(("eval", "y", "dx"), 1e-2),
+    "bfloat16": dict.fromkeys(PARTS, 2e-4) | dict.fromkeys(("eval", "y", "dx"), 1e-2),
 }
 _NHWC, _NCHW = Case((8, 14, 14, 64)), Case((8, 64, 14, 14), 1)
 _HALF = _NHWC._replace(dtype="bfloat16")
@@ -73,7 +74,7 @@ def _results(apply: Apply, case: Case, given: Inputs) -> dict[str, Any]:
 def _exact(case: Case, given: Inputs) -> dict[str, Any]:
     scale, bias, mean, var = map(np.asarray, given.values)
     params, stats = {"scale": scale, "bias": bias}, {"mean": mean, "var": var}
-    settings = {"axis": case.axis, "momentum": 1.0, "correction": 0, "mask": given.mask}
+    settings = {"axis": case.axis, "momentum": 1 - _MOMENTUM, "correction": 0, "mask": given.mask}
     run = functools.partial(oracle.batch_norm, params, stats, given.x, given.dy, **settings)
     trained, evaluated = run(mutable=True), run(mutable=False)
     statistics, gradients = trained.batch_stats, trained.dparams

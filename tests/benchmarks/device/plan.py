@@ -18,7 +18,6 @@ LAYERS: tuple[Place, ...] = (
     ((128, 64, 56, 56), 1),
     ((128, 512, 7, 7), 1),
 )
-MASKED, COLDS = LAYERS[1:2], LAYERS[1:4:2]
 # Read and written by a step that waits for the gradient of its output, as multiples of x: x for
 # the statistics and again for y; backward, x and its cotangent twice each, and the gradient.
 IDEAL = {EVAL: 1 + 1, FORWARD: 2 + 1, BACKWARD: 6 + 2}
@@ -30,6 +29,8 @@ class Plan(NamedTuple):
 
     name: str
     layers: tuple[Place, ...] = LAYERS
+    masked: tuple[Place, ...] = LAYERS[1:2]
+    cold: tuple[Place, ...] = LAYERS[1:4:2]
     network: tuple[int, ...] = (128, 56, 56, 64)
     copies: tuple[int, ...] = (2**28, 2**29)  # bytes
     footprint: int = 2**29  # bytes that are used in turn, more than a cache holds
@@ -43,12 +44,8 @@ class Plan(NamedTuple):
         for which in (*training, EVAL):
             yield from ((case, which) for case in _cases(self.layers))
         for which in training:
-            colds = (case._replace(state=COLD) for case in _cases(self._of(COLDS)))
-            masks = (case._replace(variant=MASK) for case in _cases(self._of(MASKED)))
-            yield from ((case, which) for case in (*masks, *colds))
-
-    def _of(self, places: tuple[Place, ...]) -> tuple[Place, ...]:
-        return tuple(self.layers[LAYERS.index(place) % len(self.layers)] for place in places)
+            yield from ((c._replace(variant=MASK), which) for c in _cases(self.masked))
+            yield from ((c._replace(state=COLD), which) for c in _cases(self.cold))
 
     def arrays(self, size: int, which: str) -> int:
         """How many inputs of so many bytes a program works through, one after the other."""
@@ -62,14 +59,19 @@ def _cases(places: tuple[Place, ...]) -> Iterator[Case]:
 def plan(options: Options) -> Plan:
     """The plan for the device that there is."""
     whole = Plan("whole", rounds=options.rounds)
-    small = {"footprint": 0, "seconds": 0.0}
     if options.quick:
-        tiny: tuple[Place, ...] = ((4, 4, 4, 8), -1), ((32, 8), -1), ((4, 8, 4, 4), 1)
-        sizes = {"layers": tiny, "network": (2, 8, 8, 4), "copies": (2**16,)}
-        return whole._replace(name="tiny", **sizes, **small)
+        tiny: tuple[Place, ...] = ((4, 4, 4, 8), -1), ((4, 8, 4, 4), 1)
+        whole = whole._replace(name="tiny", layers=tiny, masked=tiny[:1], cold=tiny[:1])
+        return whole._replace(network=(2, 8, 8, 4), copies=(2**16,), footprint=0, seconds=0)
     if jax.default_backend() == "cpu":
-        layers = tuple(((shape[0] // 16, *shape[1:]), axis) for shape, axis in LAYERS)
-        sizes = {"layers": layers, "network": (8, 56, 56, 64), "copies": (2**25, 2**26)}
-        fewer = {"rounds": min(5, options.rounds)}
-        return whole._replace(name="a sixteenth, on a CPU", **sizes, **small, **fewer)
+        layers, masked, cold = map(_sixteenth, (whole.layers, whole.masked, whole.cold))
+        whole = whole._replace(
+            name="a sixteenth, on a CPU", layers=layers, masked=masked, cold=cold
+        )
+        whole = whole._replace(network=(8, 56, 56, 64), copies=(2**25, 2**26), footprint=0)
+        return whole._replace(seconds=0, rounds=min(5, options.rounds))
     return whole
+
+
+def _sixteenth(places: tuple[Place, ...]) -> tuple[Place, ...]:
+    return tuple(((shape[0] // 16, *shape[1:]), axis) for shape, axis in places)
