@@ -70,9 +70,9 @@ def setting(options: Options, few: bool) -> dict[str, Any]:
 
 
 def main(
-    only: Annotated[list[Kind] | None, typer.Option(help="What to measure; all if not given.")] = (
-        None
-    ),
+    only: Annotated[
+        list[Kind] | None, typer.Option(help="What to measure; if not given, all that can be.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timings of each contender.")] = 15,
     quick: Annotated[bool, typer.Option(help="Try everything on tiny inputs.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers.")] = None,

@@ -47,7 +47,8 @@ def _step(case: Case, given: Inputs, which: str, device: str, last: bool) -> Run
     functional = torch.nn.functional
 
     def tensor(array: jax.Array) -> Any:
-        value = torch.from_dlpack(array).to(device).clone()
+        near = array if device == "cuda" else jax.device_put(array, jax.devices("cpu")[0])
+        value = torch.from_dlpack(near).clone()
         if value.ndim < 2:
             return value
         return value.movedim(case.axis, 1) if last else value.movedim(case.axis, 1).contiguous()

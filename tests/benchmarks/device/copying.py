@@ -1,12 +1,12 @@
 """What a device can move at most: the time of a copy, and what its caches hold."""
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from tests.benchmarks.device import cuda
 from tests.benchmarks.device.clock import Queue
 from tests.benchmarks.timing import medians
 
@@ -38,12 +38,6 @@ def measure(sizes: Sequence[int], queue: Queue) -> dict[str, Any]:
 
 def _cache() -> int | None:
     """Bytes, as torch says, or as known by the device's name."""
-    if jax.default_backend() == "gpu" and importlib.util.find_spec("torch"):
-        import torch
-
-        if torch.cuda.is_available():
-            size = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", None)
-            if size:
-                return int(size)
     kind = jax.devices()[0].device_kind
-    return next((size * 10**6 for name, size in _CACHES.items() if name in kind), None)
+    known = (size * 10**6 for name, size in _CACHES.items() if name in kind)
+    return cuda.cache_size() or next(known, None)

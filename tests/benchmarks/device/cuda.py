@@ -1,6 +1,6 @@
 """PyTorch's batch norm (cuDNN's, where torch takes it) on the device that jax uses."""
 
-import importlib.util
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +10,28 @@ from tests.benchmarks import torch_layers
 from tests.benchmarks.cases import Case, Inputs
 
 
+@functools.cache
 def device() -> str | None:
     """Torch's name of jax's device, if both have it."""
     backend = jax.default_backend()
-    if backend not in ("cpu", "gpu") or not importlib.util.find_spec("torch"):
+    if backend not in ("cpu", "gpu"):
         return None
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError):  # of a CUDA that does not go with jax's
+        return None
     if backend == "cpu":
         return "cpu"
     return "cuda" if torch.cuda.is_available() else None
+
+
+def cache_size() -> int | None:
+    """Bytes in the last cache before memory, if torch knows."""
+    if device() != "cuda":
+        return None
+    import torch
+
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", None)
 
 
 def version() -> str | None:

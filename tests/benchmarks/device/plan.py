@@ -61,12 +61,14 @@ def plan(options: Options) -> Plan:
     whole = Plan("whole", rounds=options.rounds)
     if options.quick:
         tiny: tuple[Place, ...] = ((4, 4, 4, 8), -1), ((4, 8, 4, 4), 1)
-        whole = whole._replace(name="tiny", layers=tiny, masked=tiny[:1], cold=tiny[:1])
+        whole = whole._replace(
+            name="tiny, to try everything", layers=tiny, masked=tiny[:1], cold=tiny[:1]
+        )
         return whole._replace(network=(2, 8, 8, 4), copies=(2**16,), footprint=0, seconds=0)
     if jax.default_backend() == "cpu":
         layers, masked, cold = map(_sixteenth, (whole.layers, whole.masked, whole.cold))
         whole = whole._replace(
-            name="a sixteenth, on a CPU", layers=layers, masked=masked, cold=cold
+            name="a sixteenth, to try: times mean nothing", layers=layers, masked=masked, cold=cold
         )
         whole = whole._replace(network=(8, 56, 56, 64), copies=(2**25, 2**26), footprint=0)
         return whole._replace(seconds=0, rounds=min(5, options.rounds))
