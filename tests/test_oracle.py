@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.cases import NHWC, Outcome
-from tests.support.oracle import assert_close, batch_norm
+from tests.support.cases import NHWC
+from tests.support.oracle import Outcome, assert_close, batch_norm
 
 DIFFERENT = (
     pytest.param(np.ones(3), np.ones((3, 1)), "shape", id="shape"),

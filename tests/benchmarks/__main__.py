@@ -2,6 +2,7 @@
 
 Times are medians of turns taken in one process, with the same allocator settings for all; every
 contender is checked for equal results before it is timed. Needs the extra `bench` for all peers.
+Whoever has an accelerator runs `--only device` there, and pastes what it prints.
 """
 
 import importlib
@@ -20,13 +21,17 @@ from tests.benchmarks.environment import Options, settle, touch_heap
 
 
 class Kind(StrEnum):
-    """The rooms: each has `measure(options) -> data` and `tables(data)`."""
+    """The rooms: each has `measure(options) -> data`, and `tables(data)`, which may be text.
+
+    What `data` calls "wrong" is said last, and makes the exit code 1.
+    """
 
     op = "op"
     network = "network"
     memory = "memory"
     compile = "compile"
     numerics = "numerics"
+    device = "device"
 
     @property
     def room(self) -> Any:
@@ -35,8 +40,15 @@ class Kind(StrEnum):
         return importlib.import_module(f"tests.benchmarks.{name}")
 
 
-def setting(options: Options) -> dict[str, Any]:
-    """Where and with what a measurement was made."""
+def everything() -> list[Kind]:
+    """All kinds, of which that of accelerators is only where there is one."""
+    import jax
+
+    return [kind for kind in Kind if kind != Kind.device or jax.default_backend() != "cpu"]
+
+
+def setting(options: Options, few: bool) -> dict[str, Any]:
+    """Where and with what a measurement was made; a few libraries alone may have been in it."""
     from importlib.metadata import version
 
     import jax
@@ -44,49 +56,58 @@ def setting(options: Options) -> dict[str, Any]:
     from tests.benchmarks.contenders import available, missing
 
     packages = {"flax.linen": "flax", "flax.nnx": "flax", "haiku": "dm-haiku"}
-    packages = {packages.get(name, name) for name in available()} | {"jax"}
-    packages |= {"torch"} - set(missing())
+    packages = {packages.get(name, name) for name in available(few)} | {"jax"}
+    absent = missing(few)
+    packages |= {"torch"} - set(absent)
     return {
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in sorted(packages)},
-        "not installed": missing(),
+        "not installed": absent,
         **options._asdict(),
     }
 
 
 def main(
-    only: Annotated[list[Kind] | None, typer.Option(help="What to measure; all if not given.")] = (
-        None
-    ),
+    only: Annotated[
+        list[Kind] | None, typer.Option(help="What to measure; if not given, all that can be.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timings of each contender.")] = 15,
     quick: Annotated[bool, typer.Option(help="Try everything on tiny inputs.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw them (.png, .svg).")] = None,
 ) -> None:
     """Measure bnjax beside flax.linen, flax.nnx, haiku, equinox, keras, torch and the floor."""
-    settle("tests.benchmarks")
+    alone = only == [Kind.device]  # where the host's memory does not matter
+    if not alone:
+        settle("tests.benchmarks")
+        if not quick:
+            touch_heap()
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if not quick:
-        touch_heap()
     options = Options(1 if quick else rounds, quick)
-    data: dict[str, Any] = {"setting": setting(options)}
+    data: dict[str, Any] = {"setting": setting(options, alone)}
     console.print(", ".join(f"{n} {v}" for n, v in data["setting"]["versions"].items()))
     for name in data["setting"]["not installed"]:
         console.print(f"skipped: {name} is not installed")
-    for kind in only or list(Kind):
+    wrong = []
+    for kind in only or everything():
         start = time.perf_counter()
         data[kind.value] = kind.room.measure(options)
         for table in kind.room.tables(data[kind.value]):
-            console.print(table)
+            print(table) if isinstance(table, str) else console.print(table)
         console.print(f"{kind.value}: {time.perf_counter() - start:.0f} s\n")
+        wrong += data[kind.value].get("wrong", [])
     if json_file is not None:
         json_file.write_text(json.dumps(data, indent=1) + "\n")
     if picture is not None:
         from tests.benchmarks.picture import draw
 
         draw(data, picture)
+    for fault in wrong:
+        console.print(f"[bold red]WRONG[/]: {fault}")
+    if wrong:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,18 @@ def images(shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).normal(size=shape), DTYPES[dtype])
 
 
+def steady(network: list[Block], x: jax.Array) -> list[Block]:
+    """The network with the statistics that its layers meet, as in a training that runs."""
+
+    def measured(values: Values, x: jax.Array, mask: Any, train: bool, axis: int) -> Any:
+        wide = x.astype(jnp.float32)
+        mean, var = jnp.mean(wide, (0, 1, 2)), jnp.var(wide, (0, 1, 2))
+        y = (wide - mean) * jax.lax.rsqrt(var + 1e-5) * values.scale + values.bias
+        return y.astype(x.dtype), (mean, var)
+
+    return jax.jit(lambda network, x: forward(measured, network, x)[1])(network, x)
+
+
 def forward(apply: Apply, blocks: list[Block], x: jax.Array) -> tuple[jax.Array, list[Block]]:
     """The output, and the network with new statistics."""
     moved = []

@@ -171,7 +171,8 @@ def available(quick: bool = False) -> dict[str, Apply]:
     return found
 
 
-def missing() -> list[str]:
+def missing(quick: bool = False) -> list[str]:
     """The libraries that are not installed here."""
-    absent = [name for name in _LIBRARIES if name not in available()]
+    wanted = (OURS, REFERENCE) if quick else _LIBRARIES
+    absent = [name for name in wanted if name not in available(quick)]
     return absent if importlib.util.find_spec("torch") else [*absent, "torch"]

@@ -1,5 +1,6 @@
 """Time of whole training steps, and of a layer while the batch grows."""
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,11 +12,12 @@ from rich.table import Table
 
 import bnjax
 from tests.benchmarks import blocks
-from tests.benchmarks.cases import BACKWARD, DTYPES, Case, floors, inputs, lowest, step
+from tests.benchmarks.cases import BACKWARD, COLD, DTYPES, STEADY, Case, inputs
 from tests.benchmarks.contenders import OURS, REFERENCE, affine, available
 from tests.benchmarks.environment import Options
+from tests.benchmarks.floor import floors, lowest
+from tests.benchmarks.steps import step
 from tests.benchmarks.timing import compiled, medians, turns
-from tests.benchmarks.timing import measure as timed
 from tests.support.models import ResNet
 
 GROWTH = (1, 2, 4, 8, 16, 32, 64)
@@ -52,6 +54,15 @@ def gradient(model: nn.Module) -> Callable[..., Any]:
     return run
 
 
+def settled(variables: Any, stages: tuple[int, ...], width: int, x: jax.Array) -> Any:
+    """Variables of a ResNet with the statistics that its layers meet."""
+    if "batch_stats" not in variables:
+        return variables
+    model = ResNet(stages, width, norm=functools.partial(nn.BatchNorm, momentum=0.0))
+    run = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[1])
+    return {**variables, **run(variables, x)}
+
+
 def measure(options: Options) -> dict[str, Any]:
     """Rows for the three tables."""
     return {"resnet": _resnet(options), "blocks": _blocks(options), "growth": _growth(options)}
@@ -61,9 +72,10 @@ def _resnet(options: Options) -> dict[str, Any]:
     batch, size, width = (2, 8, 4) if options.quick else (32, 32, 32)
     x = blocks.images((batch, size, size, 3), "float32")
     runs: dict[str, Callable[[], Any]] = {}
+    stages = (1,) if options.quick else (2, 2, 2, 2)
     for name, norm in NORMS.items():
-        model = ResNet((1,) if options.quick else (2, 2, 2, 2), width, norm=norm)
-        variables = jax.jit(model.init)(jax.random.key(0), x)
+        model = ResNet(stages, width, norm=norm)
+        variables = settled(jax.jit(model.init)(jax.random.key(0), x), stages, width, x)
         runs.update(compiled({name: gradient(model)}, (variables, x)))
     times = medians(turns(runs, 2 * options.rounds))
     return {"batch": batch, "size": size, "width": width, "milliseconds": times}
@@ -71,21 +83,31 @@ def _resnet(options: Options) -> dict[str, Any]:
 
 def _blocks(options: Options) -> dict[str, Any]:
     shape, depth = ((2, 8, 8, 4), 1) if options.quick else ((64, 32, 32, 16), 10)
-    found: dict[str, Any] = {"shape": shape, "depth": depth, "rows": []}
+    rows = []
     for dtype in DTYPES:
-        network, x = blocks.variables(depth, shape[-1]), blocks.images(shape, dtype)
-        layers = available(options.quick)
-        contenders = {**layers, blocks.AFFINE: affine}
-        steps = {name: blocks.training_step(apply) for name, apply in contenders.items()}
-        times = turns(compiled(steps, (network, x)), 2 * options.rounds)
-        for name in layers:
-            pairs = zip(times[name], times[blocks.AFFINE], strict=True)
-            difference = statistics.median(a - b for a, b in pairs)
-            row = {"dtype": dtype, "contender": name, "norms": difference}
-            found["rows"].append({**row, "step": statistics.median(times[name])})
-        step = statistics.median(times[blocks.AFFINE])
-        found["rows"].append({"dtype": dtype, "contender": blocks.AFFINE, "norms": 0, "step": step})
-    return found
+        for state in (STEADY, COLD):
+            row = {"dtype": dtype, "state": state}
+            times = _steps(options, shape, depth, **row)
+            yardstick = times[blocks.AFFINE]
+            for name, found in times.items():
+                pairs = zip(found, yardstick, strict=True)
+                norms = statistics.median(a - b for a, b in pairs)
+                cells = {"norms": norms, "step": statistics.median(found)}
+                rows.append({**row, "contender": name, **cells})
+    return {"shape": shape, "depth": depth, "rows": rows}
+
+
+def _steps(
+    options: Options, shape: tuple[int, ...], depth: int, dtype: str, state: str
+) -> dict[str, list[float]]:
+    """Times of a training step with each layer; with cold statistics, those of a new network."""
+    few = options.quick or state == COLD
+    contenders = {**available(few), blocks.AFFINE: affine}
+    network, x = blocks.variables(depth, shape[-1]), blocks.images(shape, dtype)
+    if state == STEADY:
+        network = blocks.steady(network, x)
+    steps = {name: blocks.training_step(apply) for name, apply in contenders.items()}
+    return turns(compiled(steps, (network, x)), 2 * options.rounds)
 
 
 def _growth(options: Options) -> dict[str, Any]:
@@ -98,7 +120,8 @@ def _growth(options: Options) -> dict[str, Any]:
                 name: step(available()[name], case, BACKWARD) for name in (OURS, REFERENCE)
             }
             functions |= floors(case, BACKWARD)
-            found = lowest(timed(functions, inputs(case), options.rounds))
+            runs = compiled(functions, inputs(case))
+            found = medians(lowest(turns(runs, options.rounds)))
             values = times * shape[0] * shape[1] * shape[2]
             per_value = {name: ms * 1e6 / values for name, ms in found.items()}
             rows.append({"dtype": dtype, "batch": times, "nanoseconds": per_value})
@@ -122,14 +145,18 @@ def tables(data: dict[str, Any]) -> Iterator[Table]:
         title=f"training step of {stack['depth']} conv+BN+relu, "
         f"{'x'.join(map(str, stack['shape']))}: milliseconds"
     )
-    columns = ("", "dtype", "step", "step less affine's", "to flax.linen")
+    columns = ("", "dtype", "state", "step", "step less affine's", "to flax.linen")
     for column in columns:
         table.add_column(column, justify="right")
-    reference = {r["dtype"]: r["norms"] for r in stack["rows"] if r["contender"] == REFERENCE}
+    reference = {
+        (row["dtype"], row["state"]): row["norms"]
+        for row in stack["rows"]
+        if row["contender"] == REFERENCE
+    }
     for row in stack["rows"]:
-        ratio = row["norms"] / reference[row["dtype"]]
+        ratio = row["norms"] / reference[row["dtype"], row["state"]]
         cells = f"{row['step']:.1f}", f"{row['norms']:.1f}", f"{ratio:.2f}"
-        table.add_row(row["contender"], row["dtype"], *cells)
+        table.add_row(row["contender"], row["dtype"], row["state"], *cells)
     yield table
     image = "x".join(map(str, growth["image"]))
     table = Table(title=f"{BACKWARD} while the batch of {image} grows: nanoseconds per value")

@@ -1,5 +1,6 @@
 """Time of one layer: evaluation, forward, forward and backward, in all cases."""
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,28 +12,28 @@ from rich.table import Table
 from tests.benchmarks import torch_layers
 from tests.benchmarks.cases import (
     BACKWARD,
+    CENTRED,
+    COLD,
     DTYPES,
     EVAL,
     FAR,
-    FLOOR,
     FORWARD,
     MASK,
     PASSES,
     PLAIN,
     RELU,
     RESIDUAL,
+    STATES,
+    STEADY,
     Case,
     Inputs,
-    compared,
-    difference,
-    floors,
     inputs,
-    lowest,
-    step,
 )
 from tests.benchmarks.contenders import MASKED, OURS, REFERENCE, available
 from tests.benchmarks.environment import Options, page_faults
-from tests.benchmarks.timing import compiled, geometric_mean, medians, turns
+from tests.benchmarks.floor import FLOOR, floors, lowest
+from tests.benchmarks.steps import compared, difference, step
+from tests.benchmarks.timing import compiled, geometric_mean, medians, ratio, turns
 
 IMAGES = (
     (32, 56, 56, 64),
@@ -42,7 +43,10 @@ IMAGES = (
     (8, 112, 112, 64),
 )
 OTHERS = ((4096, 256), (32, 512, 256), (4, 16, 28, 28, 64))
+# Measured in every state: there with bnjax, Flax and the floor alone.
+IN_EACH_STATE = (*((shape, -1) for shape in IMAGES[:4]), ((32, 64, 56, 56), 1))
 VARIED = (32, 28, 28, 128)
+TRAINING = FORWARD, BACKWARD
 
 
 def cases(quick: bool) -> Sequence[tuple[Case, tuple[str, ...]]]:
@@ -50,7 +54,8 @@ def cases(quick: bool) -> Sequence[tuple[Case, tuple[str, ...]]]:
     if quick:
         varied = [Case((8, 4, 4, 8), variant=v) for v in (MASK, RESIDUAL)]
         plain = Case((2, 8, 4, 4), 1), Case((2, 4, 4, 8), dtype="bfloat16")
-        return [(case, (BACKWARD,)) for case in (*plain, *varied)] + [(plain[0], (EVAL,))]
+        others = [plain[0]._replace(state=state) for state in (COLD, CENTRED)]
+        return [(c, (BACKWARD,)) for c in (*plain, *varied, *others)] + [(plain[0], (EVAL,))]
     layouts = [(shape, -1) for shape in IMAGES + OTHERS]
     layouts += [((n, c, *space), 1) for n, *space, c in IMAGES]
     plain = [Case(shape, axis, dtype) for dtype in DTYPES for shape, axis in layouts]
@@ -59,11 +64,17 @@ def cases(quick: bool) -> Sequence[tuple[Case, tuple[str, ...]]]:
         for dtype in DTYPES
         for variant in (MASK, RELU, RESIDUAL, FAR)
     ]
-    return [(case, PASSES) for case in plain] + [(case, (FORWARD, BACKWARD)) for case in varied]
+    others = [
+        Case(shape, axis, dtype, state=state)
+        for state in (COLD, CENTRED)
+        for dtype in DTYPES
+        for shape, axis in IN_EACH_STATE
+    ]
+    return [(case, PASSES) for case in plain] + [(case, TRAINING) for case in varied + others]
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """A row for each case and pass: medians by contender, and whose results differ."""
+    """A row for each case and pass: times by contender, and whose results differ."""
     rows = []
     console = Console(stderr=True)
     for case, passes in track(cases(options.quick), "layers", console=console, transient=True):
@@ -73,14 +84,14 @@ def measure(options: Options) -> dict[str, Any]:
             runs, differing = agreeing(case, given, which, expected)
             runs |= compiled(floors(case, which), given)
             faults = page_faults()
-            times = lowest(medians(turns(runs, options.rounds)))
+            rounds = lowest(turns(runs, options.rounds))
             rows.append(
                 {
+                    **case._asdict(),
                     "case": case.name,
-                    "dtype": case.dtype,
-                    "variant": case.variant,
                     "pass": which,
-                    "milliseconds": times,
+                    "milliseconds": medians(rounds),
+                    "rounds": rounds,
                     "differ": differing,
                     "page faults": (page_faults() - faults) / options.rounds,
                 }
@@ -101,10 +112,10 @@ def agreeing(
     case: Case, given: Inputs, which: str, expected: dict[str, Any]
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     """The contenders with the expected results, and the differences of the others."""
-    known = available() if case.variant == PLAIN else {n: available()[n] for n in _few(case)}
+    known = {name: available()[name] for name in _contenders(case)}
     runs = {
         **compiled({name: step(apply, case, which) for name, apply in known.items()}, given),
-        **torch_layers.runs(case, given, which),
+        **(torch_layers.runs(case, given, which) if case.state == STEADY else {}),
     }
     differing = {}
     for name in list(runs):
@@ -120,22 +131,23 @@ def agreeing(
     return runs, differing
 
 
-def _few(case: Case) -> list[str]:
-    """The contenders of a variant: those with a mask, or bnjax and Flax."""
+def _contenders(case: Case) -> list[str]:
+    """All where nothing is special; those with a mask; otherwise bnjax and Flax."""
+    if case.variant == PLAIN and case.state == STEADY:
+        return list(available())
     return [n for n in (MASKED if case.variant == MASK else (OURS, REFERENCE)) if n in available()]
 
 
 def ratios(rows: list[dict[str, Any]], name: str, to: str) -> list[float]:
-    """Of a contender's time to another's, wherever both are; "torch" is its better format."""
+    """Of a contender's times to another's, wherever both are; "torch" is its better format."""
 
-    def time(row: dict[str, Any], name: str) -> float | None:
-        found = [ms for key, ms in row["milliseconds"].items() if key == name]
-        if name == "torch":
-            found = [ms for key, ms in row["milliseconds"].items() if key in torch_layers.NAMES]
-        return min(found, default=None)
+    def times(row: dict[str, Any], name: str) -> list[float] | None:
+        names = torch_layers.NAMES if name == "torch" else (name,)
+        found = [row["rounds"][each] for each in names if each in row["rounds"]]
+        return min(found, key=statistics.median, default=None)
 
-    pairs = [(time(row, name), time(row, to)) for row in rows]
-    return [a / b for a, b in pairs if a is not None and b is not None]
+    pairs = [(times(row, name), times(row, to)) for row in rows]
+    return [ratio(a, b) for a, b in pairs if a is not None and b is not None]
 
 
 GROUPS: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -146,33 +158,67 @@ GROUPS: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 
 
-def chosen(data: dict[str, Any], dtype: str, which: str) -> list[dict[str, Any]]:
-    """The rows without variants of a dtype and pass."""
-    rows = data["rows"]
-    return [r for r in rows if (r["dtype"], r["pass"], r["variant"]) == (dtype, which, PLAIN)]
+def chosen(
+    data: dict[str, Any], dtype: str, which: str, state: str = STEADY
+) -> list[dict[str, Any]]:
+    """The rows without variants of a dtype, pass and state."""
+    wanted = {"dtype": dtype, "pass": which, "state": state, "variant": PLAIN}
+    return [row for row in data["rows"] if wanted.items() <= row.items()]
 
 
 def tables(data: dict[str, Any]) -> Iterator[Table]:
-    """Medians and ratios of every case, then the geometric means."""
+    """Medians and ratios of every case, then the geometric means: of all, and by state."""
     for which in PASSES:
         for dtype in DTYPES:
             rows = [r for r in data["rows"] if (r["dtype"], r["pass"]) == (dtype, which)]
             if rows:
                 yield _times(rows, f"{which}, {dtype}: medians in milliseconds, and ratios")
     for to in (REFERENCE, FLOOR, "torch"):
-        table = Table(title=f"geometric means of the ratios to {to}")
         contenders = [*available(), "torch", FLOOR]
         contenders = [OURS] if to == "torch" else [name for name in contenders if name != to]
-        for column in ("pass", "dtype", "cases", *contenders):
-            table.add_column(column, justify="right")
+        table = _means_table(
+            f"{STEADY}: geometric means of the ratios to {to}", "cases", contenders
+        )
         for which in PASSES:
             for dtype in DTYPES:
                 for group, belongs in GROUPS.items():
                     rows = list(filter(belongs, chosen(data, dtype, which)))
                     means = [geometric_mean(ratios(rows, name, to)) for name in contenders]
-                    if any(means):
-                        table.add_row(which, dtype, group, *map(_number, means))
+                    _add_means(table, which, dtype, group, means)
         yield table
+    yield _by_state(data)
+
+
+def _by_state(data: dict[str, Any]) -> Table:
+    """The same shapes in each state."""
+    pairs = (OURS, REFERENCE), (OURS, FLOOR), (FLOOR, REFERENCE)
+    title = "geometric means over the shapes that are measured in every state"
+    table = _means_table(title, "state", [f"{name} to {to}" for name, to in pairs])
+
+    def place(row: dict[str, Any]) -> tuple[int, ...]:
+        return (*row["shape"], row["axis"])
+
+    everywhere = {place(row) for row in data["rows"] if row["state"] != STEADY}
+    for which in TRAINING:
+        for dtype in DTYPES:
+            for state in STATES:
+                rows = [r for r in chosen(data, dtype, which, state) if place(r) in everywhere]
+                means = [geometric_mean(ratios(rows, *pair)) for pair in pairs]
+                _add_means(table, which, dtype, state, means)
+    return table
+
+
+def _means_table(title: str, third: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for column in ("pass", "dtype", third, *columns):
+        table.add_column(column, justify="right")
+    return table
+
+
+def _add_means(table: Table, *cells: Any) -> None:
+    *names, means = cells
+    if any(means):
+        table.add_row(*names, *map(_number, means))
 
 
 def _times(rows: list[dict[str, Any]], title: str) -> Table:

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tests.benchmarks import op
-from tests.benchmarks.cases import DTYPES, PASSES
+from tests.benchmarks.cases import DTYPES, PASSES, STEADY
 from tests.benchmarks.contenders import OURS, REFERENCE
 
 COLOURS = {
@@ -94,7 +94,7 @@ def _growth(axes: Axes, data: dict[str, Any]) -> None:
 
 
 def _steps(axes: Axes, data: dict[str, Any]) -> None:
-    rows = [row for row in data["rows"] if row["norms"]]
+    rows = [row for row in data["rows"] if row["norms"] and row["state"] == STEADY]
     values = {(row["contender"], row["dtype"]): row["norms"] for row in rows}
     _bars(axes, values, "{:z.0f}")
     title = f"{data['depth']} conv+BN+relu: a training step less one without BN, ms"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import bnjax
+from tests.support.oracle import Outcome
 
 
 @contextlib.contextmanager
@@ -82,15 +83,6 @@ VARIANTS = ("with_jit", "without_jit", "with_device", "without_device", "with_pm
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, indirect=True)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-class Outcome(NamedTuple):
-    """What one call gives; the gradients are those of sum(y * cotangent)."""
-
-    y: Any
-    batch_stats: Any
-    dx: Any
-    dparams: Any
 
 
 Apply = Callable[[Any, Any], tuple[jax.Array, Any]]
