@@ -75,8 +75,11 @@ def inputs(case: Case) -> Inputs:
     )
 
 
-def step(apply: Apply, case: Case, which: str) -> Any:
-    """A function of `Inputs`: the output, and in training new statistics and gradients."""
+def step(apply: Apply, case: Case, which: str, *, waits: bool = False) -> Any:
+    """A function of `Inputs`: the output, and in training new statistics and gradients.
+
+    If it waits, y is complete before dy is looked at, as in a network.
+    """
 
     def layer(scale: jax.Array, bias: jax.Array, x: jax.Array, residual: Any, rest: Inputs) -> Any:
         values = rest.values._replace(scale=scale, bias=bias)
@@ -93,7 +96,8 @@ def step(apply: Apply, case: Case, which: str) -> Any:
             return {"y": y, "moved": moved}
         of_given = functools.partial(layer, rest=given)
         y, gradient, moved = jax.vjp(of_given, *primals, has_aux=True)
-        return {"y": y, "moved": moved, "gradients": gradient(given.dy)}
+        y, dy = jax.lax.optimization_barrier((y, given.dy)) if waits else (y, given.dy)
+        return {"y": y, "moved": moved, "gradients": gradient(dy)}
 
     return run
 

@@ -1,0 +1,135 @@
+"""What the batch norms of a ResNet-50 say in a training step, over more and more devices.
+
+A layer of each of its widths is compiled for 8, 64, 256 and 4,096 devices, as far as there are such
+topologies; the bytes follow from the collectives that are found, each done in a ring.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from tests.benchmarks.cases import BACKWARD, FORWARD, Case
+from tests.benchmarks.contenders import OURS, REFERENCE
+from tests.benchmarks.environment import Options
+from tests.benchmarks.programs import away
+from tests.benchmarks.programs.topologies import BIG, Chip, Platform
+from tests.support.hlo import Collective
+
+SIZES = (8, 64, 256, 4096)
+STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
+CHANNELS = [64] + [
+    channels
+    for width, blocks in STAGES
+    for block in range(blocks)
+    for channels in (width, width, 4 * width, *([4 * width] if block == 0 else []))
+]
+LAYERS = len(CHANNELS)
+# Published speeds in bytes a second that a device sends, and as many that it receives: of NVLink 4
+# inside a host of eight H100, of one 400 Gb/s InfiniBand adapter for each GPU between hosts, and of
+# all of a TPU's links, of which a ring along one axis of the torus uses a part.
+LINKS = {
+    "H100": (("NVLink", 8, 450e9), ("InfiniBand NDR", 4096, 50e9)),
+    "TPU v5e": (("ICI", 256, 100e9),),
+    "TPU v4": (("ICI", 4096, 150e9),),
+    "TPU v5p": (("ICI", 4096, 300e9),),
+}
+
+
+def sent(found: Collective, devices: int) -> float:
+    """The bytes that each of them sends, and receives, if they stand in a ring."""
+    others = devices - 1
+    if found.kind == "all-gather":
+        return others * found.bytes
+    if found.kind == "all-reduce":
+        return 2 * others / devices * found.bytes
+    if found.kind in ("reduce-scatter", "all-to-all"):
+        return others / devices * found.bytes
+    return found.bytes
+
+
+def speed(chip: str, devices: int) -> tuple[str, float]:
+    """The slowest link between so many."""
+    return next((name, rate) for name, reach, rate in LINKS[chip] if devices <= reach)
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """A row for each chip, number of devices, way and contender."""
+    return away.measure("scale", options)
+
+
+def rows(platform: Platform, quick: bool) -> Iterator[dict[str, Any]]:
+    """Those of one platform; where quick, of its first chip and two sizes."""
+    from tests.benchmarks.programs.layers import JIT, NAMED
+
+    for chip in BIG[platform][: 1 if quick else None]:
+        for devices in SIZES[:2] if quick else SIZES:
+            if devices in chip.layouts:
+                for contender, way in ((OURS, NAMED), (OURS, JIT), (REFERENCE, NAMED)):
+                    yield _row(chip, devices, contender, way)
+
+
+def _row(chip: Chip, devices: int, contender: str, way: str) -> dict[str, Any]:
+    from tests.benchmarks.programs.layers import parallel
+
+    row: dict[str, Any] = {"chip": chip.name, "devices": devices, "contender": contender}
+    row["way"] = way
+    for which in (FORWARD, BACKWARD):
+        total: Counter[str] = Counter()
+        kinds: set[str] = set()
+        for channels, layers in Counter(CHANNELS).items():
+            found = parallel(
+                Case((2 * devices, 4, 4, channels)), which, contender, way, chip, devices
+            )
+            always = [each for each in found if not each.conditional]
+            kinds |= {each.kind for each in always}
+            total["collectives"] += layers * len(always)
+            total["in a branch"] += layers * (len(found) - len(always))
+            total["bytes"] += layers * round(sum(sent(each, devices) for each in always))
+        row[which] = {**total, "kinds": sorted(kinds)}
+    name, rate = speed(chip.name, devices)
+    return {**row, "link": name, "milliseconds": row[BACKWARD]["bytes"] / rate * 1e3}
+
+
+def tables(data: dict[str, Any]) -> Iterator[Table | str]:
+    """A table for each chip."""
+    yield from away.headings(data)
+    for _, rows in away.measured(data):
+        for chip in dict.fromkeys(row["chip"] for row in rows):
+            yield _table(chip, [row for row in rows if row["chip"] == chip])
+
+
+def _table(chip: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title=f"{chip}: what the {LAYERS} batch norms of a ResNet-50 say in one training step, "
+        "float32",
+        caption="bytes: sent by each device, and as many received; "
+        "ms: both directions at the speed of the slowest link, without latency",
+    )
+    columns = (
+        "devices",
+        "",
+        "a layer's forward",
+        "backward",
+        "bytes forward",
+        "both",
+        "link",
+        "ms",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        forward, both = row[FORWARD], row[BACKWARD]
+        back = both["collectives"] - forward["collectives"]
+        table.add_row(
+            f"{row['devices']:,}",
+            f"{row['contender']}, {row['way']}",
+            f"{forward['collectives'] / LAYERS:.3g} {' + '.join(forward['kinds'])}",
+            f"{back / LAYERS:.3g}",
+            *(f"{found['bytes'] / 1e6:,.2f} MB" for found in (forward, both)),
+            row["link"],
+            f"{row['milliseconds']:.3f}",
+            style="bold" if row["contender"] == OURS else None,
+        )
+    return table
