@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.cases import BACKWARD, PASSES
+from tests.benchmarks.contenders import OURS
 from tests.benchmarks.environment import Options
-from tests.benchmarks.programs import counts, scale, targets, topologies, traffic
+from tests.benchmarks.programs import counts, page, scale, targets, topologies, traffic
+from tests.benchmarks.programs.layers import JIT, NAMED
 from tests.benchmarks.programs.topologies import Platform
 from tests.support.hlo import Collective, parse
 
@@ -130,6 +133,23 @@ def test_programs_stay_within_their_bounds(platform):
     assert beyond == []
 
 
+@pytest.mark.parametrize("platform", Platform)
+def test_what_devices_say_does_not_grow_with_their_number(platform):
+    if platform.missing:
+        pytest.skip(platform.missing)
+    rows = scale.measure(Options(quick=True, platforms=(platform,)))[platform]["rows"]
+    found = {(row["devices"], row["contender"], row["way"]): row for row in rows}
+    for way in (JIT, NAMED):
+        few, many = (found[devices, OURS, way] for devices in (8, 64))
+        for row in (few, many):
+            forward, both = (row[which]["collectives"] / scale.LAYERS for which in PASSES[1:])
+            assert forward <= {JIT: 2, NAMED: 1}[way]  # target: 1
+            assert both - forward <= 1
+        growth = many[BACKWARD]["bytes"] / few[BACKWARD]["bytes"]
+        assert growth < {JIT: 1.2, NAMED: 16}[way]  # target: 1.2
+        assert many[BACKWARD]["bytes"] < {JIT: 1.1e6, NAMED: 41e6}[way]  # target: 1.1e6, as Flax's
+
+
 def test_kernels_are_what_is_launched_with_what_each_reads_and_writes():
     found = {kernel.name: kernel for kernel in traffic.kernels(parse(TEXT))}
     assert list(found) == ["%f", "%g", "%v", "%e"]
@@ -154,6 +174,22 @@ def test_kernels_are_what_is_launched_with_what_each_reads_and_writes():
 )
 def test_bytes_on_a_ring_follow_from_the_kind_of_a_collective(kind, expected):
     assert scale.sent(Collective(kind, 25, 100, False), 8) == expected
+
+
+def test_a_page_gets_the_numbers_of_a_run():
+    said = {"collectives": 53, "in a branch": 0, "bytes": 2_500_000, "kinds": ["all-gather"]}
+    both = {**said, "collectives": 106, "bytes": 5_000_000}
+    row = {"chip": "H100", "devices": 8, "contender": "bnjax", "way": "jit", "link": "NVLink"}
+    row |= {"forward": said, "forward+backward": both, "milliseconds": 1.5}
+    more = {**row, "devices": 64, "forward+backward": {**both, "bytes": 7_500_000}}
+    data = {"gpu": {"versions": {"jax": "1.2"}, "rows": [row, more]}, "tpu": {"skipped": "none"}}
+    text = page.rewritten(f"a\n{page.BEGIN}old\n{page.END}b\n", data)
+    assert text.startswith(f"a\n{page.BEGIN}\ngpu: compiled without a device by jax 1.2\n")
+    assert text.endswith(f"\n{page.END}b\n")
+    assert "old" not in text
+    numbers = "| 64 | bnjax jit | 1 all-gather | 1 | 0 | 2.50 | 7.50 | 1.5x | NVLink | 1.500 |"
+    assert numbers in text
+    assert page.rewritten(text, data) == text
 
 
 def test_a_resnet_50_has_53_batch_norms():

@@ -1,5 +1,6 @@
 """Kernels, readings and writings, memory and collectives of compiled programs, beside Flax's."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,27 +49,36 @@ def measure(options: Options) -> dict[str, Any]:
 
 def rows(platform: Platform, quick: bool) -> Iterator[Row]:
     """Those of one platform; where quick, few layers on its first chip, and one network."""
+    first, *others = CHIPS[platform]
+    yield from _of_chip(first, quick)
+    yield from _over_devices(first, quick)
+    for chip in () if quick else others:
+        yield from _of_chip(chip, quick)
+
+
+def _of_chip(chip: Chip, quick: bool) -> Iterator[Row]:
     from tests.benchmarks.programs import layers, nets
 
-    for chip in CHIPS[platform][: 1 if quick else None]:
-        for case, which in _cases(quick):
-            for name in layers.CONTENDERS:
-                yield _row(LAYER, chip, name, case, which, layers.alone(case, which, name, chip))
+    for case, which in _cases(quick):
+        for name in layers.CONTENDERS:
+            yield _row(LAYER, chip, name, case, which, layers.alone(case, which, name, chip))
+    for dtype in list(DTYPES)[1 if quick else 0 :]:
+        case = Case(nets.SHAPE, dtype=dtype)
+        for name in layers.CONTENDERS:
+            yield _row(NET, chip, name, case, "", nets.alone(dtype, name, chip))
+
+
+def _over_devices(chip: Chip, quick: bool) -> Iterator[Row]:
+    from tests.benchmarks.programs import layers, nets
+
+    for way, name in itertools.product(layers.WAYS, layers.CONTENDERS):
         for case, which in _split(quick):
-            for way in layers.WAYS:
-                for name in layers.CONTENDERS:
-                    found = layers.parallel(case, which, name, way, chip)
-                    yield _row(PARALLEL, chip, name, case, which, {"way": way, **_said(found)})
-        for dtype in list(DTYPES)[1 if quick else 0 :]:
-            case = Case(nets.SHAPE, dtype=dtype)
-            for name in layers.CONTENDERS:
-                yield _row(NET, chip, name, case, "", nets.alone(dtype, name, chip))
+            found = layers.parallel(case, which, name, way, chip)
+            yield _row(PARALLEL, chip, name, case, which, {"way": way, **_said(found)})
         if not quick:
             case = Case(nets.SHAPE, dtype="bfloat16")
-            for way in layers.WAYS:
-                for name in layers.CONTENDERS:
-                    found = nets.parallel(case.dtype, name, way, chip)
-                    yield _row(PARALLEL_NET, chip, name, case, "", {"way": way, **_said(found)})
+            found = nets.parallel(case.dtype, name, way, chip)
+            yield _row(PARALLEL_NET, chip, name, case, "", {"way": way, **_said(found)})
 
 
 def _cases(quick: bool) -> Iterator[tuple[Case, str]]:
@@ -129,7 +139,8 @@ def tables(data: dict[str, Any]) -> Iterator[Table | str]:
             title = f"{chip}, a training step of three blocks conv+BN+relu{ideal}"
             yield _moved(platform, title, [pair for pair in every if pair[0]["kind"] == NET])
             split = [pair for pair in every if "sent" in pair[0]]
-            yield _talk(platform, f"{chip}, data parallel over 8", split)
+            if split:
+                yield _talk(platform, f"{chip}, data parallel over 8", split)
 
 
 def _moved(platform: Platform, title: str, pairs: list[tuple[Row, Row]]) -> Table:

@@ -26,9 +26,9 @@ CHANNELS = [64] + [
     for channels in (width, width, 4 * width, *([4 * width] if block == 0 else []))
 ]
 LAYERS = len(CHANNELS)
-# Published speeds in bytes a second that a device sends, and as many that it receives: of NVLink 4
-# inside a host of eight H100, of one 400 Gb/s InfiniBand adapter for each GPU between hosts, and of
-# all of a TPU's links, of which a ring along one axis of the torus uses a part.
+# Bytes a second that a device sends, and as many that it receives, by the makers' data sheets: half
+# of NVLink 4's 900 GB/s inside a host of eight H100, one 400 Gb/s InfiniBand adapter for each GPU
+# between hosts, and half of the 1,600, 2,400 or 4,800 Gb/s of all of a TPU's links.
 LINKS = {
     "H100": (("NVLink", 8, 450e9), ("InfiniBand NDR", 4096, 50e9)),
     "TPU v5e": (("ICI", 256, 100e9),),
@@ -92,44 +92,48 @@ def _row(chip: Chip, devices: int, contender: str, way: str) -> dict[str, Any]:
     return {**row, "link": name, "milliseconds": row[BACKWARD]["bytes"] / rate * 1e3}
 
 
+def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
+    """A row in words, by column, beside the others of its chip."""
+    forward, both = row[FORWARD], row[BACKWARD]
+    back = both["collectives"] - forward["collectives"]
+    few = next(each for each in rows if _way(each) == _way(row))  # the fewest devices come first
+    return {
+        "devices": f"{row['devices']:,}",
+        "": " ".join(_way(row)),
+        "forward, a layer": f"{forward['collectives'] / LAYERS:.3g} {', '.join(forward['kinds'])}",
+        "backward": f"{back / LAYERS:.3g}",
+        "in a branch": f"{both['in a branch'] / LAYERS:.3g}",
+        "MB forward": f"{forward['bytes'] / 1e6:,.2f}",
+        "MB both": f"{both['bytes'] / 1e6:,.2f}",
+        f"to {few['devices']} devices": f"{both['bytes'] / few[BACKWARD]['bytes']:.3g}x",
+        "link": row["link"],
+        "ms": f"{row['milliseconds']:.3f}",
+    }
+
+
+def of_chips(data: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Each chip with its rows in words."""
+    for _, rows in away.measured(data):
+        for chip in dict.fromkeys(row["chip"] for row in rows):
+            own = [row for row in rows if row["chip"] == chip]
+            yield chip, [cells(row, own) for row in own]
+
+
 def tables(data: dict[str, Any]) -> Iterator[Table | str]:
     """A table for each chip."""
     yield from away.headings(data)
-    for _, rows in away.measured(data):
-        for chip in dict.fromkeys(row["chip"] for row in rows):
-            yield _table(chip, [row for row in rows if row["chip"] == chip])
-
-
-def _table(chip: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title=f"{chip}: what the {LAYERS} batch norms of a ResNet-50 say in one training step, "
-        "float32",
-        caption="bytes: sent by each device, and as many received; "
-        "ms: both directions at the speed of the slowest link, without latency",
-    )
-    columns = (
-        "devices",
-        "",
-        "a layer's forward",
-        "backward",
-        "bytes forward",
-        "both",
-        "link",
-        "ms",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        forward, both = row[FORWARD], row[BACKWARD]
-        back = both["collectives"] - forward["collectives"]
-        table.add_row(
-            f"{row['devices']:,}",
-            f"{row['contender']}, {row['way']}",
-            f"{forward['collectives'] / LAYERS:.3g} {' + '.join(forward['kinds'])}",
-            f"{back / LAYERS:.3g}",
-            *(f"{found['bytes'] / 1e6:,.2f} MB" for found in (forward, both)),
-            row["link"],
-            f"{row['milliseconds']:.3f}",
-            style="bold" if row["contender"] == OURS else None,
+    for chip, rows in of_chips(data):
+        title = f"{chip}: the {LAYERS} batch norms of a ResNet-50 in one training step, float32"
+        caption = (
+            "MB: sent by each device, and as many received; ms: both directions, without latency"
         )
-    return table
+        table = Table(title=title, caption=caption)
+        for column in rows[0]:
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(*row.values(), style="bold" if OURS in row[""] else None)
+        yield table
+
+
+def _way(row: dict[str, Any]) -> tuple[str, str]:
+    return row["contender"], row["way"]
