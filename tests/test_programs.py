@@ -4,7 +4,6 @@ The compilers come with the extra `programs`; without it the counting itself is 
 """
 
 import importlib.metadata
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -225,9 +224,21 @@ def test_a_room_that_fails_says_why(monkeypatch):
         scale.away.measure("nothing", Options(platforms=("gpu",)))
 
 
+def command(*options: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "tests.benchmarks", *options]
+    return subprocess.run(program, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+
+
 def test_a_platform_goes_with_compiled_programs_alone():
-    program = [sys.executable, "-m", "tests.benchmarks", "--platform", "gpu", "--only", "op"]
-    root = Path(__file__).parents[1]
-    run = subprocess.run(program, cwd=root, capture_output=True, text=True, env={**os.environ})
+    run = command("--platform", "gpu", "--only", "op")
     assert run.returncode == 2
     assert "--only programs" in run.stderr
+
+
+@pytest.mark.parametrize("kind", ["programs", "scale"])
+@pytest.mark.skipif(not all(each.missing for each in Platform), reason="a compiler is installed")
+def test_a_run_without_compilers_says_what_to_install(kind):
+    run = command("--only", kind)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[:2] == [f"skipped: {each.missing}" for each in Platform]

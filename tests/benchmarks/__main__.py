@@ -98,7 +98,7 @@ def main(
         start = time.perf_counter()
         data[kind.value] = kind.room.measure(options)
         for table in kind.room.tables(data[kind.value]):
-            console.print(table)
+            console.print(table, markup=False)
         console.print(f"{kind.value}: {time.perf_counter() - start:.0f} s\n")
     if json_file is not None:
         json_file.write_text(json.dumps(data, indent=1) + "\n")
