@@ -27,7 +27,7 @@ from hypothesis import settings
 from tests.support import compilers
 
 # Half a minute and more: they start first, so that no worker is left alone with one.
-LONG = ("test_examples.py", "test_multihost.py", "test_benchmarks.py")
+LONG = ("test_examples.py", "test_multihost.py", "test_benchmarks.py", "test_programs.py")
 
 settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=10)
 settings.load_profile("bnjax")

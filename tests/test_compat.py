@@ -40,7 +40,11 @@ each_call = pytest.mark.parametrize(("case", "settings"), CALLS.values(), ids=CA
 
 def doubling():
     """A linear function of two arrays as a primitive of its own."""
-    made = compat.linear("twice", lambda x, y: [x + y, x - y], on_cpu=lambda x, y: [x + y, x - y])
+
+    def twice(x, y):
+        return [x + y, x - y]
+
+    made = compat.linear("twice", twice, on_cpu=twice, on_gpu=twice)
     compat.transposed(
         made, lambda cotangents, shape: made.bind(*cotangents), lambda arrays: made.bind(*arrays)
     )
@@ -59,11 +63,26 @@ def test_a_linear_primitive_is_run_differentiated_and_batched(wrap):
 
 
 def test_the_platform_decides_how_a_linear_primitive_is_lowered():
-    made = compat.linear("here", lambda x: [x * 1], on_cpu=lambda x: [-x])
+    made = compat.linear(
+        "here", lambda x: [x * 1], on_cpu=lambda x: [-x], on_gpu=lambda x: [jnp.sin(x)]
+    )
     x, function = jnp.ones(2), jax.jit(made.bind)
     assert_close(function(x), [-x])
-    found = [operations(function, x, platform=name)["negate"] for name in ("cpu", "cuda", "tpu")]
-    assert found == [1, 0, 0]
+    found = [operations(function, x, platform=name) for name in ("cpu", "cuda", "rocm", "tpu")]
+    assert [each["negate"] for each in found] == [1, 0, 0, 0]
+    assert [each["sine"] for each in found] == [0, 1, 1, 0]
+
+
+def test_a_program_knows_over_how_many_devices_its_arrays_may_be_split():
+    def count(x):
+        return compat.devices_of_program() + jnp.sum(0 * x)
+
+    rows, split = jnp.zeros((8, 2)), jax.sharding.NamedSharding(MESH, P("rows"))
+    assert int(jax.jit(count)(rows)) == 1
+    assert int(jax.jit(count)(jax.device_put(rows, split))) == MESH.size
+    for axes, number in (({"rows", "columns"}, 1), ({"rows"}, MESH.shape["columns"])):
+        settings = {"mesh": MESH, "in_specs": P("rows"), "out_specs": P(), "axis_names": axes}
+        assert int(jax.jit(jax.shard_map(count, check_vma=False, **settings))(rows)) == number
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -60,7 +60,20 @@ def test_running_means_that_differ_have_no_say_in_what_is_pooled(rng, way, sprea
             assert_close(moved[key], np.tile(whole[key], (DEVICES, 1)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture(params=["few", "many"])
+def number(request, monkeypatch):
+    """Few devices gather all moments, many add them up: eight are many here, too."""
+    if request.param == "many":
+        monkeypatch.setattr("bnjax.core.devices._GATHERED", 2)
+        jax.clear_caches()
+        yield
+        jax.clear_caches()
+    else:
+        yield
+
+
 @each_way
+@pytest.mark.usefixtures("number")
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e5, 1e7])
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 @pytest.mark.parametrize("apart", [0.0, 3.0, 1e4])

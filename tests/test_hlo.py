@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.support.hlo import Instruction, compiled, operations, parse, primitives
+from tests.support.hlo import Collective, Instruction, compiled, operations, parse, primitives
 
 TEXT = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[2]{0})->f32[2]{0}}
 
@@ -41,10 +41,14 @@ def test_a_text_becomes_computations_of_instructions():
         "%main": ["%p", "%start", "%zero", "%d"],
     }
     (fusion,) = program.instructions("fusion")
-    assert fusion == Instruction("%c.1", "fusion", "f32[2]{0}", ("%b",), ("%inner",))
+    text = "  ROOT %c.1 = f32[2]{0} fusion(f32[2]{0} %b), kind=kLoop, calls=%inner"
+    assert fusion == Instruction("%c.1", "fusion", "f32[2]{0}", ("%b",), ("%inner",), text)
+    assert (fusion.root, fusion.started, fusion.bytes) == (True, False, [8])
     pair = program.computations["%branch"]["%a"]
-    assert (pair.shapes, pair.numbers) == ([(2,), (), (3, 1)], 6)
-    assert [each.name for each in program.instructions("all-gather")] == ["%start"]
+    assert (pair.shapes, pair.numbers, pair.bytes) == ([(2,), (), (3, 1)], 6, [8, 4, 3])
+    (gather,) = program.instructions("all-gather")
+    assert (gather.name, gather.root, gather.started) == ("%start", False, True)
+    assert program.collectives() == [Collective("all-gather", 2, 8, False)]
     assert program.inputs() == {"%p"}
     assert [each.name for each in program.readers({"%p"})] == ["%start", "%d"]
     assert program.conditional() == {"%branch", "%other", "%inner"}

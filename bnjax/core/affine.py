@@ -42,7 +42,8 @@ def _scale_and_shift(
         var = moments.m2  # of one value, as it were
     else:  # a batch without values is normalized as if it had mean 0 and variance 1
         var = jnp.where(moments.count > 0, moments.variance(), 1)
-    scale = params.get("scale", 1) * _inverse(var + eps)
+    inverse = _inverse.fun if compat.plain.value else _inverse
+    scale = params.get("scale", 1) * inverse(var + eps)
     shift = params.get("bias", jnp.zeros_like(scale))
     return scale, shift if moments.offset is None else shift - moments.offset * scale
 

@@ -50,7 +50,11 @@ def centred(
     With `apart`, the channels may be on devices that should not talk: nothing is decided for all.
     """
     known = all(isinstance(size, int) for size in x.shape)
-    if compat.plain.value or (apart and (mask is not None or not known)):
+    if compat.plain.value:
+        mean = jnp.sum(where(mask, x.astype(working_dtype(x.dtype))), reduced) / n
+        mean = lax.stop_gradient(mean)
+        return _put_right(mean, *_around(mean, x, mask, n, reduced))
+    if apart and (mask is not None or not known):
         return _from_mean(x, mask, n, reduced)
     if apart:
         return _from_typical(x, n, reduced)

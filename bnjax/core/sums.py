@@ -52,13 +52,14 @@ def _repeated(*vectors: jax.Array, shape: Axes, reduced: Axes) -> list[jax.Array
     return [jnp.broadcast_to(jnp.expand_dims(vector, reduced), shape) for vector in vectors]
 
 
-def _in_one_reading(*values: jax.Array, reduced: Axes) -> Sequence[jax.Array]:
+def _in_one_reading(*arrays: jax.Array, reduced: Axes) -> Sequence[jax.Array]:
     """For CPUs: all in a short inner loop along one axis, then what is left of each by itself.
 
     XLA has fast, exact and ready kernels for one sum of one large array. Its own loop over several
     is not vectorized, unless the reduced axis is so short that it is unrolled, and over a small
     array it adds one value after the other: that is shortened again and again.
     """
+    values: Sequence[jax.Array] = arrays
     shape = values[0].shape
     known = all(isinstance(size, int) for size in shape)
     if not known or (len(values) == 1 and _large(shape, reduced)):

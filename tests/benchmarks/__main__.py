@@ -3,6 +3,7 @@
 Times are medians of turns taken in one process, with the same allocator settings for all; every
 contender is checked for equal results before it is timed. Needs the extra `bench` for all peers.
 Whoever has an accelerator runs `--only device` there, and pastes what it prints.
+Compiled programs are counted, not timed, and need no device but the extra `programs`.
 """
 
 import importlib
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 
 from tests.benchmarks.environment import Options, settle, touch_heap
+from tests.benchmarks.programs.topologies import Platform
 
 
 class Kind(StrEnum):
@@ -32,12 +34,20 @@ class Kind(StrEnum):
     compile = "compile"
     numerics = "numerics"
     device = "device"
+    programs = "programs"
+    scale = "scale"
 
     @property
     def room(self) -> Any:
         """The module, imported when the environment is settled."""
-        name = "compilation" if self is Kind.compile else self.value
-        return importlib.import_module(f"tests.benchmarks.{name}")
+        names = {"compile": "compilation", "programs": "programs.counts"}
+        names |= {"scale": "programs.scale"}
+        return importlib.import_module(f"tests.benchmarks.{names.get(self.value, self.value)}")
+
+    @property
+    def compiles_alone(self) -> bool:
+        """Whether nothing is run: compilers of devices that need not be here do it all."""
+        return self in (Kind.programs, Kind.scale)
 
 
 def everything() -> list[Kind]:
@@ -73,29 +83,38 @@ def main(
     only: Annotated[
         list[Kind] | None, typer.Option(help="What to measure; if not given, all that can be.")
     ] = None,
+    chosen: Annotated[
+        list[Platform] | None,
+        typer.Option("--platform", help="Of programs and scale: compile for these alone."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timings of each contender.")] = 15,
     quick: Annotated[bool, typer.Option(help="Try everything on tiny inputs.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw them (.png, .svg).")] = None,
 ) -> None:
     """Measure bnjax beside flax.linen, flax.nnx, haiku, equinox, keras, torch and the floor."""
-    alone = only == [Kind.device]  # where the host's memory does not matter
+    kinds = only or everything()
+    if chosen and not all(kind.compiles_alone for kind in kinds):
+        raise typer.BadParameter("--platform goes with `--only programs` and `--only scale`")
+    alone = kinds == [Kind.device]  # where the host's memory does not matter
     if not alone:
         settle("tests.benchmarks")
-        if not quick:
-            touch_heap()
     console = Console(width=None if sys.stdout.isatty() else 160)
-    options = Options(1 if quick else rounds, quick)
-    data: dict[str, Any] = {"setting": setting(options, alone)}
-    console.print(", ".join(f"{n} {v}" for n, v in data["setting"]["versions"].items()))
-    for name in data["setting"]["not installed"]:
-        console.print(f"skipped: {name} is not installed")
+    options = Options(1 if quick else rounds, quick, tuple(chosen or Platform))
+    data: dict[str, Any] = {"setting": options._asdict()}
+    if not all(kind.compiles_alone for kind in kinds):
+        if not quick and not alone:
+            touch_heap()
+        data["setting"] = setting(options, alone)
+        console.print(", ".join(f"{n} {v}" for n, v in data["setting"]["versions"].items()))
+        for name in data["setting"]["not installed"]:
+            console.print(f"skipped: {name} is not installed")
     wrong = []
-    for kind in only or everything():
+    for kind in kinds:
         start = time.perf_counter()
         data[kind.value] = kind.room.measure(options)
         for table in kind.room.tables(data[kind.value]):
-            print(table) if isinstance(table, str) else console.print(table)
+            print(table) if isinstance(table, str) else console.print(table, markup=False)
         console.print(f"{kind.value}: {time.perf_counter() - start:.0f} s\n")
         wrong += data[kind.value].get("wrong", [])
     if json_file is not None:

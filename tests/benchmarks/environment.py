@@ -21,10 +21,14 @@ SETTINGS = {
 
 
 class Options(NamedTuple):
-    """How thorough a run is: timings of each contender, and whether it only tries everything."""
+    """How thorough a run is: timings of each contender, and whether it only tries everything.
+
+    What is compiled without a device is compiled for these platforms.
+    """
 
     rounds: int = 15
     quick: bool = False
+    platforms: tuple[str, ...] = ()
 
 
 _HEAP = 1.5e9  # bytes: more than any case needs

@@ -24,8 +24,9 @@ COLLECTIVES = {
     "send",
 }
 COMPUTATION = re.compile(r"(ENTRY )?(%[\w.-]+) \(.*\) -> .* \{")
-INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.-]+) = ")
+INSTRUCTION = re.compile(r"\s+(ROOT )?(%[\w.-]+) = ")
 NAME = re.compile(r"%[\w.-]+")
+NUMBER = re.compile(r"\d+")
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -40,6 +41,7 @@ class Instruction(NamedTuple):
         type: what it gives, in XLA's words, layouts included.
         operands: the names of what it reads.
         calls: the names of the computations that it runs.
+        text: all of it, in XLA's words.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Instruction(NamedTuple):
     type: str
     operands: tuple[str, ...]
     calls: tuple[str, ...]
+    text: str
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -58,6 +61,39 @@ class Instruction(NamedTuple):
     def numbers(self) -> int:
         """How many it gives."""
         return sum(map(math.prod, self.shapes))
+
+    @property
+    def root(self) -> bool:
+        """Whether its computation gives what it gives."""
+        return self.text.lstrip().startswith("ROOT ")
+
+    @property
+    def started(self) -> bool:
+        """Whether it is only started here, and done later."""
+        return f" {self.opcode}-start(" in self.text
+
+    @property
+    def bytes(self) -> list[int]:
+        """The size of each array that it gives."""
+        kinds = [kind for kind, _ in ARRAY.findall(self.type)]
+        pairs = zip(kinds, self.shapes, strict=True)
+        return [math.ceil(math.prod(shape) * bits(kind) / 8) for kind, shape in pairs]
+
+
+class Collective(NamedTuple):
+    """What devices say to each other once.
+
+    Attributes:
+        kind: its opcode.
+        numbers: how many each device gives.
+        bytes: the size of these.
+        conditional: whether it is said on a condition alone.
+    """
+
+    kind: str
+    numbers: int
+    bytes: int
+    conditional: bool
 
 
 class Program(NamedTuple):
@@ -87,6 +123,17 @@ class Program(NamedTuple):
         """The steps that read any of these."""
         return [each for each in self.steps() if names.intersection(each.operands)]
 
+    def collectives(self) -> list[Collective]:
+        """What the devices say to each other."""
+        found, inside = [], self.conditional()
+        for name, instructions in self.computations.items():
+            for each in instructions.values():
+                if each.opcode in COLLECTIVES:
+                    given = [instructions[operand] for operand in each.operands]
+                    numbers, size = sum(g.numbers for g in given), sum(sum(g.bytes) for g in given)
+                    found.append(Collective(each.opcode, numbers, size, name in inside))
+        return found
+
     def conditional(self) -> set[str]:
         """The names of the computations that run on a condition, or inside of one that does."""
         found: set[str] = set()
@@ -106,36 +153,46 @@ def compiled(function: Any, *arguments: Any) -> Program:
 def parse(text: str) -> Program:
     """A program from what `as_text()` gives."""
     computations, entry = {}, ""
-    lines: dict[str, str] = {}
+    lines: list[str] = []
     for line in text.splitlines():
         if header := COMPUTATION.fullmatch(line):
-            lines = computations[header[2]] = {}
+            lines = computations[header[2]] = []
             entry = header[2] if header[1] else entry
-        elif head := INSTRUCTION.match(line):
-            lines[head[1]] = line[head.end() :]
+        elif INSTRUCTION.match(line):
+            lines.append(line)
     assert entry, "no program of XLA"
     read = {
-        computation: {name: instruction(name, line, set(computations)) for name, line in it.items()}
+        computation: {
+            each.name: each for each in (instruction(line, set(computations)) for line in it)
+        }
         for computation, it in computations.items()
     }
     return Program(read, entry)
 
 
-def instruction(name: str, line: str, computations: set[str]) -> Instruction:
-    """One from a line such as `(f32[2], s32[]) while(%a), body=%b`."""
-    line = QUOTED.sub("", line)
+def instruction(text: str, computations: set[str]) -> Instruction:
+    """One from a line such as `  ROOT %d = (f32[2], s32[]) while(%a), body=%b`."""
+    head = INSTRUCTION.match(text)
+    assert head is not None, text
+    line = QUOTED.sub("", text[head.end() :])
     end = parentheses(line) if line.startswith("(") else line.index(" ")
     opcode, _, rest = line[end + 1 :].partition("(")
     end = parentheses(f"({rest}") - 1
     operands, calls = (NAME.findall(part) for part in (rest[:end], rest[end:]))
-    calls = tuple(each for each in calls if each in computations)
     return Instruction(
-        name,
+        head[2],
         opcode.removesuffix("-start"),
         line[: line.index(f" {opcode}(")],
         tuple(operands),
-        calls,
+        tuple(each for each in calls if each in computations),
+        text,
     )
+
+
+def bits(kind: str) -> int:
+    """How many a number of this type has, as `bf16`; a token has none."""
+    found = NUMBER.search(kind)
+    return int(found[0]) if found else 8 * (kind == "pred")
 
 
 def parentheses(text: str) -> int:
@@ -153,15 +210,8 @@ def collectives(function: Any, arguments: tuple, *, conditional: bool = False) -
 
     Those that a step always runs, or those inside a branch of some condition.
     """
-    program = compiled(function, *arguments)
-    found, inside = [], program.conditional()
-    for name, instructions in program.computations.items():
-        if (name in inside) == conditional:
-            for each in instructions.values():
-                if each.opcode in COLLECTIVES:
-                    given = [instructions[operand].numbers for operand in each.operands]
-                    found.append((each.opcode, sum(given)))
-    return sorted(found)
+    found = compiled(function, *arguments).collectives()
+    return sorted((each.kind, each.numbers) for each in found if each.conditional == conditional)
 
 
 def operations(function: Any, *arguments: Any, platform: str = "cpu") -> Counter[str]:
