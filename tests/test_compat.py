@@ -41,7 +41,7 @@ each_call = pytest.mark.parametrize(("case", "settings"), CALLS.values(), ids=CA
 def doubling():
     """A linear function of two arrays as a primitive of its own."""
 
-    def twice(x, y):
+    def twice(x, y, devices=1):
         return [x + y, x - y]
 
     made = compat.linear("twice", twice, on_cpu=twice, on_gpu=twice)
@@ -64,7 +64,10 @@ def test_a_linear_primitive_is_run_differentiated_and_batched(wrap):
 
 def test_the_platform_decides_how_a_linear_primitive_is_lowered():
     made = compat.linear(
-        "here", lambda x: [x * 1], on_cpu=lambda x: [-x], on_gpu=lambda x: [jnp.sin(x)]
+        "here",
+        lambda x: [x * 1],
+        on_cpu=lambda x, devices: [-x],
+        on_gpu=lambda x, devices: [jnp.sin(x)],
     )
     x, function = jnp.ones(2), jax.jit(made.bind)
     assert_close(function(x), [-x])

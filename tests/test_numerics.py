@@ -43,14 +43,14 @@ each_mean = pytest.mark.parametrize("mean", MEANS)
 def platform(request):
     """All tests run the program for CPUs, and here, too, those for GPUs and for other platforms."""
     with pytest.MonkeyPatch.context() as patch:
-        # As most users have, not the 8 of tests.
-        patch.setattr("bnjax.core.sharding.device_count", lambda: 1)
         if (
             request.param == "cuda"
         ):  # whose sums are trees: XLA's for a CPU, one value after the other
             patch.setattr("bnjax.core.sums._CHUNKS", 16)
             tree = sums._in_one_reading
-            patch.setattr("bnjax.core.origins.at_once", lambda v, axes: tree(*v, reduced=axes))
+            patch.setattr(
+                "bnjax.core.origins.at_once", lambda v, axes: tree(*v, reduced=axes, devices=1)
+            )
         jax.clear_caches()
         on_cpu = request.param == "cpu"
         with contextlib.nullcontext() if on_cpu else as_on_accelerators(request.param):

@@ -62,51 +62,13 @@ ENTRY %main (a: f32[8,4], c: f32[4], h: bf16[8,4], r: bf16[1,4], k: s32[]) -> f3
 """
 # Where a target is not met: the number of today, and the target.
 TODAY: dict[str, dict[str, tuple[float, float]]] = {
-    "gpu layer forward bfloat16 NHWC 128x56x56x64": {"kernels": (8, 5)},
-    "gpu layer forward float32 NHWC 128x56x56x64 mask": {"kernels": (9, 8), "reads": (3, 2.1)},
-    "gpu layer forward float32 NHWC 64x7x7x512": {
-        "kernels": (7, 3),
-        "reads": (4, 2.1),
-        "writes": (3, 1.05),
-    },
-    "gpu layer forward bfloat16 1d 4096x512": {
-        "kernels": (7, 3),
-        "reads": (9, 2.1),
-        "writes": (7, 1.05),
-    },
-    "gpu layer forward float32 NCHW 128x64x56x56 mask": {"kernels": (9, 8), "reads": (3, 2.1)},
-    "gpu layer forward+backward bfloat16 NHWC 128x56x56x64": {"kernels": (13, 11)},
-    "gpu layer forward+backward float32 NHWC 128x56x56x64 mask": {"reads": (7, 6.3)},
-    "gpu layer forward+backward float32 NHWC 64x7x7x512": {
-        "kernels": (11, 8),
-        "reads": (9, 6.3),
-        "writes": (5, 2.1),
-    },
-    "gpu layer forward+backward bfloat16 1d 4096x512": {
-        "kernels": (11, 8),
-        "reads": (15, 6.3),
-        "writes": (10, 2.1),
-    },
-    "gpu layer forward+backward float32 NCHW 128x64x56x56 mask": {"reads": (7, 6.3)},
-    "gpu parallel forward float32 NHWC 128x28x28x128 jit": {"collectives": (2, 1)},
-    "gpu parallel forward float32 NHWC 128x28x28x128 mask jit": {"collectives": (2, 1)},
-    "gpu parallel forward+backward float32 NHWC 128x28x28x128 jit": {"collectives": (3, 2)},
-    "gpu parallel forward+backward float32 NHWC 128x28x28x128 mask jit": {"collectives": (3, 2)},
+    # Of few rows XLA makes one kernel of a few blocks, ours are two of many.
+    "gpu layer forward float32 NHWC 64x7x7x512": {"kernels": (5, 3)},
+    "gpu layer forward bfloat16 1d 4096x512": {"kernels": (5, 3)},
+    "gpu layer forward+backward float32 NHWC 64x7x7x512": {"kernels": (9, 8)},
+    "gpu layer forward+backward bfloat16 1d 4096x512": {"kernels": (9, 8)},
     "gpu net bfloat16 NHWC 128x56x56x64": {"temp to Flax's": (0.923, 0.9)},
-    "tpu layer forward float32 NHWC 128x56x56x64 mask": {"passes": (4, 3)},
-    "tpu layer forward bfloat16 1d 4096x512": {"passes": (4, 3)},
-    "tpu layer forward float32 NCHW 128x64x56x56 mask": {"passes": (4, 3)},
-    "tpu layer forward+backward float32 NHWC 128x56x56x64 mask": {"passes": (9, 8)},
-    "tpu layer forward+backward bfloat16 1d 4096x512": {"passes": (9, 8)},
-    "tpu layer forward+backward float32 NCHW 128x64x56x56 mask": {"passes": (9, 8)},
-    "tpu parallel forward float32 NHWC 128x28x28x128 jit": {"collectives": (2, 1)},
-    "tpu parallel forward float32 NHWC 128x28x28x128 mask jit": {"collectives": (2, 1)},
-    "tpu parallel forward+backward float32 NHWC 128x28x28x128 jit": {"collectives": (3, 2)},
-    "tpu parallel forward+backward float32 NHWC 128x28x28x128 mask jit": {"collectives": (3, 2)},
-    "tpu net bfloat16 NHWC 128x56x56x64": {
-        "passes": (24, 21.21),
-        "cycles to Flax's": (1.227, 1.02),
-    },
+    "tpu net bfloat16 NHWC 128x56x56x64": {"cycles to Flax's": (1.046, 1.02)},
 }
 
 
@@ -142,11 +104,11 @@ def test_what_devices_say_does_not_grow_with_their_number(platform):
         few, many = (found[devices, OURS, way] for devices in (8, 64))
         for row in (few, many):
             forward, both = (row[which]["collectives"] / scale.LAYERS for which in PASSES[1:])
-            assert forward <= {JIT: 2, NAMED: 1}[way]  # target: 1
+            # One gather among few, and two sums among many that do not know their statistics.
+            assert forward <= (2 if row is many and way == NAMED else 1)
             assert both - forward <= 1
-        growth = many[BACKWARD]["bytes"] / few[BACKWARD]["bytes"]
-        assert growth < {JIT: 1.2, NAMED: 16}[way]  # target: 1.2
-        assert many[BACKWARD]["bytes"] < {JIT: 1.1e6, NAMED: 41e6}[way]  # target: 1.1e6, as Flax's
+        assert many[BACKWARD]["bytes"] < 1.4e6  # Flax's is 1.05e6
+        assert few[BACKWARD]["bytes"] < 4e6
 
 
 def test_kernels_are_what_is_launched_with_what_each_reads_and_writes():

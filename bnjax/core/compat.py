@@ -44,56 +44,69 @@ def gathers_at_once(names: Sequence[str]) -> bool:
     return True
 
 
-_devices_of_program = Primitive("devices_of_program")
-_devices_of_program.def_impl(jax.device_count)
-_devices_of_program.def_abstract_eval(lambda: jax.typeof(np.int32(0)))
-
-
-def devices_of_program() -> jax.Array:
-    """Over how many devices XLA may split the arrays of a program; known when it is compiled.
+def split_over(context: Any) -> int:
+    """Over how many devices XLA may split the arrays of a program that is lowered.
 
     Inside of `shard_map` and `pmap`, nothing is split: 1.
     """
+    axes = context.module_context.axis_context
+    if (mesh := getattr(axes, "mesh", None)) is not None:
+        return math.prod(n for name, n in mesh.shape.items() if name not in axes.manual_axes)
+    return getattr(axes, "num_devices", None) or jax.device_count()
+
+
+_devices_of_program = Primitive("devices_of_program")
+_devices_of_program.def_impl(jax.device_count)
+_devices_of_program.def_abstract_eval(lambda: jax.typeof(np.int32(0)))
+mlir.register_lowering(
+    _devices_of_program, lambda context: [mlir.ir_constant(np.int32(split_over(context)))]
+)
+
+
+def devices_of_program() -> jax.Array:
+    """`split_over`, as a number that is known when a program is lowered."""
     return _devices_of_program.bind()
 
 
-@functools.partial(mlir.register_lowering, _devices_of_program)
-def _count_devices(context: Any) -> Any:
-    axes = context.module_context.axis_context
-    if (mesh := getattr(axes, "mesh", None)) is not None:
-        sizes = [size for name, size in mesh.shape.items() if name not in axes.manual_axes]
-        number = math.prod(sizes)
-    else:
-        number = getattr(axes, "num_devices", None) or jax.device_count()
-    return [mlir.ir_constant(np.int32(number))]
-
-
-def linear(name: str, function: Function, *, on_cpu: Function, on_gpu: Function) -> Primitive:
+def linear(
+    name: str, function: Function, *, on_cpu: Function | None = None, on_gpu: Function | None = None
+) -> Primitive:
     """A primitive for a linear function of several arrays to several.
 
     Args:
         name: its name in a program.
         function: what it does, from arrays and static keywords.
-        on_cpu: what it does on a CPU.
-        on_gpu: what it does on a GPU.
+        on_cpu: what it does on a CPU, if that is something else; it is told `devices`, too, over
+            which arrays may be split.
+        on_gpu: what it does on a GPU, likewise.
     """
     made = Primitive(name)
     made.multiple_results = True
+    specials = {"cpu": on_cpu, "cuda": on_gpu, "rocm": on_gpu}
+    specials = {platform: f for platform, f in specials.items() if f is not None}
 
-    def plain(*arrays: jax.Array, **static: Any) -> Any:
-        cpu, gpu, default = (functools.partial(f, **static) for f in (on_cpu, on_gpu, function))
-        return lax.platform_dependent(*arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=default)
+    def eager(*arrays: jax.Array, **static: Any) -> Any:
+        told = {name: functools.partial(f, devices=1, **static) for name, f in specials.items()}
+        default = functools.partial(function, **static)
+        return lax.platform_dependent(*arrays, default=default, **told)
 
-    made.def_impl(jax.jit(plain, static_argnames=("reduced", "shape")))
+    made.def_impl(jax.jit(eager, static_argnames=("reduced", "shape")))
     made.def_abstract_eval(
         lambda *avals, **static: list(
             jax.make_jaxpr(functools.partial(function, **static))(*avals).out_avals
         )
     )
     mlir.register_lowering(made, mlir.lower_fun(function, multiple_results=True))
-    for platform, special in (("cpu", on_cpu), ("cuda", on_gpu), ("rocm", on_gpu)):
-        rule = mlir.lower_fun(special, multiple_results=True)
-        mlir.register_lowering(made, rule, platform=platform)
+
+    def register(special: Function, platform: str) -> None:
+        def lower(context: Any, *arrays: Any, **static: Any) -> Any:
+            told = functools.partial(special, devices=split_over(context))
+            return mlir.lower_fun(told, multiple_results=True)(context, *arrays, **static)
+
+        mlir.register_lowering(made, lower, platform=platform)
+
+    for platform, special in specials.items():
+        register(special, platform)
     return made
 
 

@@ -47,6 +47,7 @@ def _moments(
     count: jax.Array, origin: jax.Array, offset: jax.Array, variance: jax.Array
 ) -> Moments:
     finite = variance < jnp.inf  # by an infinite one, all would be normal: 0
+    origin = jnp.where(count > 0, origin, 0)
     return Moments(count, origin, offset, jnp.where(finite, variance, jnp.nan) * count)
 
 

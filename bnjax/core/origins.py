@@ -28,7 +28,7 @@ from bnjax.core.sums import at_once, in_chunks, sums
 
 # Squared distance of the mean from the origin, over the variance: up to there, sums lose a factor
 # of 1 + _NEAR of their precision. The rounding of half precision itself has cost more digits.
-_NEAR, _NEAR_HALF = 3, 36
+_NEAR, _NEAR_HALF = 3, 16
 _FEW = 32  # devices
 _HUGE = 2.0**64  # squares of larger numbers overflow in float32
 
@@ -50,6 +50,9 @@ def centred(
     With `apart`, the channels may be on devices that should not talk: nothing is decided for all.
     """
     known = all(isinstance(size, int) for size in x.shape)
+    if not reduced:
+        origin = x.astype(working_dtype(x.dtype))
+        return origin, jnp.zeros_like(origin), jnp.zeros_like(jnp.real(origin))
     if compat.plain.value:
         mean = jnp.sum(where(mask, x.astype(working_dtype(x.dtype))), reduced) / n
         mean = lax.stop_gradient(mean)
@@ -118,7 +121,7 @@ def _median(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
 
 def _from_chunks(x: jax.Array, n: jax.Array, reduced: Axes) -> Centred:
     """Each chunk of x from a median of three of its values; then the chunks' means are merged."""
-    values, inner = in_chunks(x, reduced)
+    values, inner = in_chunks(x, reduced, _FEW)
     chunks, size = values.shape[0], math.prod(values.shape[axis] for axis in inner)
 
     def value(third: int) -> jax.Array:

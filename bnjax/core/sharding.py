@@ -12,11 +12,6 @@ from jax.sharding import PartitionSpec as P
 from bnjax.core.compat import varying_axes
 
 
-def device_count() -> int:
-    """Over how many devices a batch may be split under plain jit, which does not say."""
-    return jax.device_count()
-
-
 def on_auto_axes(
     function: Callable[..., Any], args: tuple, x: jax.Array, like: chex.ArrayTree
 ) -> Any:

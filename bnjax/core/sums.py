@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bnjax.core import compat, sharding
+from bnjax.core import compat
 from bnjax.core.sharding import varying_alike
 
 Axes = tuple[int, ...]
@@ -22,7 +22,7 @@ Axes = tuple[int, ...]
 _TERMS = 16
 _LONG = 512  # values side by side
 _SMALL = 2**12
-_CHUNKS, _ROWS = 512, 32  # at most and at least: a GPU sums one or more in a block
+_CHUNKS, _ROWS = 512, 128  # at most and at least: a GPU sums one or more in a block
 
 
 def sums(values: Sequence[jax.Array], reduced: Axes) -> tuple[jax.Array, ...]:
@@ -52,7 +52,7 @@ def _repeated(*vectors: jax.Array, shape: Axes, reduced: Axes) -> list[jax.Array
     return [jnp.broadcast_to(jnp.expand_dims(vector, reduced), shape) for vector in vectors]
 
 
-def _in_one_reading(*arrays: jax.Array, reduced: Axes) -> Sequence[jax.Array]:
+def _in_one_reading(*arrays: jax.Array, reduced: Axes, devices: int) -> Sequence[jax.Array]:
     """For CPUs: all in a short inner loop along one axis, then what is left of each by itself.
 
     XLA has fast, exact and ready kernels for one sum of one large array. Its own loop over several
@@ -65,17 +65,19 @@ def _in_one_reading(*arrays: jax.Array, reduced: Axes) -> Sequence[jax.Array]:
     if not known or (len(values) == 1 and _large(shape, reduced)):
         return _each_by_itself(*values, reduced=reduced)
     if len(values) == 1:  # XLA would make one sum of its sums of sums: not if there are two arrays
-        plus, minus = _in_one_reading(values[0], -values[0], reduced=reduced)
+        pair = values[0], -values[0]
+        plus, minus = _in_one_reading(*pair, reduced=reduced, devices=devices)
         return [plus / 2 - minus / 2]
     while math.prod(shape[axis] for axis in reduced) > _TERMS:
-        axis, parts, terms = _division(shape, reduced)
+        axis, parts, terms = _division(shape, reduced, devices)
         if terms == 1:
             return _each_by_itself(*values, reduced=reduced)
         values = at_once([_split(value, axis, parts, terms) for value in values], (axis + 1,))
         shape = values[0].shape
         if _large(shape, reduced):
             return _each_by_itself(*values, reduced=reduced)
-    return at_once(values, reduced)
+    # Devices add up plain sums, but gather what is to be added at once.
+    return at_once(values, reduced) if devices == 1 else _each_by_itself(*values, reduced=reduced)
 
 
 def _large(shape: Axes, reduced: Axes) -> bool:
@@ -84,32 +86,40 @@ def _large(shape: Axes, reduced: Axes) -> bool:
     return math.prod(shape) > _SMALL and math.prod(shape) > rows
 
 
-def _in_chunks(*values: jax.Array, reduced: Axes) -> Sequence[jax.Array]:
+def _in_chunks(*values: jax.Array, reduced: Axes, devices: int) -> Sequence[jax.Array]:
     """For GPUs: those of each chunk, then all of these at once.
 
     XLA leaves a sum over up to 4,096 rows to a few blocks, and writes what is summed first; and two
     small sums of sums are two kernels.
     """
-    known = all(isinstance(size, int) for size in values[0].shape)
+    shape = values[0].shape
+    known = all(isinstance(size, int) for size in shape)
     if len(values) == 1 or not known or values[0].size == 0 or not reduced:
         return _each_by_itself(*values, reduced=reduced)
-    chunks, inner = zip(*(in_chunks(value, reduced) for value in values), strict=True)
-    return at_once(at_once(chunks, inner[0]), (0,))
+    if shape[reduced[0]] % devices:
+        return _each_by_itself(*values, reduced=reduced)
+    chunks, inner = zip(*(in_chunks(value, reduced, devices) for value in values), strict=True)
+    parts = at_once(chunks, inner[0])
+    if devices == 1:
+        return at_once(parts, (0,))
+    # As plain sums, which devices add up; with a barrier, or XLA makes one sum of the two.
+    return _each_by_itself(*lax.optimization_barrier(parts), reduced=(0,))
 
 
-def in_chunks(value: jax.Array, reduced: Axes) -> tuple[jax.Array, Axes]:
+def in_chunks(value: jax.Array, reduced: Axes, devices: int) -> tuple[jax.Array, Axes]:
     """With an axis of chunks in front, and the axes of each chunk that are summed over.
 
-    A chunk is an example, or part of one, or several: where a batch is split over devices, chunks
-    are, too.
+    A chunk is an example, or part of one, or several. Where a batch is split over so many devices,
+    or over a divisor of them, no chunk is on two.
     """
     shape = value.shape
     if reduced != tuple(range(len(reduced))):  # channels first
         return value if reduced[0] == 0 else jnp.moveaxis(value, reduced[0], 0), tuple(reduced[1:])
     batch, rows = shape[0], math.prod(shape[1 : len(reduced)])
-    most = max(min(_CHUNKS, batch * rows // _ROWS), 1)
-    if batch > most:
-        chunks = max(k for k in range(1, most + 1) if batch % k == 0)
+    most = min(_CHUNKS, batch * rows // _ROWS)
+    least = math.gcd(batch, devices)  # chunks are a multiple of it
+    if batch >= most:
+        chunks = max(k for k in range(least, max(most, least) + 1, least) if batch % k == 0)
     else:
         chunks = batch * max(k for k in range(1, most // batch + 1) if rows % k == 0)
     return value.reshape(chunks, batch * rows // chunks, *shape[len(reduced) :]), (1,)
@@ -125,14 +135,12 @@ def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array,
     return tuple(map(lax.add, a, b))
 
 
-def _division(shape: Axes, reduced: Axes) -> tuple[int, int, int]:
+def _division(shape: Axes, reduced: Axes, devices: int) -> tuple[int, int, int]:
     """Along which axis, in how many parts by itself, and how many terms are summed."""
 
     def part(axis: int) -> int:
         # An axis may be split over the devices: then its parts can be, too.
-        return shape[axis] // (
-            sharding.device_count() if shape[axis] % sharding.device_count() == 0 else 1
-        )
+        return shape[axis] // (devices if shape[axis] % devices == 0 else 1)
 
     def terms(axis: int) -> int:
         return max((k for k in range(1, _TERMS + 1) if part(axis) % k == 0), default=1)
@@ -161,7 +169,7 @@ def _split(value: jax.Array, axis: int, parts: int, terms: int) -> jax.Array:
 
 
 _sums = compat.linear("sums", _each_by_itself, on_cpu=_in_one_reading, on_gpu=_in_chunks)
-_spread = compat.linear("spread", _repeated, on_cpu=_repeated, on_gpu=_repeated)
+_spread = compat.linear("spread", _repeated)
 compat.transposed(
     _sums,
     lambda cotangents, shape, reduced: spread(cotangents, shape, reduced),
