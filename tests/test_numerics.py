@@ -106,6 +106,49 @@ def test_small_arrays_are_exact_at_any_mean(rng, shape, masked):
             assert_close(found.dx, expected.dx, rtol=1e-5)
 
 
+def lying(how: str, rng: np.random.Generator) -> np.ndarray:
+    """Values of images that lie as no sample of them would have it."""
+    x, example = rng.standard_normal((32, 14, 14, 8)), np.arange(32)[:, None, None, None]
+    inside = np.pad(np.ones((10, 10), bool), 2)[None, :, :, None]
+    return {
+        "a border of zeros": lambda: np.where(inside, x + 1000, 0),
+        "half of the examples far": lambda: x + 1e5 * (example < 16),
+        "one example far": lambda: x + 1e6 * (example == 17),
+        "sorted": lambda: 100 + np.sort(x.reshape(-1, 8), 0).reshape(x.shape),
+        "sparse": lambda: np.where(rng.random(x.shape) < 0.01, x + 50, 0),
+        "heavy tails": lambda: np.exp(3 * x),
+    }[how]().astype(np.float32)
+
+
+LYING = "a border of zeros", "half of the examples far", "one example far", "sorted", "sparse"
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("how", [*LYING, "heavy tails"])
+def test_it_is_exact_however_the_values_lie(rng, how, channels_last):
+    axis = -1 if channels_last else 1
+    x = np.moveaxis(lying(how, rng), -1, axis)
+    params, stats = bnjax.init(8)
+    y, _ = jax.jit(lambda x: bnjax.batch_norm(params, stats, x, mutable=True, axis=axis))(x)
+    expected = oracle.batch_norm(params, stats, x, x, mutable=True, axis=axis).y
+    assert_close(
+        y / np.maximum(1, np.abs(expected) / 5),
+        expected / np.maximum(1, np.abs(expected) / 5),
+        atol=3e-6,
+    )
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e5])
+@each_layout
+def test_a_batch_that_is_split_over_devices_is_as_exact(rng, case, mean):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x, dy = (jax.device_put(case.values(rng, m, std=1.0), split) for m in (mean, 0))
+    settings = {"mutable": True, "axis": case.axis}
+    found = run(*bnjax.init(64), x, dy, **settings)
+    assert_exact(found, oracle.batch_norm(*bnjax.init(64), x, dy, **settings))
+
+
 @jax.jit
 def after_all(stats, batches):
     def step(stats, batch):

@@ -16,8 +16,8 @@ from bnjax.core.sums import sums
 def measure(x: chex.Array, axes: Axes, mask: chex.Array | None = None) -> Moments:
     """Moments of `x` over all axes but the feature axes.
 
-    It reads x once, and once or twice more where a mean is far from zero; on accelerators, instead,
-    once more under a mask or where an example has fewer than nine positions.
+    It reads x once; where nothing but a running mean could be its origin, as under a mask, twice
+    more for means far from zero.
 
     Args:
         x: values of any shape and dtype; integers and half precision are taken as float32.
@@ -30,8 +30,11 @@ def measure(x: chex.Array, axes: Axes, mask: chex.Array | None = None) -> Moment
     return moments_of(whole(jnp.asarray(x), None if mask is None else jnp.asarray(mask), axes))
 
 
-def moments_of(parts: Parts, guess: jax.Array | None = None) -> Moments:
-    """The moments of each part; those of virtual batches may be on devices that do not talk."""
+def moments_of(parts: Parts, running: jax.Array | None = None) -> Moments:
+    """The moments of each part; those of virtual batches may be on devices that do not talk.
+
+    The running mean, where there is one, says where the means will be, and nothing else.
+    """
     working = working_dtype(parts.x.dtype)
     real = jnp.finfo(working).dtype
     if parts.x.size == 0:
@@ -39,7 +42,7 @@ def moments_of(parts: Parts, guess: jax.Array | None = None) -> Moments:
         return Moments(jnp.zeros((), real), empty, empty, jnp.zeros(parts.features, real))
     count = _count(parts, real)
     find = _centred.fun if compat.plain.value else _centred
-    return _moments(count, *find(parts, count, guess))
+    return _moments(count, *find(parts, count, running))
 
 
 @jax.jit
@@ -63,7 +66,7 @@ def _count(parts: Parts, dtype: jnp.dtype) -> jax.Array:
 
 @jax.custom_jvp
 def _centred(
-    parts: Parts, count: jax.Array, guess: jax.Array | None
+    parts: Parts, count: jax.Array, running: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Origin, mean minus origin, and biased variance.
 
@@ -72,14 +75,14 @@ def _centred(
     d var = 2 mean(Re(conj(x - mean) dx)).
     """
     n, apart = jnp.maximum(count, 1), parts.group is not None
-    return origins.centred(parts.x, parts.mask, n, guess, parts.reduced, apart)
+    return origins.centred(parts.x, parts.mask, n, running, parts.reduced, apart)
 
 
 @_centred.defjvp
 def _centred_jvp(primals, tangents):  # pyright: ignore[reportUnusedFunction]
-    parts, count, guess = primals
+    parts, count, running = primals
     # Named here, not inside a jit: there, a policy of jax 0.12 does not see it.
-    origin, offset, var = map(kept, _centred(parts, count, guess))
+    origin, offset, var = map(kept, _centred(parts, count, running))
     n, dx = jnp.maximum(count, 1), tangents[0].wide
     d_offset, d_var = _tangent(parts.x, parts.mask, n, origin, offset, dx, parts.reduced)
     return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)
