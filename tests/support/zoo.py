@@ -219,7 +219,7 @@ class Net:
         key = jax.random.key(0)
         call = functools.partial(self.model.init, **case.evaluate)
         self.fresh: Any = jax.jit(call)(key, self.xs[0])
-        self.momenta: dict[str, float] = {}
+        self._momenta: dict[str, float] = {}
 
     @functools.cached_property
     def variables(self) -> Any:
@@ -250,6 +250,12 @@ class Net:
     @functools.cached_property
     def evaluate(self) -> Callable[..., Any]:
         return jax.jit(functools.partial(self.model.apply, **self.case.evaluate))
+
+    @functools.cached_property
+    def momenta(self) -> dict[str, float]:
+        """What each layer that is called says of it."""
+        self.inputs(self.fresh, self.xs[:1], "evaluate")
+        return self._momenta
 
     @functools.cached_property
     def moving(self) -> tuple[str, ...]:
@@ -289,7 +295,7 @@ class Net:
         x = args[0]
         name = "/".join(layer.path)
         assert name not in seen
-        seen[name], self.momenta[name] = x.reshape(-1, x.shape[-1]), layer.momentum
+        seen[name], self._momenta[name] = x.reshape(-1, x.shape[-1]), layer.momentum
         if not forced:
             return call(*args, **kwargs)
         axes, params = tuple(range(x.ndim - 1)), layer.variables.get("params", {})
