@@ -94,9 +94,8 @@ def _in_chunks(*values: jax.Array, reduced: Axes, devices: int) -> Sequence[jax.
     """
     shape = values[0].shape
     known = all(isinstance(size, int) for size in shape)
-    if len(values) == 1 or not known or values[0].size == 0 or not reduced:
-        return _each_by_itself(*values, reduced=reduced)
-    if shape[reduced[0]] % devices:
+    some = len(values) > 1 and known and math.prod(shape) > 0 and reduced
+    if not some or shape[reduced[0]] % devices:
         return _each_by_itself(*values, reduced=reduced)
     chunks, inner = zip(*(in_chunks(value, reduced, devices) for value in values), strict=True)
     parts = at_once(chunks, inner[0])

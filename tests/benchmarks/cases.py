@@ -11,6 +11,9 @@ EVAL, FORWARD, BACKWARD = PASSES = "eval", "forward", "forward+backward"
 PLAIN, MASK, RELU, RESIDUAL, FAR = "", "mask", "relu", "residual+relu", "mean 10"
 STEADY, COLD, CENTRED = STATES = "steady", "cold", "centred"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Readings and writings of arrays of x's size at least, where the cotangent waits for the output: x
+# for the statistics and again for y; backward, x and its cotangent twice each, and the gradient.
+IDEAL = {EVAL: (1, 1), FORWARD: (2, 1), BACKWARD: (6, 2)}
 
 _SPREAD = 0.3  # of the logarithms of the channels' deviations
 _LAG = 0.05  # how far a steady running mean is from the batch's, at most

@@ -7,11 +7,11 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
-from tests.benchmarks.cases import Case, Inputs, inputs
+from tests.benchmarks.cases import IDEAL, Case, Inputs, inputs
 from tests.benchmarks.contenders import OURS, REFERENCE, Apply, available
 from tests.benchmarks.device import cuda
 from tests.benchmarks.device.clock import Budget, Queue
-from tests.benchmarks.device.plan import IDEAL, Plan
+from tests.benchmarks.device.plan import Plan
 from tests.benchmarks.steps import compared, difference, step
 from tests.benchmarks.timing import medians, ratio
 
@@ -58,7 +58,7 @@ def row(case: Case, which: str, plan: Plan, queue: Queue) -> dict[str, Any]:
         "arrays": number,
         "bytes of x": first.x.nbytes,
         "microseconds": {name: value * 1e6 for name, value in seconds.items()},
-        "bytes/s": {name: IDEAL[which] * first.x.nbytes / s for name, s in seconds.items()},
+        "bytes/s": {name: sum(IDEAL[which]) * first.x.nbytes / s for name, s in seconds.items()},
         "ratios": {
             name: ratio(rounds[OURS], found)
             for name, found in rounds.items()

@@ -18,9 +18,6 @@ LAYERS: tuple[Place, ...] = (
     ((128, 64, 56, 56), 1),
     ((128, 512, 7, 7), 1),
 )
-# Read and written by a step that waits for the gradient of its output, as multiples of x: x for
-# the statistics and again for y; backward, x and its cotangent twice each, and the gradient.
-IDEAL = {EVAL: 1 + 1, FORWARD: 2 + 1, BACKWARD: 6 + 2}
 _MOST_ARRAYS = {EVAL: 32, FORWARD: 16, BACKWARD: 8}  # what compiling a longer program is worth
 
 

@@ -6,10 +6,9 @@ from typing import Any
 from rich.table import Table
 
 from tests.benchmarks import torch_layers
-from tests.benchmarks.cases import DTYPES, PASSES, PLAIN, STEADY
+from tests.benchmarks.cases import DTYPES, IDEAL, PASSES, PLAIN, STEADY
 from tests.benchmarks.contenders import OURS, REFERENCE
 from tests.benchmarks.device import exactness
-from tests.benchmarks.device.plan import IDEAL
 from tests.benchmarks.timing import geometric_mean
 
 Row = dict[str, Any]
@@ -86,7 +85,7 @@ def _network(rows: list[Row]) -> Table:
 
 def _layers(rows: list[Row], copy: dict[str, Any], which: str) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row["microseconds"]))
-    title = f"{which}: microseconds of a step, of {IDEAL[which]} times x at least"
+    title = f"{which}: microseconds of a step, of {sum(IDEAL[which])} times x at least"
     columns = "x", "dtype", *names, "to flax", "to torch", f"GB/s {OURS}", "of a copy's", "flax's"
     caption = (
         "bytes that must be moved, over time, and over those of a copy in that time; "

@@ -6,12 +6,21 @@ from typing import Any
 
 from rich.table import Table
 
-from tests.benchmarks.cases import BACKWARD, DTYPES, EVAL, FORWARD, MASK, PASSES, PLAIN, Case
+from tests.benchmarks.cases import (
+    BACKWARD,
+    DTYPES,
+    EVAL,
+    FORWARD,
+    IDEAL,
+    MASK,
+    PASSES,
+    PLAIN,
+    Case,
+)
 from tests.benchmarks.contenders import OURS, REFERENCE
 from tests.benchmarks.environment import Options
 from tests.benchmarks.programs import away
 from tests.benchmarks.programs.targets import (
-    IDEAL,
     IDEAL_NET,
     LAYER,
     NET,

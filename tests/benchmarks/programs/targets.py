@@ -2,12 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from tests.benchmarks.cases import BACKWARD, EVAL, FORWARD
+from tests.benchmarks.cases import BACKWARD, EVAL, FORWARD, IDEAL
 from tests.benchmarks.programs.topologies import Platform
 
-# Readings and writings of x by one layer: evaluation, training, and both directions in one program
-# in which dy waits for y.
-IDEAL = {EVAL: (1, 1), FORWARD: (2, 1), BACKWARD: (6, 2)}
 # By three blocks on a TPU, where the sums of a layer are the epilogue of its convolution.
 IDEAL_NET = (16, 5)
 LAYER, NET, PARALLEL, PARALLEL_NET = KINDS = "layer", "net", "parallel", "parallel net"
