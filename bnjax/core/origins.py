@@ -73,12 +73,12 @@ def centred(
         return _from_running(x, None, n, origin, reduced)
 
     def on_cpu(x: jax.Array, n: jax.Array, origin: jax.Array) -> Centred:
-        alone = functools.partial(_from_typical, reduced=reduced)
-        return lax.cond(devices == 1, lambda: alone(x, n), lambda: from_running(x, n, origin))
+        alone = functools.partial(_from_typical, x, n, reduced)
+        return lax.cond(devices == 1, alone, functools.partial(from_running, x, n, origin))
 
     def on_gpu(x: jax.Array, n: jax.Array, origin: jax.Array) -> Centred:
-        few = functools.partial(_from_chunks, reduced=reduced)
-        return lax.cond(devices <= _FEW, lambda: few(x, n), lambda: from_running(x, n, origin))
+        few = functools.partial(_from_chunks, x, n, reduced)
+        return lax.cond(devices <= _FEW, few, functools.partial(from_running, x, n, origin))
 
     gpu = {"cuda": on_gpu, "rocm": on_gpu}
     return lax.platform_dependent(x, n, origin, cpu=on_cpu, default=from_running, **gpu)
