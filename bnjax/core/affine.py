@@ -42,22 +42,10 @@ def _scale_and_shift(
         var = moments.m2  # of one value, as it were
     else:  # a batch without values is normalized as if it had mean 0 and variance 1
         var = jnp.where(moments.count > 0, moments.variance(), 1)
-    inverse = _inverse.fun if compat.plain.value else _inverse
-    scale = params.get("scale", 1) * inverse(var + eps)
+    # Not rsqrt: its derivative forms var^-1.5, which underflows from a deviation of 1e13 on.
+    scale = params.get("scale", 1) / jnp.sqrt(var + eps)
     shift = params.get("bias", jnp.zeros_like(scale))
     return scale, shift if moments.offset is None else shift - moments.offset * scale
-
-
-@jax.custom_jvp
-def _inverse(var: jax.Array) -> jax.Array:
-    """`1 / sqrt(var)`. Its own derivative forms var^-1.5: that underflows from 1e26 on."""
-    return 1 / jnp.sqrt(var)
-
-
-@_inverse.defjvp
-def _inverse_jvp(primals, tangents):  # pyright: ignore[reportUnusedFunction]
-    inverse = _inverse(*primals)
-    return inverse, -0.5 * inverse * (inverse * (inverse * tangents[0]))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
