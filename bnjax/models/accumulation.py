@@ -21,7 +21,7 @@ from bnjax.core import compat
 from bnjax.core.devices import pool
 from bnjax.core.measuring import measure
 from bnjax.core.moments import Moments, merge, working_dtype
-from bnjax.core.running import move, weights
+from bnjax.core.running import move
 from bnjax.core.sharding import on_auto_axes
 from bnjax.models import checks
 from bnjax.models.conventions import Facts
@@ -177,9 +177,7 @@ def finish(accumulated: Any, measured: Mapping[Path, Facts]) -> Any:
             return kept
         new, does = kept, measured[path]
         for call in _by_call(stats):  # each moves the statistics, as in a plain forward pass
-            enough = call.count > does.correction
-            var = call.variance(does.correction)
-            new = move(new, call.mean, var, enough, weights(does.momentum))
+            new = move(new, call, does.momentum, does.correction)
         return {name: new[name].astype(value.dtype) for name, value in kept.items()}
 
     return map_layers(settle, accumulated)
