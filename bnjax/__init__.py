@@ -1,12 +1,13 @@
 """Batch normalization for JAX and Flax, done completely."""
 
-from bnjax import diagnosis, linen, masks, nnx, training
+from bnjax import diagnosis, linen, masks, nnx, policies, training
 from bnjax.checkpoints.conversion import from_torch, to_torch
 from bnjax.checkpoints.files import load, save
 from bnjax.core.batch_norm import batch_norm, init
 from bnjax.core.moments import remat_policy
 from bnjax.linen import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnjax.masks import decay_mask, trainable_labels
+from bnjax.models.banks import bank
 from bnjax.models.diagnosis import diagnose
 from bnjax.models.folding import fold
 from bnjax.models.overrides import freeze, override
@@ -20,6 +21,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "bank",
     "batch_norm",
     "decay_mask",
     "diagnose",
@@ -34,6 +36,7 @@ __all__ = [
     "merge_batch_stats",
     "nnx",
     "override",
+    "policies",
     "recalibrate",
     "register",
     "remat_policy",

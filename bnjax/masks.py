@@ -10,7 +10,7 @@ from bnjax import globs
 
 __all__ = ["decay_mask", "trainable_labels"]
 
-_WITHOUT_DECAY = (("scale",), ("bias",))
+_WITHOUT_DECAY = (("scale",), ("bias",), ("bank_scale",), ("bank_bias",))
 
 
 def decay_mask(params: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from bnjax.layers.nnx import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnjax.models.freezing import freeze, unfreeze
+from bnjax.models.overrides import override_nnx as override
 from bnjax.training.nnx_steps import eval_step, train_step
 from bnjax.training.steps import evaluate
 
@@ -13,6 +14,7 @@ __all__ = [
     "eval_step",
     "evaluate",
     "freeze",
+    "override",
     "train_step",
     "unfreeze",
 ]

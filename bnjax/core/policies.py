@@ -172,6 +172,13 @@ class Renorm(Policy):
         """The limits of CrossQ (Bhatt et al. 2024): batch norm for `warmup` steps, then (3, 5)."""
         return cls(Switch(warmup, 1.0, 3.0), Switch(warmup, 0.0, 5.0))
 
+    def __repr__(self) -> str:  # noqa: D105
+        if self == Renorm.paper():
+            return "Renorm.paper()"
+        if isinstance(self.r_max, Switch) and self == Renorm.crossq(self.r_max.steps):
+            return f"Renorm.crossq(warmup={self.r_max.steps})"
+        return f"Renorm(r_max={self.r_max}, d_max={self.d_max})"
+
     @property
     def counts(self) -> bool:  # noqa: D102
         return callable(self.r_max) or callable(self.d_max)

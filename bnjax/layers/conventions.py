@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -128,6 +128,12 @@ def statistics(layer: Any) -> tuple[str, ...]:
         return ()
     count = ("count",) if counts(layer.momentum, getattr(layer, "using", None)) else ()
     return ("mean", "var", *count, *(POOLED if isinstance(layer.momentum, str) else ()))
+
+
+def with_kept(expected: tuple[str, ...], held: Collection[str]) -> tuple[str, ...]:
+    """The names of statistics, with those that are kept for settings which others now replace."""
+    beside = (name for name in ("count", *POOLED) if name in held and name not in expected)
+    return (*expected, *beside)
 
 
 def first_statistics(layer: Any, shape: chex.Shape, dtype: Dtype) -> BatchStats:

@@ -81,6 +81,7 @@ def _normalize(
         held = layer.variables.get(collection, {})
         if not new and (held or not layer.is_mutable_collection(collection)):
             checks.held(collection, held, expected, layer.path)
+            names[collection] = conventions.with_kept(expected, held)
     stats = {
         name: layer.variable(
             _COLLECTION,

@@ -116,6 +116,7 @@ def _normalize(layer: Any, x: jax.Array, running: bool | None, given: dict[str, 
         for group in (conventions.parameters(layer), names)
     )
     checks.present(names, stats)
+    stats |= {name: getattr(layer, name) for name in conventions.with_kept((), vars(layer))}
     settings: dict[str, Any] = {"dtype": layer.dtype, **given}
     if not torch:
         settings["dtype"] = _output_dtype(layer, x, {**params, **stats})

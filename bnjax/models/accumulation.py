@@ -127,11 +127,14 @@ def _with_call(stats: dict[str, Any], visit: Visit) -> dict[str, Any]:
     x, mask = jnp.asarray(visit.x), visit.mask
     mask = None if mask is None else checks.mask(jnp.asarray(mask, bool), x.shape)
     add = functools.partial(_add, axes=visit.axes, devices=visit.devices)
-    return on_auto_axes(add, (stats, x, mask), x, like=stats)
+    return on_auto_axes(add, (stats, x, mask, visit.bank), x, like=stats)
 
 
-def _add(stats: dict[str, Any], x: Any, mask: Any, *, axes: Any, devices: Any) -> dict[str, Any]:
-    batch, (axis_name, groups) = measure(x, axes, mask), devices
+def _add(
+    stats: dict[str, Any], x: Any, mask: Any, bank: Any, *, axes: Any, devices: Any
+) -> dict[str, Any]:
+    banks = None if bank is None else len(stats["mean"])
+    batch, (axis_name, groups) = measure(x, axes, mask, bank, banks), devices
     if axis_name is not None:
         batch = pool(batch, axis_name, groups)
     shape, last, new = batch.m2.shape, _calls(stats) - 1, {}

@@ -86,7 +86,7 @@ class Layout:
 
     def used(self, batch: Batch) -> dict[str, Any]:
         """What of a batch the model needs, and the mask."""
-        needed = {*self._names, "mask"} if self._names else batch.keys()
+        needed = {*self._names, "mask", "bank"} if self._names else batch.keys()
         return {name: value for name, value in batch.items() if name in needed}
 
     def size(self, batch: Batch) -> int:
@@ -104,7 +104,7 @@ class Layout:
     def each(self, batch: Batch) -> dict[str, Any]:
         """For every array of a batch, whether it has an entry for each example."""
         size, named = self.size(batch), self.per_example
-        by_length = batch.keys() if named is None else {*self._names, "mask"}
+        by_length = batch.keys() if named is None else {*self._names, "mask", "bank"}
 
         def is_each(name: str, leaf: Any) -> bool:
             return name in (named or ()) or (name in by_length and np.shape(leaf)[:1] == (size,))

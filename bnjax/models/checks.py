@@ -11,13 +11,14 @@ import numpy as np
 from flax import errors, nnx
 from flax import linen as nn
 
+from bnjax.core.checks import POOLED, where
 from bnjax.core.checks import feature_axes as feature_axes
 from bnjax.core.checks import given as given
 from bnjax.core.checks import mask as mask
 from bnjax.core.checks import overriding_momentum as overriding_momentum
+from bnjax.core.checks import policy as policy
 from bnjax.core.checks import shapes as shapes
 from bnjax.core.checks import warn_once as warn_once
-from bnjax.core.checks import where
 from bnjax.globs import strangers
 
 _MISFITS = (
@@ -139,13 +140,16 @@ def has_examples(layer: Any, shape: tuple[int, ...], size: int, path: str) -> No
         )
 
 
-def step_of_schedule(step: Any, path: Any) -> Any:
-    """A momentum that is a schedule goes by the number of the step."""
+def step_of_schedule(step: Any, path: Any, what: str = "momentum") -> Any:
+    """A momentum or a policy that is a schedule goes by the number of the step."""
     if step is None:
+        repair = "pass its value: override(paths, momentum=schedule(step))."
+        if what != "momentum":
+            repair = "pass numbers: override(paths, using=policy.at(step))."
         raise ValueError(
-            f"The momentum of the batch norm at {where(['/'.join(path)])} is a schedule, but no "
+            f"The {what} of the batch norm at {where(['/'.join(path)])} is a schedule, but no "
             "step is known here, and the layer keeps no count. Use bnjax.training.train_step or "
-            "bnjax.nnx.train_step, or pass its value: override(paths, momentum=schedule(step))."
+            f"bnjax.nnx.train_step, or {repair}"
         )
     return step
 
@@ -161,9 +165,14 @@ def number_of_calls(counted: Any, path: str) -> int:
         ) from error
 
 
+def is_initializing(layer: Any) -> bool:
+    """Whether a linen layer makes its variables."""
+    return isinstance(layer, nn.Module) and layer.is_initializing()
+
+
 def poolable(layer: Any, statistics: Collection[str], path: str) -> None:
     """Moments are all that the layer keeps, and how they are pooled is known."""
-    if others := sorted({*statistics} - {"mean", "var", "count"}):
+    if others := sorted({*statistics} - {"mean", "var", "count", *POOLED}):
         raise ValueError(
             f"Beside its mean and variance the {type(layer).__name__} at {where([path])} keeps "
             f"{others}, of which it is not known what they are after micro-batches. Train with "
@@ -182,7 +191,7 @@ def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
 
 def layer_has_fields(layer: Any, told: Any, fields: Mapping[str, Any], path: str) -> None:
     """The layer that is overridden has the field: the conventions differ in some names."""
-    missing = sorted(name for name in fields if not hasattr(told, name))
+    missing = sorted(name for name in fields if name != "using" and not hasattr(told, name))
     if missing:
         raise TypeError(
             f"The {type(layer).__name__} at {where([path])} has no field {missing}. "

@@ -130,7 +130,7 @@ class Evidence:
 
     def is_far(self, layer: Layer) -> bool:
         """Whether running and batch statistics are apart by more than chance."""
-        momentum = layer.kind.momentum or 0.0
+        momentum = layer.kind.weight or 0.0
         chance = math.sqrt(1 / max(self.measured.batches, 1) + momentum / (2 - momentum))
         far = FAR / 2 if self.suspect else FAR
         return layer.distance > max(far, SIGMAS * self.spread(layer) * chance)

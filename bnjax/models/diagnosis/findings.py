@@ -197,11 +197,11 @@ def in_training_mode(evidence: Evidence) -> Finding | None:
 def momentum_inverted(evidence: Evidence) -> Finding | None:
     """A momentum of the other convention."""
     trained = [x for x in evidence.measured.layers if not x.kind.frozen]
-    bad = [x for x in trained if (x.kind.momentum or 0) >= INVERTED]
+    bad = [x for x in trained if (x.kind.weight or 0) >= INVERTED]
     if not bad:
         return None
     kind = bad[0].kind
-    written = 1 - kind.momentum if kind.flax else kind.momentum
+    written = 1 - kind.weight if kind.flax else kind.weight
     right, other = f"{1 - written:.3g}", "PyTorch's" if kind.flax else "Flax's"
     noisiest = max(bad, key=lambda x: x.spread)
     several = evidence.measured.batches > 1
@@ -216,8 +216,8 @@ def momentum_inverted(evidence: Evidence) -> Finding | None:
         bad[0].path,
         paths_of(bad),
         f"momentum={written:.3g} in {count_of(bad)} gives the newest batch a weight of "
-        f"{kind.momentum:.3g}{scatter}.",
-        {"momentum": written, "weight": kind.momentum}
+        f"{kind.weight:.3g}{scatter}.",
+        {"momentum": written, "weight": kind.weight}
         | ({"spread": noisiest.spread} if several else {}),
         f"The value is of {other} convention: the statistics are those of the last batch or two.",
         f"{kind.layer}(..., momentum={right})  # then bnjax.recalibrate",

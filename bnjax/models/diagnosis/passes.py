@@ -115,7 +115,7 @@ class Passes:
         self, model: Any, variables: Any, batch: Batch, norm: Callable, mutable: Any
     ) -> tuple[Any, Any]:
         args, inputs = self.layout.call(batch)
-        with visiting(lambda visit: norm(visit.where(batch.get("mask")))) as strangers:
+        with visiting(lambda visit: norm(visit.of(batch))) as strangers:
             result = model.apply(variables, *args, mutable=mutable, **inputs, **self.kwargs)
         self.strangers |= strangers
         y, updates = result if mutable is not False else (result, {})
