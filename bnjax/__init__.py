@@ -5,9 +5,9 @@ from bnjax.checkpoints.conversion import from_torch, to_torch
 from bnjax.checkpoints.files import load, save
 from bnjax.core.batch_norm import batch_norm, init
 from bnjax.core.moments import remat_policy
-from bnjax.linen import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnjax.linen import BatchNorm1d, BatchNorm2d, BatchNorm3d, ConditionalBatchNorm2d
 from bnjax.masks import decay_mask, trainable_labels
-from bnjax.models.banks import bank
+from bnjax.models.banks import bank, select_bank, to_banks
 from bnjax.models.diagnosis import diagnose
 from bnjax.models.folding import fold
 from bnjax.models.overrides import freeze, override
@@ -21,6 +21,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ConditionalBatchNorm2d",
     "bank",
     "batch_norm",
     "decay_mask",
@@ -41,6 +42,8 @@ __all__ = [
     "register",
     "remat_policy",
     "save",
+    "select_bank",
+    "to_banks",
     "to_torch",
     "trainable_labels",
     "training",

@@ -1,5 +1,8 @@
 """For Flax nnx: PyTorch's `BatchNorm1d/2d/3d`, a drop-in for `nnx.BatchNorm`; freeze; training."""
 
+from bnjax.layers.conditional import NNXConditionalBatchNorm1d as ConditionalBatchNorm1d
+from bnjax.layers.conditional import NNXConditionalBatchNorm2d as ConditionalBatchNorm2d
+from bnjax.layers.conditional import NNXConditionalBatchNorm3d as ConditionalBatchNorm3d
 from bnjax.layers.nnx import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnjax.models.freezing import freeze, unfreeze
 from bnjax.models.overrides import override_nnx as override
@@ -11,6 +14,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ConditionalBatchNorm1d",
+    "ConditionalBatchNorm2d",
+    "ConditionalBatchNorm3d",
     "eval_step",
     "evaluate",
     "freeze",

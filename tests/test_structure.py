@@ -31,7 +31,7 @@ FLOORS = {
         {"choosing"},
         {"batch_norm"},
     ),
-    "bnjax.layers": ({"conventions", "modes"}, {"linen", "nnx"}),
+    "bnjax.layers": ({"conventions", "modes"}, {"linen", "nnx"}, {"conditional"}),
     "bnjax.models": (
         {"checks", "compat", "conventions", "statistics"},
         {"batches", "contexts", "programs", "registered"},

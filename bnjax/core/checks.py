@@ -494,6 +494,26 @@ def bank(
     return jnp.asarray(array, jnp.int32), banks
 
 
+def classes(value: Any, size: int, number: int) -> jax.Array:
+    """Each example has a class."""
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"`classes` must be integers, got {array.dtype}. For a scale and bias of your own for "
+            "each example, call a batch norm as in norm(x, scale=g, bias=b)."
+        )
+    if array.shape != (size,):
+        raise ValueError(
+            f"`classes` must hold one class for each of the {size} examples, of shape ({size},), "
+            f"got shape {array.shape}."
+        )
+    if not isinstance(array, jax.core.Tracer):
+        wrong = sorted({int(n) for n in np.ravel(array) if not 0 <= n < number})
+        if wrong:
+            raise ValueError(f"`classes` must lie between 0 and {number - 1}, got {wrong}.")
+    return jnp.asarray(array)
+
+
 def affine_of_examples(
     scale: Any, bias: Any, shape: tuple[int, ...], axes: tuple[int, ...]
 ) -> dict[str, jax.Array]:

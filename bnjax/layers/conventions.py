@@ -39,6 +39,8 @@ def check(layer: Any) -> None:
     checks.has_running(bool(statistics(layer)) or layer.using is None, layer.using)
     checks.bank_names(layer.banks, bool(statistics(layer)))
     checks.number_of_banks(number_of_banks(layer), *_affine(layer))
+    if layer.banks is not None and not isinstance(layer.banks, int):
+        named_banks.add(tuple(layer.banks))
     name = "eps" if torch else "epsilon"
     checks.eps(getattr(layer, name), training=False, name=name)
     checks.plausible_momentum(layer.momentum, torch=torch)
@@ -191,6 +193,8 @@ def bank_of(layer: Any, given: Any) -> Any:
 
 # What a context says, of all layers with banks.
 current: ContextVar[Any] = ContextVar("bnjax.bank", default=None)
+# The names that layers have given to banks: few, since they are the user's own words.
+named_banks: set[tuple[str, ...]] = set()
 
 
 @contextlib.contextmanager
