@@ -21,7 +21,8 @@ FLOORS = {
         {"__main__"},
     ),
     "bnjax.core": (
-        {"checks", "compat"},
+        {"compat"},
+        {"checks"},
         {"moments", "sharding"},
         {"banks", "devices", "policies", "sums"},
         {"settings"},

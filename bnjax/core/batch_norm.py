@@ -167,14 +167,14 @@ def batch_norm(
     bank, banks = checks.bank(bank, batch_stats, x.shape, axes)
     checks.trees(params, batch_stats, features, momentum, banks)
     stats = dict(batch_stats)
-    momentum, using = at(stats.get("count"), momentum, using)
+    weight, using = at(stats.get("count"), momentum, using)
     settings = Settings(
         axes=axes,
         mutable=mutable,
         tracked=bool(stats),
         eps=eps,
-        momentum=None if isinstance(momentum, str) else momentum,
-        pooled=isinstance(momentum, str),
+        momentum=None if isinstance(weight, str) else weight,
+        pooled=isinstance(weight, str),
         correction=correction,
         axis_name=None if axis_name is None else names(axis_name),
         axis_index_groups=table(axis_index_groups),

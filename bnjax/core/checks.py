@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax.core import compat
+
 _INTEGER, _NUMBER = (int, np.integer), (int, float, np.number)
 _PARAMS = (("scale", "bias"), ("scale",), ("bias",), ())
 _BANK_PARAMS = tuple(  # beside a scale or bias that banks share, those of each bank
@@ -485,7 +487,7 @@ def bank(
             f"`bank` must be one number, or one for each of the {size} examples, got shape "
             f"{array.shape}."
         )
-    if not isinstance(array, jax.core.Tracer):
+    if not compat.is_traced(array):
         wrong = sorted({int(n) for n in np.ravel(array) if not 0 <= n < banks})
         if wrong:
             raise ValueError(f"`bank` must lie between 0 and {banks - 1}, got {wrong}.")
@@ -507,7 +509,7 @@ def classes(value: Any, size: int, number: int) -> jax.Array:
             f"`classes` must hold one class for each of the {size} examples, of shape ({size},), "
             f"got shape {array.shape}."
         )
-    if not isinstance(array, jax.core.Tracer):
+    if not compat.is_traced(array):
         wrong = sorted({int(n) for n in np.ravel(array) if not 0 <= n < number})
         if wrong:
             raise ValueError(f"`classes` must lie between 0 and {number - 1}, got {wrong}.")

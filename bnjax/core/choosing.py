@@ -47,7 +47,7 @@ def choose(
 
     def each() -> tuple[Moments, jax.Array, jax.Array]:
         moments = moments_of(sharing.each)
-        return moments, *map(sharing.to_each, (mean, var))
+        return moments, sharing.to_each(mean), sharing.to_each(var)
 
     moved = _running(after, sharing) if told.moves else None
     seen = Seen(batch, mean, var, moved, told.eps, told.mutable, examples, each)

@@ -89,14 +89,15 @@ class _Reversed:
 
 def parameters(layer: Any) -> tuple[str, ...]:
     """The names of the parameters that a layer learns."""
-    used = dict(zip(("scale", "bias"), _affine(layer), strict=True))
+    used: dict[str, Any] = dict(zip(("scale", "bias"), _affine(layer), strict=True))
     names = [name for name in used if used[name]]
     return (*names, *(f"bank_{name}" for name in names if used[name] == "both"))
 
 
 def parameter_shape(layer: Any, name: str, features: chex.Shape) -> chex.Shape:
     """The shape of a parameter: with banks, some have a row for each."""
-    own = dict(zip(("scale", "bias"), _affine(layer), strict=True)).get(name) == "own"
+    used: dict[str, Any] = dict(zip(("scale", "bias"), _affine(layer), strict=True))
+    own = used.get(name) == "own"
     return (*rows(layer), *features) if own or name.startswith("bank_") else tuple(features)
 
 
