@@ -61,6 +61,18 @@ def test_other_formats_are_read_under_any_name(tmp_path, suffix, name):
     chex.assert_trees_all_equal(bnjax.load(tmp_path / name), VARIABLES)
 
 
+@pytest.mark.parametrize("start", [b"\x80\x02", b"\x80\x04", b"PK", b"\x81\xa1"])
+def test_a_length_that_looks_like_another_format_does_not_mislead(tmp_path, start):
+    pytest.importorskip("safetensors")
+    bnjax.save(tmp_path / "m.safetensors", PLAIN)
+    content = (tmp_path / "m.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    longer = int.from_bytes(start, "little")
+    padded = content[8 : 8 + length].ljust(longer) + content[8 + length :]
+    (tmp_path / "m.bin").write_bytes(longer.to_bytes(8, "little") + padded)
+    chex.assert_trees_all_equal(bnjax.load(tmp_path / "m.bin"), PLAIN)
+
+
 def test_a_part_is_picked_by_its_name(tmp_path):
     tree = {"model": {"ema": PLAIN, "now": {"w": np.ones(1)}}, "step": 3}
     path = torch_file(tmp_path / "m.pth", tree)

@@ -67,7 +67,8 @@ def _arrays(tree: Mapping[str, Any], path: str, left: list[str]) -> dict[str, An
                 kept[name] = new
                 left += inside
             else:
-                left.append(f"{full} ({sum(1 for _ in leaves(part))} entries)")
+                number = sum(1 for _ in leaves(part))
+                left.append(f"{full} ({number} {'entry' if number == 1 else 'entries'})")
         elif is_path(name) and _is_array(part, numbers_count):
             kept[name] = part
         else:

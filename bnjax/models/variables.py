@@ -74,9 +74,12 @@ def flat(tree: Any) -> dict[Path, Any]:
 
 
 def _has_arrays(part: Any) -> bool:
-    """Whether it is a tree of arrays, or empty; the `params` of a PyTorch optimizer are numbers."""
+    """Whether it is a tree of parameters, or empty; the `params` of a PyTorch optimizer count."""
     held = parts(part).values()
-    return any(map(_has_arrays, held)) if held else hasattr(part, "dtype") or part == {}
+    if held:
+        return any(map(_has_arrays, held))
+    is_number = not getattr(part, "ndim", 0) and "int" in str(getattr(part, "dtype", "int"))
+    return not is_number or part == {}
 
 
 def _slow(params: Any, trained: bool) -> Any:

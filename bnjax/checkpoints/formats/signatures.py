@@ -23,10 +23,10 @@ _OTHERS = (
 def signature(path: Path) -> str | None:
     """The name of the format that a file begins like, among those that can be read."""
     head = _head(path)
+    if _is_safetensors(head):  # first: the length that it begins with may look like the others
+        return "safetensors"
     if head.startswith(_ZIP) or head[257:262] == _TAR or _is_pickle(head):
         return "pytorch"
-    if _is_safetensors(head):
-        return "safetensors"
     if _is_msgpack(head):
         return "msgpack"
     return "shards" if _is_index(path, head) else None
