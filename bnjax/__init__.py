@@ -1,54 +1,23 @@
 """Batch normalization for JAX and Flax, done completely."""
 
-from bnjax import diagnosis, linen, masks, nnx, policies, training
-from bnjax.checkpoints.conversion import from_torch, to_torch
-from bnjax.checkpoints.files import load, save
-from bnjax.core.batch_norm import batch_norm, init
-from bnjax.core.moments import remat_policy
-from bnjax.linen import BatchNorm1d, BatchNorm2d, BatchNorm3d, ConditionalBatchNorm2d
-from bnjax.masks import decay_mask, trainable_labels
-from bnjax.models.banks import bank, select_bank, to_banks
-from bnjax.models.diagnosis import diagnose
-from bnjax.models.folding import fold
-from bnjax.models.overrides import freeze, override
-from bnjax.models.recalibration import recalibrate
-from bnjax.models.registered import register
-from bnjax.models.statistics import merge_batch_stats
+from importlib import import_module, util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnjax._public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "ConditionalBatchNorm2d",
-    "bank",
-    "batch_norm",
-    "decay_mask",
-    "diagnose",
-    "diagnosis",
-    "fold",
-    "freeze",
-    "from_torch",
-    "init",
-    "linen",
-    "load",
-    "masks",
-    "merge_batch_stats",
-    "nnx",
-    "override",
-    "policies",
-    "recalibrate",
-    "register",
-    "remat_policy",
-    "save",
-    "select_bank",
-    "to_banks",
-    "to_torch",
-    "trainable_labels",
-    "training",
-]
+
+def __getattr__(name: str) -> Any:
+    """A submodule; or what `bnjax._public` has, which takes JAX and is loaded on first use."""
+    if not name.startswith("__") and util.find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    public = import_module("bnjax._public")
+    if name == "__all__" or name in public.__all__:
+        return getattr(public, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return import_module("bnjax._public").__all__

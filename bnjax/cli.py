@@ -8,12 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from flax import nnx
-from flax.traverse_util import flatten_dict
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -21,10 +18,12 @@ from rich.table import Table
 
 import bnjax
 from bnjax._words import number_of
-from bnjax.checkpoints import files, inspection
-from bnjax.checkpoints.conversion import from_torch, to_torch
-from bnjax.models.diagnosis import diagnose as diagnosed
-from bnjax.models.saved import of_variable, variables_in
+
+# Each command imports what it needs: JAX and torch take a second each, and help needs neither.
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bnjax.checkpoints.inspection import Layer
 
 PROBLEMS, FAILED = 1, 2
 _UNBROKEN = 1000  # columns
@@ -40,7 +39,14 @@ app = typer.Typer(
 console, errors = Console(highlight=False), Console(stderr=True, highlight=False, style="red")
 
 File = Annotated[
-    Path, typer.Argument(help="A .safetensors, .pth, .pt or .msgpack file, or an orbax folder.")
+    Path,
+    typer.Argument(
+        help="A checkpoint of safetensors, PyTorch or Flax, whatever its suffix, or a folder of "
+        "orbax or Hugging Face."
+    ),
+]
+Key = Annotated[
+    str | None, typer.Option(help="The part to take, such as state_dict_ema or model/ema.")
 ]
 
 
@@ -84,23 +90,34 @@ def main(
 @app.command()
 def inspect(
     file: File,
+    key: Key = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show the batch norms in a checkpoint, one row for each, and a verdict."""
+    from bnjax.checkpoints import files, inspection
+    from bnjax.checkpoints.formats.shards import shard
+
     with failing(FAILED):
-        layers = inspection.inspect(files.load(file, only=inspection.relevant))
-    problems = inspection.problems(layers)
+        layers = inspection.inspect(files.load(file, only=inspection.relevant, key=key))
+    problems, notes = inspection.problems(layers), inspection.notes(layers)
+    if part := shard(file):
+        notes.append(
+            f"this is shard {part[0]} of {part[1]}: give the folder, or its index, for all"
+        )
     if as_json:
         rows = [layer._asdict() for layer in layers]
-        print(json.dumps({"file": str(file), "layers": rows, "problems": problems}, indent=2))
+        found = {"file": str(file), "layers": rows, "problems": problems, "notes": notes}
+        print(json.dumps(found, indent=2))
     else:
-        show(layers, problems, file.name)
+        show(layers, problems, notes, file.name)
     if problems:
         raise typer.Exit(PROBLEMS)
 
 
-def show(layers: list[inspection.Layer], problems: list[str], title: str) -> None:
+def show(layers: "list[Layer]", problems: list[str], notes: list[str], title: str) -> None:
     """Print the table and the verdict."""
+    from bnjax.checkpoints.inspection import NEARLY_DEAD
+
     table = Table(
         title=f"batch norms in {escape(title)}",
         caption="updates: batches counted. dead: channels of constant output, weak: nearly so.",
@@ -125,11 +142,13 @@ def show(layers: list[inspection.Layer], problems: list[str], title: str) -> Non
     for problem in problems:
         console.print(f"[red]problem[/]  {escape(problem)}", soft_wrap=True)
     if quiet := sum(layer.dead + layer.nearly_dead for layer in layers):
-        console.print(
-            f"note: {quiet} channels are dead or weak: their output has a standard deviation of 0 "
-            f"or below {inspection.NEARLY_DEAD}, so they could be pruned",
-            soft_wrap=True,
-        )
+        notes = [
+            *notes,
+            f"{quiet} channels are dead or weak: their output has a standard deviation of 0 "
+            f"or below {NEARLY_DEAD}, so they could be pruned",
+        ]
+    for note in notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
     verdict = "fine" if not problems else f"{len(problems)} problems found"
     console.print(f"verdict: {verdict} ({number_of(len(layers), 'batch norm')})")
 
@@ -138,6 +157,7 @@ def show(layers: list[inspection.Layer], problems: list[str], title: str) -> Non
 def convert(
     source: File,
     target: Annotated[Path, typer.Argument(help="Its suffix chooses the format; none is orbax.")],
+    key: Key = None,
     like: Annotated[
         Path | None,
         typer.Option(help="A checkpoint whose names, layouts and dtypes the arrays shall have."),
@@ -161,10 +181,15 @@ def convert(
 
     Names and values stay as they are, bit for bit, whatever the format. Between PyTorch's naming
     and Flax's it takes --like FILE, a checkpoint of the model in the other framework (of any
-    values): a weight alone does not say whether it is of a linear layer or an embedding.
+    values): a weight alone does not say whether it is of a linear layer or an embedding. What is no
+    array, such as a name or a vocabulary, is left out.
     """
+    from bnjax.checkpoints import files, parts
+
+    with failing(PROBLEMS):
+        check_apart(target, source, like)
     with failing(FAILED):
-        tree = files.load(source)
+        tree = files.load(source, key=key)
         template = None if like is None else files.load(like)
     with failing(PROBLEMS):
         options = {
@@ -174,10 +199,14 @@ def convert(
             "transposed": transposed,
         }
         if template is not None:
-            tree = renamed(tree, template, options)
+            tree = renamed(picked(tree, source), picked(template, like), options)
         elif any(options.values()):
             raise ValueError("These options are for a change of names: add --like FILE.")
+        tree, left = parts.arrays_in(tree)
         files.save(target, tree)
+    if left:
+        text = f"left out, as they are no arrays: {parts.named(left)}"
+        console.print(escape(text), soft_wrap=True)
     console.print(f"wrote {escape(str(target))}", soft_wrap=True)
 
 
@@ -197,6 +226,11 @@ def diagnose(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say why a model is good in training and bad in evaluation: layer, cause and repair."""
+    from flax import nnx
+
+    from bnjax.checkpoints import files
+    from bnjax.models.diagnosis import diagnose as diagnosed
+
     with failing(FAILED):
         made, tree, x = made_by(model), files.load(variables), inputs(data)
         if isinstance(made, nnx.Module):
@@ -245,8 +279,10 @@ def arguments(text: str) -> dict[str, Any]:
     return found
 
 
-def inputs(path: Path) -> np.ndarray:
+def inputs(path: Path) -> "np.ndarray":
     """The array of an .npy file, the array `x` of an .npz file, or its only one."""
+    import numpy as np
+
     file = np.load(path, allow_pickle=False)
     if isinstance(file, np.ndarray):
         return file
@@ -257,9 +293,35 @@ def inputs(path: Path) -> np.ndarray:
         return file[names[0]]
 
 
+def check_apart(target: Path, *sources: Path | None) -> None:
+    """What is read is not written over."""
+    for source in sources:
+        if source is None or not (source.exists() and target.exists()):
+            continue
+        if source.resolve() in (target.resolve(), *target.resolve().parents):
+            raise ValueError(
+                f"To write {target} would destroy {source}, which is read. Give it another name."
+            )
+
+
+def picked(tree: dict[str, Any], path: Path | None) -> Any:
+    """The only model in a checkpoint; where it is a part, it is said which."""
+    from bnjax.checkpoints.contents import ContentError
+    from bnjax.checkpoints.parts import model_in
+
+    try:
+        part, model = model_in(tree)
+    except ContentError as error:
+        raise ValueError(f"Of {path}, {error} Choose one by --key.") from error
+    if part:
+        console.print(escape(f"took {part} of {path}"), soft_wrap=True)
+    return model
+
+
 def renamed(tree: dict[str, Any], template: dict[str, Any], options: dict[str, Any]) -> Any:
     """The tree with names and layouts of the template, which is in the other naming."""
-    tree, template = variables_in(tree), variables_in(template)
+    from bnjax.checkpoints.conversion import from_torch, to_torch
+
     flax, other = map(is_flax, (tree, template))
     if flax == other:
         naming = "Flax's (such as `kernel` and `scale`)" if flax else "PyTorch's"
@@ -274,6 +336,8 @@ def renamed(tree: dict[str, Any], template: dict[str, Any], options: dict[str, A
 
 def is_flax(tree: dict[str, Any]) -> bool:
     """Whether names are those of linen variables or an nnx state."""
+    from flax.traverse_util import flatten_dict
+
     last = {names[-1] for names in flatten_dict(tree)}
     return bool({"params", "batch_stats"} & {*tree} or {"kernel", "scale", "mean", "var"} & last)
 
@@ -282,6 +346,11 @@ def as_variables(tree: dict[str, Any]) -> Any:
     """What was saved of linen variables as it is, of an nnx state as a state."""
     if {"params", "batch_stats"} & {*tree}:
         return tree
+    from flax import nnx
+    from flax.traverse_util import flatten_dict
+
+    from bnjax.models.variables import of_variable
+
     flat = {of_variable(keys): x for keys, x in flatten_dict(tree).items()}
     kinds = {"mean": nnx.BatchStat, "var": nnx.BatchStat, "count": nnx.BatchStat}
     return nnx.from_flat_state((k, kinds.get(k[-1], nnx.Param)(x)) for k, x in flat.items())

@@ -17,6 +17,7 @@ FLOORS = {
         {"models"},
         {"training", "checkpoints"},
         {"linen", "nnx", "diagnosis", "policies"},
+        {"_public"},
         {"cli"},
         {"__main__"},
     ),
@@ -34,7 +35,7 @@ FLOORS = {
     ),
     "bnjax.layers": ({"conventions", "modes"}, {"linen", "nnx"}, {"conditional"}),
     "bnjax.models": (
-        {"checks", "compat", "conventions", "statistics"},
+        {"checks", "compat", "conventions", "statistics", "variables"},
         {"batches", "contexts", "programs", "registered"},
         {"banks", "frames"},
         {"visits"},
@@ -51,10 +52,16 @@ FLOORS = {
         {"averaging", "history", "nnx_steps", "steps"},
     ),
     "bnjax.checkpoints": (
-        {"tensors"},
+        {"contents", "tensors"},
         {"nested"},
-        {"folders"},
+        {"formats", "writable"},
+        {"folders", "parts"},
         {"files", "inspection", "conversion"},
+    ),
+    "bnjax.checkpoints.formats": (
+        {"needs", "pickles", "signatures"},
+        {"msgpack", "orbax", "pytorch", "safetensors"},
+        {"shards"},
     ),
 }
 CORE = {"jax", "chex", "numpy"}
