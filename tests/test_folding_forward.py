@@ -303,11 +303,6 @@ def test_a_layer_between_two_batch_norms_takes_both():
     ]
 
 
-def test_batch_norms_one_after_another_all_go_back():
-    folded = assert_folded(*prepare(nn.Sequential([CONV(), EVAL(), EVAL(), EVAL(), nn.relu])))
-    assert reasons(folded) == {("layers_0", f"layers_{i}"): None for i in (1, 2, 3)}
-
-
 def test_what_cannot_go_back_goes_forward():
     model = Around(lambda bn, a, b, x: b(bn(y := a(x))) + y)
     folded = assert_folded(*prepare(model, (5, 4)))

@@ -31,14 +31,10 @@ def plan(program: Program, numbers: Numbers) -> Plan:
         numbers: its variables.
     """
     before = _Before(program)
+    edits: list[Edit] = [*before.link({v.call.path for v in program.visits if not v.call.norm})]
     branches = Branches(program, before.exits)
-    edits: list[Edit] = []
-    around = {v.call.path for v in program.visits if not v.call.norm}
-    while around:
-        linked = before.link(around)
-        merged = [] if linked else branches.merge(before.links)
-        edits += [*linked, *merged]
-        around = {e.layer.path for e in linked} | {merge.host.path for merge in merged}
+    while merged := branches.merge(before.links):
+        edits += [*merged, *before.link({merge.host.path for merge in merged})]
     taken = {edit.norm.path for edit in edits if isinstance(edit, Backward)} | branches.gone
     found, whys = forward(program, numbers, taken)
     rows = _rows(program, before, branches, found, whys)
@@ -99,10 +95,11 @@ class _Before:
             self.links[path].append(edit)
             self.exits |= {v.start: f.norm.result for v, f in each if f.norm}
         for path, norms in new.items():
-            again = bool(self.targets.get(path))
-            if norms or not again:
-                self.targets[path] = [*self.targets.get(path, []), *norms]
+            if path not in self.targets:
+                self.targets[path] = norms
                 self.reasons |= {path: reasons[path]} if path in reasons else {}
+            elif path not in reasons:
+                self.targets[path] = [*self.targets[path], *norms]
         return edits
 
     def _refuse_others(self, found: Any, new: dict[Path, list[Path]], reasons: Any) -> None:
