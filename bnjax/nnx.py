@@ -1,5 +1,8 @@
 """For Flax nnx: PyTorch's `BatchNorm1d/2d/3d`, a drop-in for `nnx.BatchNorm`; freeze; training."""
 
+from typing import TYPE_CHECKING
+
+from bnjax._names import front
 from bnjax.layers.nnx import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnjax.models.freezing import freeze, unfreeze
 from bnjax.training.nnx_steps import eval_step, train_step
@@ -16,3 +19,6 @@ __all__ = [
     "train_step",
     "unfreeze",
 ]
+
+if not TYPE_CHECKING:  # else every name would seem to exist
+    __getattr__, __dir__ = front(__name__, __all__)

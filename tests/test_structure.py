@@ -12,7 +12,7 @@ import bnjax
 # A room imports from the floors above it in these lists, which are those below it in the house.
 FLOORS = {
     "bnjax": (
-        {"core", "globs", "plotting", "_files", "_words"},
+        {"core", "globs", "plotting", "_files", "_names", "_tables", "_words"},
         {"layers", "masks"},
         {"models"},
         {"training", "checkpoints"},
@@ -21,6 +21,7 @@ FLOORS = {
         {"__main__"},
     ),
     "bnjax.core": (
+        {"repairs"},
         {"checks", "compat"},
         {"moments", "sharding"},
         {"devices", "partition", "sums"},
@@ -28,7 +29,7 @@ FLOORS = {
         {"measuring", "running"},
         {"batch_norm"},
     ),
-    "bnjax.layers": ({"conventions", "modes"}, {"linen", "nnx"}),
+    "bnjax.layers": ({"conventions", "modes"}, {"arguments"}, {"linen", "nnx"}),
     "bnjax.models": (
         {"checks", "compat", "conventions", "statistics"},
         {"batches", "contexts", "programs", "registered"},

@@ -126,6 +126,7 @@ def batch_norm(
     >>> round(float(batch_stats["mean"][0]), 4)  # 0.9 * 0 + 0.1 * 2
     0.2
     """
+    checks.static("mutable", mutable)
     x = checks.floating(x)
     settings = Settings(
         axes=checks.feature_axes(axis, x.ndim),

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -109,10 +109,11 @@ def normalize(
 
 
 @contextlib.contextmanager
-def naming(layer: Any, where: str) -> Iterator[None]:
-    """A context in which every error says which layer it comes from."""
+def naming(layer: Any, where: str | Callable[[], str]) -> Iterator[None]:
+    """A context in which every error says which layer it comes from, if that is anywhere."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"In {type(layer).__name__} {where}.")
+        if place := where if isinstance(where, str) else where():
+            error.add_note(f"In {type(layer).__name__} {place}.")
         raise

@@ -1,7 +1,6 @@
 """The report of a diagnosis: as a table, as data, as a picture."""
 
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from bnjax._files import folder_of
+from bnjax._tables import Name, Shown
 from bnjax._words import number_of
 from bnjax.models.diagnosis.evidence import Finding, part
 from bnjax.models.diagnosis.measuring import Layer, Measured
@@ -26,9 +25,9 @@ _ROWS = 16
 _STYLES = {"error": "bold red", "warning": "bold yellow"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What `diagnose` has found; `print(report)` shows it, in a notebook too.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """What `diagnose` has found: `print(report)` shows the tables, and so does a notebook.
 
     Attributes:
         findings: what is wrong, errors first; empty if all is well.
@@ -113,15 +112,14 @@ class Report:
         """Print it as tables, on this console or a new one."""
         (console or Console()).print(self)
 
+    def __repr__(self) -> str:
+        """The verdict, in a line."""
+        seen = number_of(self.batches, "batch")
+        return f"Report({self.verdict}; over {seen})"
+
     def __rich__(self) -> Group:
         """The tables, for rich."""
         return Group(*self._parts())
-
-    def __str__(self) -> str:
-        """The tables, as plain text."""
-        console = Console(file=io.StringIO(), width=110, color_system=None)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _parts(self) -> Iterator[Any]:
         yield self._table()
@@ -156,15 +154,16 @@ class Report:
             title=f"{norms} over {batches}",
             caption=f"{left} more layers, no farther from the data" if left else None,
             box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
-        table.add_column("\nlayer", overflow="fold")
-        numbers = "\nchannels", "values per\nchannel", "running mean\noff by, std"
-        numbers += "running / batch\nvariance", "batch to\nbatch, std", "\nfinding"
+        table.add_column("\n\nlayer")
+        numbers = "\n\nchannels", "values\nper\nchannel", "running\nmean off\nby, std"
+        numbers += "running /\nbatch\nvariance", "batch to\nbatch,\nstd", "\n\nfinding"
         for column in numbers:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         for row, numbers in ((self.layers[i], found[i]) for i in sorted(order[:_ROWS])):
             table.add_row(
-                escape(named(row["path"])),
+                Name(named(row["path"])),
                 str(row["channels"]),
                 f"{row['values']:.0f}",
                 *(_written(row[name]) for name in ("mean_distance", "var_ratio", "spread")),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,9 +11,10 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx, traverse_util
 from flax.core import meta, unfreeze
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from bnjax._tables import Name, Shown
 from bnjax._words import number_of
 from bnjax.models import checks
 from bnjax.models.batches import Inputs, Layout, layout
@@ -33,9 +33,9 @@ class Row(NamedTuple):
     reason: str | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What was folded, what was not and why; `str()` prints it as a table.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """What was folded, what was not and why: `print(report)` shows a table, so does a notebook.
 
     Attributes:
         rows: each conv or dense layer and each batch norm, by path; `reason` is None where folded.
@@ -50,24 +50,31 @@ class Report:
     scale: float
     tolerance: float
 
-    def __str__(self) -> str:  # noqa: D105 - the class says it
-        folded = sum(row.reason is None for row in self.rows)
-        table = Table(
-            title=f"{number_of(folded, 'layer')} folded",
-            caption=f"largest output difference {self.max_difference:.2g}, "
-            f"of outputs up to {self.scale:.3g}",
-        )
+    def __repr__(self) -> str:
+        """What came of it, in a line."""
+        return f"Report({self._folded} folded; {self._difference})"
+
+    @property
+    def _folded(self) -> str:
+        return number_of(sum(row.reason is None for row in self.rows), "layer")
+
+    @property
+    def _difference(self) -> str:
+        largest = f"largest output difference {self.max_difference:.2g}"
+        return f"{largest}, of outputs up to {self.scale:.3g}"
+
+    def __rich__(self) -> Table:
+        """The table, for rich."""
+        table = Table(title=f"{self._folded} folded", caption=self._difference)
         for column in ("layer", "batch norm", "result"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column)
         for row in self.rows:
             result = "folded" if row.reason is None else f"not folded: {row.reason}"
-            table.add_row(row.layer or "-", row.batch_norm or "-", result)
-        console = Console(file=io.StringIO(), width=100, markup=False, color_system=None)
-        console.print(table)
-        return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+            table.add_row(Name(row.layer or "-"), Name(row.batch_norm or "-"), Text(result))
+        return table
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Folded:
     """A model in evaluation, without the batch norms that were folded.
 
@@ -79,13 +86,24 @@ class Folded:
 
     variables: dict[str, Any]
     report: Report
-    _model: nn.Module | Copy = dataclasses.field(repr=False)
-    _form: "_Form" = dataclasses.field(repr=False)
-    _layers: frozenset[Path] = dataclasses.field(repr=False)
+    _model: nn.Module | Copy
+    _form: "_Form"
+    _layers: frozenset[Path]
     # For each path of a folded batch norm, the dtypes of its input and output.
-    _norms: Mapping[Path, tuple[Any, Any]] = dataclasses.field(repr=False)
-    _settings: tuple[Settings, ...] = dataclasses.field(repr=False)
-    _key: Any = dataclasses.field(repr=False, default_factory=object)
+    _norms: Mapping[Path, tuple[Any, Any]]
+    _settings: tuple[Settings, ...]
+    _key: Any = dataclasses.field(default_factory=object)
+
+    def __repr__(self) -> str:
+        """What came of it, in a line."""
+        return f"Folded({self.report!r})"
+
+    def __rich__(self) -> Report:
+        """The report, for rich and notebooks."""
+        return self.report
+
+    def _repr_mimebundle_(self, **which: Any) -> dict[str, str]:
+        return self.report._repr_mimebundle_(**which)
 
     @property
     def max_difference(self) -> float:
