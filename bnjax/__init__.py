@@ -1,11 +1,10 @@
 """Batch-norm layers for JAX and Flax, and tools for the batch norms of any Flax model.
 
 Layers
-    BatchNorm1d, 2d, 3d     for linen: PyTorch's signature and results, channels last
-    linen.BatchNorm         for linen: a drop-in for `flax.linen.BatchNorm`
-    nnx.BatchNorm1d, 2d, 3d for nnx: PyTorch's signature and results
-    nnx.BatchNorm           for nnx: a drop-in for `flax.nnx.BatchNorm`
-    init, batch_norm        the same as two pure functions, on dicts of arrays
+    BatchNorm2d, BatchNorm1d, BatchNorm3d   for linen: PyTorch's signature and results
+    nnx.BatchNorm2d, nnx.BatchNorm1d, ...    the same for nnx
+    linen.BatchNorm, nnx.BatchNorm          drop-ins for Flax's own layers
+    init, batch_norm                        two pure functions on dicts of arrays
 
 Tools for any linen or nnx model, with Flax's layers too
     freeze, override        a context in which batch norms are frozen or take other settings

@@ -205,7 +205,9 @@ class BatchNorm2d(TorchBatchNorm):
     variables to half precision. In a linen model, by `nnx.bridge.ToLinen`, it can train only where
     `batch_stats` are mutable.
 
-    Attributes: those of `bnjax.linen.BatchNorm2d`, with these words to add:
+    The attributes are those of `bnjax.linen.BatchNorm2d`, with these words to add.
+
+    Attributes:
         num_features: number of channels, C; nnx makes a layer before it sees an input.
         use_running_average: the mode: True after `.eval()`, False after `.train()`; the argument of
             a call wins over it.
@@ -234,7 +236,9 @@ class BatchNorm(_Layer):
     float32 whatever `dtype` says; NaN under a mask stays there, and a batch without a finite mean
     and variance moves nothing.
 
-    Attributes: those of `flax.nnx.BatchNorm`, with these words to add:
+    The attributes are those of `flax.nnx.BatchNorm`, with these words to add.
+
+    Attributes:
         momentum: weight of the old statistics (Flax's convention: one minus PyTorch's).
         axis_name: statistics of all devices of the axis together, by count, where Flax averages the
             devices' means.

@@ -76,22 +76,31 @@ class Report(Shown):
             FileNotFoundError: there is no such folder.
         """
         folder_of(Path(path))
+        plot_layers(path=path, **self.drawn)
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """What `plot` draws, as plain data."""
         quantiles = (0.1, 0.5, 0.9)
+        starts = {finding.layer for finding in self.findings}
         rows = [
             {
                 "name": x.path,
-                "mean": np.quantile(x.mean_distance[~x.poisoned], quantiles),
-                "var": np.quantile(x.var_ratio[~x.poisoned], quantiles),
+                "mean": np.quantile(x.mean_distance[~x.poisoned], quantiles).tolist(),
+                "var": np.quantile(x.var_ratio[~x.poisoned], quantiles).tolist(),
                 "mean_spread": float(np.sqrt(np.mean((x.mean_spread / x.std) ** 2))),
                 "var_spread": float(np.sqrt(np.mean(x.var_spread**2))),
                 "distance": x.distance,
                 "found": any(x.path in finding.layers for finding in self.findings),
+                "starts": x.path in starts,
             }
             for x in self._measured.layers
             if x.compared
         ]
-        gap = f"outputs differ by {part(self.outputs['gap'])} their deviation"
-        plot_layers(rows, path, f"{self.verdict}; {gap}", self._modes())
+        title = f"{self.verdict[0].upper()}{self.verdict[1:]}"
+        gap = f"outputs in evaluation and training differ by {part(self.outputs['gap'])} their "
+        gap += "standard deviation"
+        return {"rows": rows, "title": title, "subtitle": gap, "modes": self._modes()}
 
     @property
     def verdict(self) -> str:
