@@ -1,5 +1,8 @@
 """Flax linen layers: PyTorch's `BatchNorm1d/2d/3d`, and a drop-in for `flax.linen.BatchNorm`."""
 
+from typing import TYPE_CHECKING
+
+from bnjax._names import front
 from bnjax.layers.conditional import (
     ConditionalBatchNorm1d,
     ConditionalBatchNorm2d,
@@ -16,3 +19,6 @@ __all__ = [
     "ConditionalBatchNorm2d",
     "ConditionalBatchNorm3d",
 ]
+
+if not TYPE_CHECKING:  # else every name would seem to exist
+    __getattr__, __dir__ = front(__name__, __all__)

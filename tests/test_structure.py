@@ -12,7 +12,7 @@ import bnjax
 # A room imports from the floors above it in these lists, which are those below it in the house.
 FLOORS = {
     "bnjax": (
-        {"core", "globs", "plotting", "_files", "_words"},
+        {"core", "globs", "plotting", "_files", "_names", "_tables", "_words"},
         {"layers", "masks"},
         {"models"},
         {"training", "checkpoints"},
@@ -22,7 +22,7 @@ FLOORS = {
         {"__main__"},
     ),
     "bnjax.core": (
-        {"compat"},
+        {"compat", "repairs"},
         {"checks"},
         {"moments", "sharding"},
         {"banks", "devices", "policies", "sums"},
@@ -33,7 +33,12 @@ FLOORS = {
         {"choosing"},
         {"batch_norm"},
     ),
-    "bnjax.layers": ({"conventions", "modes"}, {"linen", "nnx"}, {"conditional"}),
+    "bnjax.layers": (
+        {"conventions", "modes"},
+        {"arguments"},
+        {"linen", "nnx"},
+        {"conditional"},
+    ),
     "bnjax.models": (
         {"checks", "compat", "conventions", "statistics", "variables"},
         {"batches", "contexts", "programs", "registered"},

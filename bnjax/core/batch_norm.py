@@ -161,6 +161,7 @@ def batch_norm(
     >>> round(float(batch_stats["mean"][0]), 4)  # 0.9 * 0 + 0.1 * 2
     0.2
     """
+    checks.static("mutable", mutable)
     x = checks.floating(x)
     axes = checks.feature_axes(axis, x.ndim)
     features = tuple(x.shape[a] for a in axes)

@@ -199,10 +199,11 @@ named_banks: set[tuple[str, ...]] = set()
 
 
 @contextlib.contextmanager
-def naming(layer: Any, where: str) -> Iterator[None]:
-    """A context in which every error says which layer it comes from."""
+def naming(layer: Any, where: str | Callable[[], str]) -> Iterator[None]:
+    """A context in which every error says which layer it comes from, if that is anywhere."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"In {type(layer).__name__} {where}.")
+        if place := where if isinstance(where, str) else where():
+            error.add_note(f"In {type(layer).__name__} {place}.")
         raise

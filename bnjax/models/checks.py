@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 from flax import linen as nn
+from jax.sharding import Mesh
 
+from bnjax._names import nearest
 from bnjax.core.checks import POOLED as POOLED
 from bnjax.core.checks import bank_names as bank_names
 from bnjax.core.checks import feature_axes as feature_axes
@@ -108,6 +110,15 @@ def leading_axis(lengths: list[int], shapes: list[tuple[int, ...]]) -> int:
     return lengths[0]
 
 
+def mesh(value: Any) -> None:
+    """A mesh is JAX's."""
+    if not isinstance(value, Mesh):
+        raise TypeError(
+            f"`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
+            f"{type(value).__name__}."
+        )
+
+
 def loss_and_metrics(result: Any) -> tuple[Any, dict[str, Any]]:
     """A loss function returns the loss, or also a dict of metrics."""
     loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
@@ -118,6 +129,12 @@ def loss_and_metrics(result: Any) -> tuple[Any, dict[str, Any]]:
             "`loss_fn` must return the loss or (loss, metrics), an array and a dict of arrays, got "
             f"a {got}."
         )
+    for name, value in {"loss": loss, **metrics}.items():
+        if not isinstance(value, jax.Array | np.ndarray | np.number | int | float):
+            raise TypeError(
+                f"`loss_fn` must return arrays, but its `{name}` is of type "
+                f"{type(value).__name__}. Does it end with `return loss` or `return loss, metrics`?"
+            )
     return loss, dict(metrics)
 
 
@@ -233,11 +250,15 @@ def poolable(layer: Any, statistics: Collection[str], path: str) -> None:
 
 def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
     """An override names fields that batch norm layers have."""
-    unknown = sorted(set(fields) - known)
-    if unknown or not fields:
+    if not fields:
         raise TypeError(
-            f"An override takes fields of batch norm layers, {sorted(known)}, got {unknown}."
+            "`override` must be given at least one setting, got none, as in override('encoder/**', "
+            "momentum=0.01)."
         )
+    for name in sorted(set(fields) - known):
+        close = nearest(name, known)
+        hint = f"Did you mean `{close}`?" if close else f"There are {', '.join(sorted(known))}."
+        raise TypeError(f"`override` takes settings of batch norm layers, got `{name}`. {hint}")
 
 
 def layer_has_fields(layer: Any, told: Any, fields: Mapping[str, Any], path: str) -> None:

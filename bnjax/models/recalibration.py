@@ -112,6 +112,7 @@ class _Measurement:
         self.others = {k: unfreeze(tree) for k, tree in variables.items() if k != "batch_stats"}
         self.mesh, self.context = mesh, contextlib.nullcontext
         if mesh is not None:
+            checks.mesh(mesh)
             auto, self.alike, self.split = shardings(mesh)
             self.others = on_all(self.others, self.alike)
             self.context = functools.partial(jax.set_mesh, auto)

@@ -42,7 +42,7 @@ APART = 1e-3
 Severity = Literal["error", "warning"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Finding:
     """One thing that is wrong.
 
@@ -65,6 +65,10 @@ class Finding:
     numbers: Mapping[str, float]
     cause: str
     repair: str
+
+    def __repr__(self) -> str:
+        """What is wrong and where, in a line."""
+        return f"Finding({self.kind!r}, {self.severity}, at {self.layer or 'the top'!r})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Form:
         return y[0] if self.kwargs.get("mutable") else y
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Folded:
     """A model in evaluation, without the batch norms that were folded.
 
@@ -46,11 +46,22 @@ class Folded:
 
     variables: dict[str, Any]
     report: Report
-    _model: nn.Module | Copy = dataclasses.field(repr=False)
-    _form: Form = dataclasses.field(repr=False)
-    _edits: Edits = dataclasses.field(repr=False)
-    _settings: tuple[Settings, ...] = dataclasses.field(repr=False)
-    _key: Any = dataclasses.field(repr=False, default_factory=object)
+    _model: nn.Module | Copy
+    _form: Form
+    _edits: Edits
+    _settings: tuple[Settings, ...]
+    _key: Any = dataclasses.field(default_factory=object)
+
+    def __repr__(self) -> str:
+        """What came of it, in a line."""
+        return f"Folded({self.report!r})"
+
+    def __rich__(self) -> Report:
+        """The report, for rich and notebooks."""
+        return self.report
+
+    def _repr_mimebundle_(self, **which: Any) -> dict[str, str]:
+        return self.report._repr_mimebundle_(**which)
 
     @property
     def max_difference(self) -> float:

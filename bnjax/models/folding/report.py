@@ -1,12 +1,12 @@
 """What was folded, what was not and why: Report."""
 
 import dataclasses
-import io
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from bnjax._tables import Name, Shown
 from bnjax._words import number_of
 
 
@@ -26,9 +26,9 @@ class Branch(NamedTuple):
     reason: str | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What was folded, what was not and why; `str()` prints it as a table.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """What was folded, what was not and why: `print(report)` shows a table, so does a notebook.
 
     Attributes:
         rows: each conv or dense layer and each batch norm, by path; `reason` is None where folded.
@@ -46,24 +46,32 @@ class Report:
     tolerance: float
     branches: tuple[Branch, ...] = ()
 
-    def __str__(self) -> str:  # noqa: D105 - the class says it
+    def __repr__(self) -> str:
+        """What came of it, in a line."""
+        return f"Report({self._done}; {self._difference})"
+
+    @property
+    def _done(self) -> str:
         folded = sum(row.reason is None for row in self.rows)
         merged = sum(branch.reason is None for branch in self.branches)
         also = f", {number_of(merged, 'branch')} merged" if merged else ""
-        table = Table(
-            title=f"{number_of(folded, 'layer')} folded{also}",
-            caption=f"largest output difference {self.max_difference:.2g}, "
-            f"of outputs up to {self.scale:.3g}",
-        )
+        return f"{number_of(folded, 'layer')} folded{also}"
+
+    @property
+    def _difference(self) -> str:
+        largest = f"largest output difference {self.max_difference:.2g}"
+        return f"{largest}, of outputs up to {self.scale:.3g}"
+
+    def __rich__(self) -> Table:
+        """The table, for rich."""
+        table = Table(title=self._done, caption=self._difference)
         for column in ("layer", "batch norm", "result"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column)
         for row in self.rows:
             result = "folded" if row.reason is None else f"not folded: {row.reason}"
-            table.add_row(row.layer or "-", row.batch_norm or "-", result)
+            table.add_row(Name(row.layer or "-"), Name(row.batch_norm or "-"), Text(result))
         for branch in self.branches:
             how = "merged into" if branch.reason is None else "not merged into"
             why = f": {branch.reason}" if branch.reason else ""
-            table.add_row(branch.branch, "-", f"{how} {branch.into}{why}")
-        console = Console(file=io.StringIO(), width=100, markup=False, color_system=None)
-        console.print(table)
-        return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+            table.add_row(Name(branch.branch), "-", Text(f"{how} {branch.into}{why}"))
+        return table
