@@ -21,6 +21,8 @@ def decay_mask(params: Any) -> Any:
     names them: `scale` and `bias`. (The habit of `ndim > 1` is right by accident, and wrong for a
     scale that is stacked by `nn.scan`.)
 
+    Guide: examples/guides/training.md
+
     Args:
         params: a tree of parameters, as in `variables["params"]`, or an `nnx.State` of them.
 
@@ -40,6 +42,8 @@ def trainable_labels(params: Any, frozen: globs.Paths) -> Any:
 
     With both, one list of patterns freezes statistics, mode and parameters:
     `optax.multi_transform({"trainable": tx, "frozen": optax.set_to_zero()}, labels)`.
+
+    Guide: examples/guides/freezing.md
 
     Args:
         params: a tree of parameters, as in `variables["params"]`, or an `nnx.State` of them.

@@ -44,6 +44,7 @@ FLOORS = {
         {"compiled", "gradients", "state"},
         {"attempts"},
         {"averaging", "history", "nnx_steps", "steps"},
+        {"logging"},
     ),
     "bnjax.checkpoints": (
         {"tensors"},

@@ -37,6 +37,8 @@ def load(path: str | Path, *, like: Any = None, only: Only | None = None) -> Any
     `torch.load(weights_only=True)`; Flax's `.msgpack`, or a `checkpoint_100` of its old way; or a
     folder that orbax wrote. No code of the file is run and nothing is written.
 
+    Guide: examples/guides/checkpoints.md
+
     Args:
         path: the file or folder; or a folder around the only checkpoint, or around the steps that
             a `CheckpointManager` of orbax has saved, of which it is the newest.
@@ -94,6 +96,8 @@ def save(path: str | Path, tree: Any) -> None:
     """Write a checkpoint that appears under its name when it is whole, or not at all.
 
     A process that is killed meanwhile leaves what was there, and perhaps a hidden `.tmp` beside it.
+
+    Guide: examples/guides/checkpoints.md
 
     Args:
         path: where it goes; the suffix chooses the format, as for `load`. A file there is replaced,

@@ -78,6 +78,8 @@ def remat_policy() -> Callable[..., bool]:
     backward pass reduces nothing again, and devices do not talk again. Normalization, activations
     and sums are recomputed. Between the passes stays about half of what stays without it.
 
+    Guide: examples/guides/numerics_and_speed.md
+
     >>> from flax import linen as nn
     >>> Block = nn.remat(nn.Sequential, policy=remat_policy())
     """

@@ -186,6 +186,8 @@ class BatchNorm2d(TorchBatchNorm):
             a call wins over it.
         rngs: where the initializers of `scale` and `bias` get their keys.
 
+    Guides: examples/guides/conventions.md, examples/guides/running_statistics.md
+
     >>> layer = BatchNorm2d(3, rngs=nnx.Rngs(0))
     >>> y = layer(jnp.ones((2, 4, 4, 3)))
     >>> [round(v, 4) for v in layer.mean[...].tolist()]  # 0.9 * 0 + 0.1 * 1
@@ -215,6 +217,8 @@ class BatchNorm(_Layer):
             devices' means.
         use_fast_variance: accepted, and without effect: the variance is both fast and exact.
         promote_dtype: takes part in the dtype of the output, and in nothing else.
+
+    Guide: examples/guides/conventions.md
     """
 
     def __init__(

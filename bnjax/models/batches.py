@@ -207,6 +207,8 @@ DEFAULT = Layout()
 def pad_batch(batch: Batch, multiple: int) -> dict[str, Any]:
     """The batch, filled up to a multiple of a size, with a `mask` of the examples that count.
 
+    Guide: examples/guides/recipes.md
+
     >>> pad_batch({"x": np.array([1.0, 2.0, 3.0])}, 2)["mask"].tolist()
     [True, True, True, False]
     """

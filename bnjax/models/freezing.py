@@ -26,6 +26,8 @@ def freeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
     What marks a layer is its type, so freeze a model before you pass it to a function under
     `nnx.jit`: Flax can't hand a new type back to the caller.
 
+    Guide: examples/guides/freezing.md
+
     Args:
         model: a module; a batch norm itself has the path "".
         paths: a glob over attribute paths or several, such as `"encoder/**"` or `"blocks/*/bn1"`;

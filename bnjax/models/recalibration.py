@@ -47,6 +47,8 @@ def recalibrate(
     (PreciseBN: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021). It is needed after weights
     were averaged (EMA, SWA), and helps where the batches of the training were small.
 
+    Guide: examples/guides/recalibration.md
+
     Args:
         model: a linen or nnx model with batch norms, bnjax's or Flax's own. An nnx model runs as
             after `.eval()`; it is not touched either.

@@ -37,6 +37,8 @@ def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) 
     the collection `batch_stats` (in nnx, as `nnx.BatchStat`); and in training update them to
     `momentum * old + (1 - momentum) * batch`, with the biased variance.
 
+    Guide: examples/guides/other_models.md
+
     Args:
         kind: a subclass of `flax.linen.Module` or `flax.nnx.Module`. Its subclasses are registered
             with it.

@@ -53,6 +53,8 @@ def merge_batch_stats(batch_stats: Any, axis: int = 0) -> Any:
     The mean of the means, and by the law of total variance the mean of the variances plus the
     variance of the means; each weighs alike. (The mean of the variances alone is too small.)
 
+    Guides: examples/guides/devices.md, examples/guides/scale.md
+
     Args:
         batch_stats: a collection whose arrays have one more axis, as `pmap` without an axis name
             returns it.

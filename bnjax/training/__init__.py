@@ -3,6 +3,7 @@
 from bnjax.models.batches import pad_batch
 from bnjax.training.averaging import Average
 from bnjax.training.history import history
+from bnjax.training.logging import scalars
 from bnjax.training.state import TrainState, commit, init_state
 from bnjax.training.steps import Step, eval_step, evaluate, train_step
 
@@ -16,5 +17,6 @@ __all__ = [
     "history",
     "init_state",
     "pad_batch",
+    "scalars",
     "train_step",
 ]

@@ -27,6 +27,8 @@ class Average(struct.PyTreeNode):
 
     It is a tree of arrays: `bnjax.save` and `load(..., like=average)` take it beside the state.
 
+    Guide: examples/guides/recalibration.md
+
     Attributes:
         params: the average, in float32 at least; like the parameters, for nnx an `nnx.State`.
         count: int32, (): how many steps it is of.

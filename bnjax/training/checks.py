@@ -150,3 +150,30 @@ def nnx_training(model: Any, optimizer: Any) -> None:
             "`optimizer` must be an nnx.Optimizer, as nnx.Optimizer(model, optax.adam(1e-3), "
             f"wrt=nnx.Param) makes it, got {type(optimizer).__name__}."
         )
+
+
+def record_alone(other: Any) -> None:
+    """A record holds running statistics beside those of a batch."""
+    if other is not None:
+        raise TypeError(
+            "`other` must be None with a record of bnjax.training.history, which already holds the "
+            f"statistics of the last batch, got {type(other).__name__}."
+        )
+
+
+def some_statistics(layers: Collection[str]) -> None:
+    """What is logged has batch norms."""
+    if not layers:
+        raise ValueError(
+            "`trained` must hold running statistics, but has none: pass a TrainState, variables "
+            "with `batch_stats`, an nnx model, or a record of bnjax.training.history."
+        )
+
+
+def same_channels(path: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+    """Statistics are compared channel by channel."""
+    if ours != theirs:
+        raise ValueError(
+            f"`trained` and `other` must be of the same model, but the batch norm at "
+            f"{where([path])} has {ours[0]} channels in one and {theirs[0]} in the other."
+        )

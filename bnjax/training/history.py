@@ -31,6 +31,8 @@ def history(
     A logged step costs O(C) numbers for each layer and waits for the step to end. The record is a
     dict of lists of plain numbers, so a checkpoint can hold it, and a resumed run goes on with it.
 
+    Guides: examples/guides/diagnosis.md, examples/guides/logging.md
+
     Args:
         step: what `bnjax.training.train_step` or `bnjax.nnx.train_step` returned.
         record: `{}`, or the record of the steps before. To it are appended, for each logged step,
@@ -67,9 +69,9 @@ def history(
         if calls % every:
             return step(*args)
         *trained, batch = args
-        before = statistics(_held(trained)["batch_stats"])
+        before = statistics(held(trained)["batch_stats"])
         found = step(*args)
-        now = _held(trained if isinstance(trained[0], nnx.Module) else found)
+        now = held(trained if isinstance(trained[0], nnx.Module) else found)
         for name, value in (
             ("step", int(now["step"])),
             ("examples", _layout(step).size(_layout(step).named(batch))),
@@ -89,17 +91,23 @@ def history(
     return cast(AnyStep, recorded)
 
 
-def _held(trained: Any) -> dict[str, Any]:
-    """Parameters, statistics and the number of the step, of a state or of model and optimizer."""
+def held(trained: Any) -> dict[str, Any]:
+    """Parameters, statistics and the number of the step, of a state or of model and optimizer.
+
+    Without an optimizer there is no number.
+    """
     first, *others = trained
-    if not isinstance(first, nnx.Module):
+    if not isinstance(first, nnx.Module | nnx.State):
         return {name: getattr(first, name) for name in ("params", "batch_stats", "step")}
 
+    arrays = first if isinstance(first, nnx.State) else nnx.state(first)
+
     def of(kind: type[nnx.Variable]) -> dict[str, Any]:
-        flat = nnx.to_flat_state(nnx.state(first, kind))
+        flat = nnx.to_flat_state(nnx.filter_state(arrays, kind))
         return unflatten_dict({tuple(map(str, keys)): leaf.get_value() for keys, leaf in flat})
 
-    step = others[0].step.get_value()
+    optimizer = others[0]
+    step = None if optimizer is None else optimizer.step.get_value()
     return {"params": of(nnx.Param), "batch_stats": of(nnx.BatchStat), "step": step}
 
 

@@ -44,6 +44,8 @@ def train_step(
     A step is rejected if its loss or gradients are not finite, or if no example of its batch
     counts. It then leaves parameters, optimizer, running statistics and rng counts unchanged.
 
+    Guides: examples/guides/training.md, examples/guides/recipes.md, examples/guides/devices.md
+
     Args:
         loss_fn: `loss_fn(outputs, batch)` gives the loss, or `(loss, metrics)` with a dict of
             metrics. Each is an array with one entry for each example, (N,), or a mean, ().

@@ -25,6 +25,8 @@ _GO_ON = ("step", "rejected", "rng", "loss_scale")
 class TrainState(train_state.TrainState):
     """Flax's `TrainState` with the batch statistics that belong to its parameters.
 
+    Guide: examples/guides/training.md
+
     Attributes:
         batch_stats: the running statistics, `{}` for a model without any.
         rng: the key from which each step derives its own, by its number; None without dropout.

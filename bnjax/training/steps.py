@@ -39,6 +39,8 @@ def train_step(
 ) -> Step:
     """A jitted step: forward with mutable statistics, backward, update, commit.
 
+    Guides: examples/guides/training.md, examples/guides/recipes.md, examples/guides/devices.md
+
     Args:
         loss_fn: `loss_fn(outputs, batch)` gives the loss, or `(loss, metrics)` with a dict of
             metrics. Each is an array with one entry for each example, (N,), or a mean, ().

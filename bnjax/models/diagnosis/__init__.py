@@ -51,6 +51,8 @@ def diagnose(
     those of the batches, how much these scatter, how many values per channel there are. Nothing
     that is passed in changes, whatever happens.
 
+    Guide: examples/guides/diagnosis.md
+
     Args:
         model: a linen or nnx model, bnjax's or Flax's own batch norms. An nnx model is taken as
             after `.eval()`; one in training mode is asked about.
