@@ -1,4 +1,4 @@
-"""What a tool around a model is given: variables, batches, the model itself."""
+"""Checks of what a tool is given: a model, its variables, batches."""
 
 import contextlib
 import re
@@ -206,7 +206,7 @@ def some_batch(some: bool | float, what: str = "batch") -> None:
     if not some:
         raise ValueError(
             f"`batches` must hold at least one {what}, got none. An iterator that was used before "
-            "is empty: pass a list, or make it anew."
+            "is empty: pass a list, or create it again."
         )
 
 

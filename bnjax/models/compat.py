@@ -1,4 +1,4 @@
-"""The private or moving parts of flax that the tools stand on."""
+"""The private or unstable parts of flax that the tools rely on."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def is_mapped(axis_name: str) -> bool:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value stands for one in a program that is being traced."""
+    """Whether a value is a tracer of a program that is being traced."""
     return isinstance(value, Tracer)
 
 

@@ -1,4 +1,4 @@
-"""The statistics of a model's batch norms, as a tree: which they are, and which can't be."""
+"""The statistics of a model's batch norms as a tree: find, map, validate and merge them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ Path = tuple[str, ...]
 def map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) -> Any:
     """Apply a function of path and statistics to each batch norm in a collection.
 
-    What is nothing of a batch norm stays as it is, and dicts stay of their kind.
+    Everything else stays as it is, and dicts keep their type.
     """
 
     def visit(path: Path, node: Any) -> Any:
@@ -31,7 +31,10 @@ def map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) ->
 
 
 def is_layer(node: Mapping[str, Any]) -> bool:
-    """Whether a node of a collection has the statistics of a batch norm, not modules so named."""
+    """Whether a node of a collection holds the statistics of a batch norm.
+
+    Modules that are named `mean` and `var` do not count.
+    """
     return {"mean", "var"} <= {*node} and not isinstance(node["mean"], Mapping)
 
 
@@ -43,25 +46,26 @@ def layers_of(tree: Any) -> dict[Path, Mapping[str, Any]]:
 
 
 def impossible(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
-    """In which channels no data can have them: not finite, or a negative variance."""
+    """A mask of the channels with impossible statistics: not finite, or a negative variance."""
     return ~(np.isfinite(mean) & np.isfinite(var) & (var >= 0))
 
 
 def merge_batch_stats(batch_stats: Any, axis: int = 0) -> Any:
-    """One set of running statistics from several, such as those of devices that never talked.
+    """Merge several sets of running statistics, such as those of devices that never communicated.
 
-    The mean of the means, and by the law of total variance the mean of the variances plus the
-    variance of the means; each weighs alike. (The mean of the variances alone is too small.)
+    Takes the mean of the means and, by the law of total variance, the mean of the variances plus
+    the variance of the means, all sets weighing the same. (The mean of the variances alone is too
+    small.)
 
     Guides: examples/guides/devices.md, examples/guides/scale.md
 
     Args:
-        batch_stats: a collection whose arrays have one more axis, as `pmap` without an axis name
-            returns it.
-        axis: that axis.
+        batch_stats: a collection whose arrays have an extra axis, as from `pmap` without an axis
+            name in the layers.
+        axis: the extra axis.
 
     Returns:
-        The collection without that axis.
+        The collection without it.
 
     Raises:
         ValueError: the statistics have no such axis.

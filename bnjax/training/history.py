@@ -1,4 +1,4 @@
-"""A record of the running statistics over a training."""
+"""A record of the running statistics during training."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
@@ -26,34 +26,34 @@ def history(
     paths: globs.Paths = "**",
     channels: int | None = None,
 ) -> AnyStep:
-    """The step, which also keeps a record of the running statistics, for `diagnose` and pictures.
+    """Wrap a step so that it records running statistics, for `diagnose`, `scalars` and plots.
 
-    A logged step costs O(C) numbers for each layer and waits for the step to end. The record is a
-    dict of lists of plain numbers, so a checkpoint can hold it, and a resumed run goes on with it.
+    A logged step stores O(C) numbers per layer and waits for the step to finish. The record is a
+    dict of lists of plain numbers, so it fits into a checkpoint, and a resumed run can extend it.
 
     Guides: examples/guides/diagnosis.md, examples/guides/logging.md
 
     Args:
         step: what `bnjax.training.train_step` or `bnjax.nnx.train_step` returned.
-        record: `{}`, or the record of the steps before. To it are appended, for each logged step,
-            `"step"`, `"examples"` (the batch size) and `"params_norm"`; and in `"layers"`, for each
-            path, the running `"mean"` and `"var"` after the step and those of the batch alone,
+        record: `{}`, or the record of earlier steps. Each logged step appends `"step"`,
+            `"examples"` (the batch size) and `"params_norm"`; and in `"layers"`, for each path, the
+            running `"mean"` and `"var"` after the step and those of the batch alone,
             `"batch_mean"` and `"batch_var"`, each a list of C numbers.
-        momentum: weight of a new batch in the running statistics (PyTorch's convention), by which
-            the statistics of the batch are told from the running ones; None leaves them out. By
-            default each layer's own, as the step has met it.
-        every: log each so many-th step.
+        momentum: weight of the new batch in the running statistics (PyTorch's convention), from
+            which the batch's own statistics are recovered; None leaves them out. By default each
+            layer's own momentum, as seen when the step was traced.
+        every: log every so many steps.
         paths: which layers, as globs over module paths.
-        channels: how many channels of each, the first ones; all by default.
+        channels: how many channels to record per layer, from the first; all by default.
 
     Returns:
-        A step to use in the place of the one given.
+        A step to use in place of the one given.
     """
     fits = globs.any_of(paths)
     calls = 0
 
     def statistics(batch_stats: Any) -> dict[str, dict[str, np.ndarray]]:
-        def read(value: Any) -> np.ndarray:  # a copy: the step may reuse the memory of its argument
+        def read(value: Any) -> np.ndarray:  # a copy, as the step may reuse the memory
             return np.array(np.ravel(meta.unbox(value))[:channels], np.float64)
 
         layers = {"/".join(path): stats for path, stats in layers_of(batch_stats).items()}
@@ -92,9 +92,9 @@ def history(
 
 
 def held(trained: Any) -> dict[str, Any]:
-    """Parameters, statistics and the number of the step, of a state or of model and optimizer.
+    """Parameters, statistics and step number of a state, or of a model and its optimizer.
 
-    Without an optimizer there is no number.
+    Without an optimizer the number is None.
     """
     first, *others = trained
     if not isinstance(first, nnx.Module | nnx.State):
@@ -112,7 +112,7 @@ def held(trained: Any) -> dict[str, Any]:
 
 
 def _weight(step: Any, path: str, momentum: float | str | None) -> float | None:
-    """The momentum of a layer: its own, as the step has met it, or the one given."""
+    """The momentum of a layer: its own, as seen when the step was traced, or the one given."""
     if momentum != "own":
         return cast(float | None, momentum)
     met = getattr(step, "met", {}).get(path)
