@@ -74,11 +74,11 @@ def merge(a: Moments, b: Moments) -> Moments:
 def remat_policy() -> Callable[..., bool]:
     """A policy for `jax.checkpoint` and `nn.remat`: keep what is dear, recompute what is cheap.
 
+    Guide: examples/guides/numerics_and_speed.md
+
     It keeps the outputs of convolutions and matrix products, and the statistics of batch norms: a
     backward pass reduces nothing again, and devices do not talk again. Normalization, activations
     and sums are recomputed. Between the passes stays about half of what stays without it.
-
-    Guide: examples/guides/numerics_and_speed.md
 
     >>> from flax import linen as nn
     >>> Block = nn.remat(nn.Sequential, policy=remat_policy())

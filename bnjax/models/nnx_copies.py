@@ -146,7 +146,7 @@ class Copy:
         return {k: array for leaf in self._leaves(model).values() for k, array in leaf.items()}
 
     def _leaves(self, model: nnx.Module) -> dict[tuple[Any, ...], dict[Path, Any]]:
-        """The arrays in each variable, by its keys: just one, unless it holds a tree."""
+        """The arrays in each variable, by the keys of the variable: one, if it holds no tree."""
         return {
             keys: {
                 (_collection(leaf), *_names(keys), *_names(inner)): array

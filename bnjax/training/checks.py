@@ -85,7 +85,7 @@ def evaluation_step(step: Any) -> Iterator[None]:
 
 
 def mesh(value: Any) -> None:
-    """Require a mesh of JAX."""
+    """A mesh is JAX's."""
     if not isinstance(value, Mesh):
         raise TypeError(
             f"`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
@@ -100,7 +100,7 @@ def microbatches(value: Any) -> None:
 
 
 def not_donated(state: Any) -> None:
-    """Reject a state whose buffers were donated to an earlier step."""
+    """A state that a step has used up can't be used again."""
     gone = (isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state))
     if any(gone):
         raise ValueError(
