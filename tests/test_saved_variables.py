@@ -79,7 +79,7 @@ def test_several_models_and_those_of_pytorch_are_told():
     message = "`variables` hold those of several models, at ['ema', 'model']: pass one of them."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.diagnose(Net(), {"ema": variables, "model": variables}, [X])
-    message = "`variables` are the state dict of a PyTorch model. Convert them first, with "
+    message = "`variables` are the state dict of a PyTorch model. Convert them before, by "
     state_dict = {"bn.running_mean": np.zeros(3), "bn.running_var": np.ones(3)}
     for tree in (state_dict, {"state_dict": state_dict}):
         with pytest.raises(ValueError, match=f"^{message}"):

@@ -1,4 +1,4 @@
-"""Find the variables of a model in what a training has saved."""
+"""What in the tree that a training has saved are the variables of a model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ from bnjax.models.nnx_copies import restored
 from bnjax.models.statistics import Path
 
 _MODEL = ("params", "batch_stats")
-# What a training usually keeps beside them. Entries that are not dicts are not variables either.
+# What a training keeps beside them, by the usual names; what is no dict is none of theirs either.
 _TRAINING = ("opt_state", "optimizer", "step", "rng", "loss_scale", "dynamic_scale", "ema_params")
 
 
 def variables_of_model(model: nn.Module | nnx.Module, tree: Any) -> Any:
-    """Find the variables of a model in what a training has saved, in the form the tools take.
+    """The variables of a model in what a training has saved, as its tools take them.
 
     Args:
         model: a linen or nnx model.
         tree: its variables, which are returned as they are; or a `TrainState`, or a tree around
-            one, such as `bnjax.load` returns; for nnx a dict or tuple of states, or of what was
-            saved of them. None for an nnx model's own variables.
+            one, such as `bnjax.load` gives it; for nnx a dict or tuple of states, or of what was
+            saved of them. None for the variables that an nnx model has.
 
     Raises:
-        ValueError: the tree holds the variables of several models, or of a PyTorch model.
+        ValueError: there are the variables of several models, or those of a PyTorch model.
     """
     if isinstance(model, nnx.Module):
         if tree is None or isinstance(tree, nnx.State) or not _parts(tree):
@@ -40,20 +40,20 @@ def variables_of_model(model: nn.Module | nnx.Module, tree: Any) -> Any:
         )
     if not found and _is_torch(tree):
         raise ValueError(
-            "`variables` are the state dict of a PyTorch model. Convert them first, with "
+            "`variables` are the state dict of a PyTorch model. Convert them before, by "
             "`bnjax.from_torch(state_dict, model, variables)` or `bnjax convert FILE --like FLAX`."
         )
     return next(iter(found.values()), tree)
 
 
 def variables_in(tree: Any) -> Any:
-    """The variables of the only linen model in a tree; the tree itself if there is not just one."""
+    """The only variables of a linen model in a tree; or the tree, if there are none or several."""
     found = _linen(tree)
     return next(iter(found.values())) if len(found) == 1 else tree
 
 
 def _linen(tree: Any, path: str = "") -> dict[str, Any]:
-    """The variables of each linen model in a tree, by path; none inside another."""
+    """The variables of each linen model in a tree, by path, none inside another."""
     parts = _parts(tree)
     if not {*_MODEL} & {*parts}:
         inner = ((f"{path}/{key}" if path else str(key), part) for key, part in parts.items())
@@ -75,7 +75,7 @@ def _linen(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _parts(tree: Any) -> Mapping[Any, Any]:
-    """The children of a tree by name; a leaf has none."""
+    """The parts of a tree by name; none of a leaf."""
     if isinstance(tree, nnx.Pytree):
         tree = nnx.state(tree)
     if isinstance(tree, nnx.State):
@@ -90,7 +90,7 @@ def _parts(tree: Any) -> Mapping[Any, Any]:
 
 
 def _slow(params: Any, trained: bool) -> Any:
-    """With `optax.lookahead`, the slow one of the two sets of parameters; else the parameters."""
+    """Of the two sets of parameters that `optax.lookahead` keeps the one to evaluate with."""
     parts = _parts(params)
     if trained and {*parts} == {"fast", "slow"}:
         alike = [jax.tree.map(jax.numpy.shape, part) for part in parts.values()]
@@ -99,7 +99,7 @@ def _slow(params: Any, trained: bool) -> Any:
 
 
 def _of_nnx(model: nnx.Module, tree: Any) -> Any:
-    """The subtree that has all arrays of an nnx model, except for its random keys."""
+    """The part of a tree with all arrays of an nnx model, but for its random keys."""
     states = nnx.state(model, nnx.RngState, ...)
     random, wanted = ({*map("/".join, _flat(state))} for state in states)
     level = {"": tree}
@@ -125,7 +125,7 @@ def _of_nnx(model: nnx.Module, tree: Any) -> Any:
 
 
 def of_variable(names: Path) -> Path:
-    """The path of an nnx variable, which orbax may have saved as {"value": array}."""
+    """The path of an nnx variable, of which orbax may have saved {"value": array}."""
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
 

@@ -51,21 +51,20 @@ def impossible(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
 
 
 def merge_batch_stats(batch_stats: Any, axis: int = 0) -> Any:
-    """Merge several sets of running statistics, such as those of devices that never communicated.
+    """One set of running statistics from several, such as those of devices that never talked.
 
-    Takes the mean of the means and, by the law of total variance, the mean of the variances plus
-    the variance of the means, all sets weighing the same. (The mean of the variances alone is too
-    small.)
-
-    Guides: examples/guides/devices.md, examples/guides/scale.md
+    The mean of the means, and by the law of total variance the mean of the variances plus the
+    variance of the means; each weighs alike. (The mean of the variances alone is too small.)
 
     Args:
-        batch_stats: a collection whose arrays have an extra axis, as from `pmap` without an axis
-            name in the layers.
-        axis: the extra axis.
+        batch_stats: a collection whose arrays have one more axis, as `pmap` without an axis name
+            returns it.
+        axis: that axis.
 
     Returns:
-        The collection without it.
+        The collection without that axis.
+
+    Guides: examples/guides/devices.md, examples/guides/scale.md
 
     Raises:
         ValueError: the statistics have no such axis.

@@ -8,7 +8,6 @@ from flax import nnx
 from flax.core import meta
 
 from bnjax import globs
-from bnjax.models.saved import variables_in
 from bnjax.models.statistics import layers_of
 from bnjax.training import checks
 from bnjax.training.history import held
@@ -102,13 +101,18 @@ def _of_record(record: Mapping[str, Any]) -> tuple[dict[str, Arrays], dict[str, 
 
 def _layers(trained: Any) -> dict[str, Arrays]:
     """The arrays of each batch norm by path: its statistics, and its scale if it has one."""
-    is_nnx = isinstance(trained, nnx.Module | nnx.State)
-    tree = held((trained, None)) if is_nnx else variables_in(trained)
-    tree = tree if isinstance(tree, Mapping) else {}
+    if isinstance(trained, nnx.Module | nnx.State):
+        tree: Any = held((trained, None))
+    elif isinstance(trained, Mapping):
+        tree = trained
+    else:
+        tree = {name: getattr(trained, name, {}) for name in ("params", "batch_stats")}
+    params = tree.get("params", {})
+    params = getattr(params, "slow", params)  # of lookahead
     found = {}
     for path, stats in layers_of(tree.get("batch_stats", {})).items():
         arrays = {name: _array(stats[name]) for name in ("mean", "var", "count") if name in stats}
-        node = tree.get("params", {})
+        node = params
         for name in path:
             node = node.get(name, {}) if isinstance(node, Mapping) else {}
         if isinstance(node, Mapping) and "scale" in node:
