@@ -172,7 +172,7 @@ def poolable(layer: Any, statistics: Collection[str], path: str) -> None:
 
 
 def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
-    """Require names of fields of batch norm layers."""
+    """An override names fields that batch norm layers have."""
     unknown = sorted(set(fields) - known)
     if unknown or not fields:
         raise TypeError(
