@@ -9,7 +9,7 @@ import numpy as np
 
 _FITS, _FAR, _AFTER = "C0", "C3", "C1"  # colours of layers, and of lines
 _BATCH, _RUNNING = "batch statistic", "running statistic"
-_NAMED = 6  # so many names can be read below a picture of any number of layers
+_NAMED = 6  # how many names are legible below a picture, whatever the number of layers
 
 
 def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
@@ -141,7 +141,7 @@ def _draw_modes(side: Any, modes: Sequence[tuple[str, float, float]]) -> None:
 
 
 def _draw_layers(axis: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    """What runs against what batches scatter by: a bar and a line with a dot for each layer."""
+    """Draw each layer's running statistics, as a line with a dot, over the spread of batches."""
     at, colors = range(len(rows)), [_color(row) for row in rows]
     low, middle, high = np.array([row[name] for row in rows]).reshape(-1, 3).T
     spread = np.array([row[f"{name}_spread"] for row in rows])
@@ -167,7 +167,7 @@ def _layer_legend(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def _apart(order: Sequence[int], gap: int) -> list[int]:
-    """The first few, but none whose name would be written over another."""
+    """The first few, skipping those whose names would overlap."""
     shown: list[int] = []
     for index in order:
         if len(shown) < _NAMED and all(abs(index - other) > gap for other in shown):
@@ -199,7 +199,7 @@ def _ratio_axis(axis: Any) -> None:
 
 
 def _figure(rows: int, columns: int) -> tuple[Any, np.ndarray]:
-    # The object interface, without pyplot: no global state, and no window wanted.
+    # The object interface instead of pyplot: no global state, and no window.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * columns, 2.7 * rows + 0.3), dpi=120, layout="constrained")

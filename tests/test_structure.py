@@ -55,6 +55,7 @@ FLOORS = {
         {"compiled", "gradients", "state"},
         {"attempts"},
         {"averaging", "history", "nnx_steps", "steps"},
+        {"logging"},
     ),
     "bnjax.checkpoints": (
         {"contents", "tensors"},

@@ -36,6 +36,8 @@ def init(
 ) -> tuple[Params, BatchStats]:
     """Parameters and running statistics of a new batch norm.
 
+    Guide: examples/guides/running_statistics.md
+
     Args:
         num_features: number of channels, C.
         affine: learn a scale (ones) and a bias (zeros); otherwise `params` is `{}`. With banks,
@@ -107,6 +109,8 @@ def batch_norm(
     (biased) variance are those of this batch if `mutable`, or if there are no running statistics,
     and the running ones otherwise. If `mutable`,
     `running = (1 - momentum) * running + momentum * batch`, as in `torch.nn.BatchNorm2d`.
+
+    Guides: examples/guides/conventions.md, examples/guides/numerics_and_speed.md
 
     Args:
         params: `{"scale": (C,), "bias": (C,)}`, either alone, or `{}`.

@@ -74,6 +74,8 @@ def merge(a: Moments, b: Moments) -> Moments:
 def remat_policy(*applied: Any, **to: Any) -> Callable[..., bool]:
     """A policy for `jax.checkpoint` and `nn.remat`: keep what is dear, recompute what is cheap.
 
+    Guide: examples/guides/numerics_and_speed.md
+
     It keeps the outputs of convolutions and matrix products, and the statistics of batch norms: a
     backward pass reduces nothing again, and devices do not talk again. Normalization, activations
     and sums are recomputed. Between the passes stays about half of what stays without it.

@@ -198,6 +198,8 @@ class BatchNorm2d(TorchBatchNorm):
     variables to half precision; a `lax.scan` that carries such statistics says that their dtype
     changes: cast them back to float32 first.
 
+    Guides: examples/guides/conventions.md, examples/guides/running_statistics.md
+
     Attributes:
         num_features: number of channels, C; None takes it from the first input.
         eps: added to the variance.
@@ -241,6 +243,8 @@ class BatchNorm(_Layer):
     statistics are exact at any mean, whatever `use_fast_variance` and `force_float32_reductions`
     say, NaN under a mask stays there, a batch without a finite mean and variance moves nothing, and
     the mean of complex input is complex from the start, so that `lax.scan` can carry it.
+
+    Guide: examples/guides/conventions.md
 
     Attributes:
         use_running_average: use the statistics in `batch_stats` instead of the batch's. Give it

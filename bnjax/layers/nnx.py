@@ -237,6 +237,8 @@ class BatchNorm2d(TorchBatchNorm):
             a call wins over it.
         rngs: where the initializers of `scale` and `bias` get their keys.
 
+    Guides: examples/guides/conventions.md, examples/guides/running_statistics.md
+
     >>> layer = BatchNorm2d(3, rngs=nnx.Rngs(0))
     >>> y = layer(jnp.ones((2, 4, 4, 3)))
     >>> [round(v, 4) for v in layer.mean[...].tolist()]  # 0.9 * 0 + 0.1 * 1
@@ -271,6 +273,8 @@ class BatchNorm(_Layer):
         using: bnjax's own, as for `BatchNorm2d`.
         banks: bnjax's own, as for `BatchNorm2d`; then `use_bias` and `use_scale` may be "own" or
             "both".
+
+    Guide: examples/guides/conventions.md
     """
 
     def __init__(

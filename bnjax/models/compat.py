@@ -1,4 +1,4 @@
-"""The private or moving parts of flax that the tools stand on."""
+"""The private or unstable parts of flax that the tools rely on."""
 
 from typing import Any
 

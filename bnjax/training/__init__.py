@@ -6,6 +6,7 @@ from bnjax._names import front
 from bnjax.models.batches import pad_batch
 from bnjax.training.averaging import Average
 from bnjax.training.history import history
+from bnjax.training.logging import scalars
 from bnjax.training.state import TrainState, commit, init_state
 from bnjax.training.steps import Step, eval_step, evaluate, train_step
 
@@ -19,6 +20,7 @@ __all__ = [
     "history",
     "init_state",
     "pad_batch",
+    "scalars",
     "train_step",
 ]
 

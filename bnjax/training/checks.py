@@ -1,4 +1,4 @@
-"""What a step of a training is made of, and what it is given."""
+"""Checks of what a training step is built from and called with."""
 
 import contextlib
 import inspect
@@ -18,10 +18,10 @@ from bnjax.models.compat import is_traced
 
 
 def linen_model(model: Any) -> None:
-    """A linen state is of a linen model."""
+    """Require a linen model."""
     if isinstance(model, nnx.Module):
         raise TypeError(
-            "`model` is an nnx model, whose parameters and statistics are its own. Train it with "
+            "`model` is an nnx model, which holds its own parameters and statistics. Train it with "
             "optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param); step = "
             "bnjax.nnx.train_step(loss_fn); metrics = step(model, optimizer, batch)."
         )
@@ -30,7 +30,7 @@ def linen_model(model: Any) -> None:
 
 @contextlib.contextmanager
 def input_not_batch(x: Any, inputs: Any) -> Iterator[None]:
-    """A model is initialized with its input, not with the batch that holds it."""
+    """Tell a user who initializes a model with a batch to pass its input."""
     try:
         yield
     except Exception as error:
@@ -44,7 +44,7 @@ def input_not_batch(x: Any, inputs: Any) -> Iterator[None]:
 
 
 def same_leaves(new: Any, old: Any) -> list[Any]:
-    """What a step returns has the tree of what it was given, dicts of one kind or another."""
+    """Require that a step keeps the structure of the state; kinds of dicts may differ."""
     new, old = jax.tree.leaves_with_path(new), jax.tree.leaves_with_path(old)
     names = [{jax.tree_util.keystr(path) for path, _ in tree} for tree in (new, old)]
     if names[0] != names[1]:
@@ -56,17 +56,17 @@ def same_leaves(new: Any, old: Any) -> list[Any]:
 
 
 def without_mutable(apply_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is passed to the model, in which a step says itself what is mutable."""
+    """The arguments for the model's call; the step itself decides what is mutable."""
     if "mutable" in (apply_kwargs or {}):
         raise TypeError(
-            "`apply_kwargs` must leave `mutable` out: a training step keeps what every collection "
-            "of the model becomes."
+            "`apply_kwargs` must leave `mutable` out: a training step keeps the updates of all "
+            "collections."
         )
     return dict(apply_kwargs or {})
 
 
 def loss_function(value: Any) -> None:
-    """A step is made of a function."""
+    """Require a loss function."""
     if not callable(value):
         raise TypeError(
             f"`loss_fn` must be a function, loss_fn(outputs, batch), got {type(value).__name__}."
@@ -116,7 +116,7 @@ def random_key(key: Any) -> None:
 
 @contextlib.contextmanager
 def evaluation_step(step: Any) -> Iterator[None]:
-    """`evaluate` takes the step, not what it is made of."""
+    """Tell a user who passes something else to `evaluate` to pass the step."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -138,7 +138,7 @@ def totals(found: Any) -> None:
 
 
 def microbatches(value: Any) -> None:
-    """A batch is cut into a whole number of parts."""
+    """Require a positive number of micro-batches."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`microbatches` must be an int of 1 or more, got {value!r}.")
 
@@ -148,14 +148,14 @@ def not_donated(state: Any) -> None:
     held = (leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
     if any(leaf.is_deleted() for leaf in held if not is_traced(leaf)):
         raise ValueError(
-            "This state was passed to a step before, which reuses its memory, so its arrays are "
-            "gone. Go on with the state that the step returned: state, metrics = step(state, "
-            "batch); or keep it by train_step(..., donate=False)."
+            "This state was passed to an earlier step, which reused its memory, so its arrays are "
+            "gone. Continue with the state that the step returned: state, metrics = step(state, "
+            "batch); or keep it with train_step(..., donate=False)."
         )
 
 
 def divides(size: int, devices: int, microbatches: int) -> None:
-    """A training batch is cut into equal parts."""
+    """Require a training batch that splits into equal parts."""
     if size % (devices * microbatches):
         mesh = [f"the {devices} devices of the mesh (of this process)"] if devices > 1 else []
         parts = [f"{microbatches} micro-batches"] if microbatches > 1 else []
@@ -166,7 +166,7 @@ def divides(size: int, devices: int, microbatches: int) -> None:
 
 
 def some_moves(moving: Collection[str], still: Collection[str]) -> None:
-    """In a training step the statistics of some batch norm move; none stays still unasked."""
+    """Warn if a training step updates no running statistics, unless they are frozen."""
     left = list(still)
     if left and not moving:
         warn_once(
@@ -178,19 +178,46 @@ def some_moves(moving: Collection[str], still: Collection[str]) -> None:
 
 
 def nnx_model(model: Any) -> None:
-    """An nnx step takes an nnx model."""
+    """Require an nnx model."""
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"`model` must be a flax.nnx.Module, got {type(model).__name__}. For a linen model "
-            "there are bnjax.training.train_step and eval_step."
+            f"`model` must be a flax.nnx.Module, got {type(model).__name__}. For a linen model use "
+            "bnjax.training.train_step and eval_step."
         )
 
 
 def nnx_training(model: Any, optimizer: Any) -> None:
-    """An nnx model is trained by an nnx optimizer."""
+    """Require an nnx model and an nnx optimizer."""
     nnx_model(model)
     if not isinstance(optimizer, nnx.Optimizer):
         raise TypeError(
-            "`optimizer` must be an nnx.Optimizer, as nnx.Optimizer(model, optax.adam(1e-3), "
-            f"wrt=nnx.Param) makes it, got {type(optimizer).__name__}."
+            "`optimizer` must be an nnx.Optimizer, such as nnx.Optimizer(model, optax.adam(1e-3), "
+            f"wrt=nnx.Param), got {type(optimizer).__name__}."
+        )
+
+
+def record_alone(other: Any) -> None:
+    """Reject a second argument beside a record, which already has both statistics."""
+    if other is not None:
+        raise TypeError(
+            "`other` must be None with a record of bnjax.training.history, which already holds the "
+            f"statistics of the last batch, got {type(other).__name__}."
+        )
+
+
+def some_statistics(layers: Collection[str]) -> None:
+    """Require running statistics to log."""
+    if not layers:
+        raise ValueError(
+            "`trained` must hold running statistics, but has none: pass a TrainState, variables "
+            "with `batch_stats`, an nnx model, or a record of bnjax.training.history."
+        )
+
+
+def same_channels(path: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+    """Require layers with the same channels in both trees."""
+    if ours != theirs:
+        raise ValueError(
+            f"`trained` and `other` must be of the same model, but the batch norm at "
+            f"{where([path])} has {ours[0]} channels in one and {theirs[0]} in the other."
         )

@@ -1,4 +1,4 @@
-"""What the batch norms of a model see over some batches, O(C) numbers for each layer."""
+"""Measure what the batch norms of a model see over some batches, O(C) numbers per layer."""
 
 import dataclasses
 import operator
@@ -27,7 +27,7 @@ Part = tuple[Path, int | None]  # a layer, or one of its banks
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """One batch norm that keeps statistics, and those of the batches; in float64, each (C,).
+    """A batch norm's running statistics, and those of the batches; in float64, each (C,).
 
     Each bank is a layer by itself.
     """
@@ -39,20 +39,20 @@ class Layer:
     var: np.ndarray
     scale: np.ndarray | None  # if one is learned
     batch_mean: np.ndarray  # over all batches
-    # The average over batches, with the layer's correction: what the running one comes to.
+    # The average over batches, with the layer's correction: what the running one converges to.
     batch_var: np.ndarray
-    all_var: np.ndarray  # the biased one of all batches together, with that of their means
+    all_var: np.ndarray  # the biased one of all batches pooled, including that of their means
     # Standard deviations, from batch to batch, of the mean and of the logarithm of the variance.
     mean_spread: np.ndarray
     var_spread: np.ndarray
     values: float  # per channel in the largest batch
     limited: np.ndarray  # in which part of the batches batch renormalization was at its limits
     lost: np.ndarray  # in how many batches the statistics were not finite
-    seen: bool  # in any batch; not if the layer is frozen, or batches are too small
+    seen: bool  # whether it ran in training; not if it is frozen, or batches are too small
 
     @property
     def std(self) -> np.ndarray:
-        """What the layer divides by in training: the root of the batches' variance plus eps."""
+        """The divisor in training: the square root of the batches' variance plus eps."""
         return np.sqrt(self.batch_var + self.kind.eps)
 
     @property
@@ -64,25 +64,25 @@ class Layer:
     def var_ratio(self) -> np.ndarray:
         """The running variance as a multiple of the batches', both with eps.
 
-        That is the average of a batch and of a call, as training leaves it, or all of them
-        together, as `recalibrate` does: what lies between is as right as these.
+        The batches' variance may be their average, which training converges to, or that of all
+        batches pooled, as from `recalibrate`. Anything in between counts as equal.
         """
         right = np.clip(self.var, self.batch_var, np.maximum(self.all_var, self.batch_var))
         return (self.var + self.kind.eps) / (right + self.kind.eps)
 
     @property
     def poisoned(self) -> np.ndarray:
-        """Which channels have running statistics that are not finite, or a negative variance."""
+        """The channels with running statistics that are not finite, or a negative variance."""
         return impossible(self.mean, self.var)
 
     @property
     def fresh(self) -> bool:
-        """Whether the running statistics are what initialization makes them."""
+        """Whether the running statistics have their initial values."""
         return not self.mean.any() and bool((self.var == 1).all())
 
     @property
     def compared(self) -> bool:
-        """Whether there is anything to compare: both statistics, in a channel at least."""
+        """Whether there are running and batch statistics to compare, in at least one channel."""
         return self.seen and not self.poisoned.all()
 
     @property
@@ -99,8 +99,8 @@ class Layer:
     def distance(self) -> float:
         """From running to batch statistics, in standard deviations of the output.
 
-        Root mean square over the channels of both what the mean is off by, and of the logarithm of
-        the ratio of the standard deviations.
+        The root mean square over the channels of the distance of the means and the logarithm of
+        the ratio of standard deviations.
         """
         if not self.compared:
             return 0.0
@@ -110,7 +110,7 @@ class Layer:
 
     @property
     def spread(self) -> float:
-        """From the statistics of one batch to those of the next, measured alike."""
+        """The same from one batch to the next."""
         square = (self.mean_spread / self.std) ** 2 + (self.var_spread / 2) ** 2
         return float(np.sqrt(np.mean(square))) if self.seen else 0.0
 
@@ -121,9 +121,9 @@ class Measured:
 
     layers: tuple[Layer, ...]  # those that keep statistics
     untracked: tuple[str, ...]  # paths of those that keep none
-    by_batch: tuple[str, ...]  # of those that keep some and do without them in evaluation
-    by_policy: Mapping[str, str]  # what normalizes with the batch in evaluation, as it was asked to
-    training: tuple[str, ...]  # of those of an nnx model that `.eval()` has not reached
+    by_batch: tuple[str, ...]  # paths of those that keep some but do not use them in evaluation
+    by_policy: Mapping[str, str]  # policies, by path, that take the batch in evaluation
+    training: tuple[str, ...]  # paths of those in an nnx model that are in training mode
     batches: int
     examples: int  # in the largest batch
     moved: tuple[str, ...]  # paths of statistics that an evaluation changed
@@ -132,11 +132,11 @@ class Measured:
     gap: float
     mates: float
     losses: dict[str, dict[str, float]]  # means in "train" and "eval"; empty without a loss_fn
-    strangers: Mapping[str, str]  # classes, by path, of what keeps statistics and is not known
-    unequal: dict[str, float]  # how many deviations the statistics of devices differ, by path
+    strangers: Mapping[str, str]  # classes, by path, of unknown modules that keep statistics
+    unequal: dict[str, float]  # by how many deviations the statistics of devices differ, by path
     params_norm: float  # of all parameters together
     nnx: bool
-    kwargs: Mapping[str, Any]  # what the model was called with besides the input
+    kwargs: Mapping[str, Any]  # the extra arguments of the model's call
 
 
 def measured(
@@ -147,7 +147,7 @@ def measured(
     layout: Layout,
     kwargs: Mapping[str, Any],
 ) -> Measured:
-    """Run the batches through the model, and one of them once more with other batch mates."""
+    """Run the batches through the model, and one of them again with other batch mates."""
     checks.several_batches(batches)
     run = None
     for batch in map(layout.named, batches):
@@ -167,7 +167,7 @@ def _training(model: Any) -> set[str]:
 def _fitting(
     model: Any, variables: Any, batch: Any, loss_fn: LossFn | None, layout: Layout, kwargs: Any
 ) -> tuple[Passes, Any, dict[str, float]]:
-    """The variables that fit the model, among them those of one device of several."""
+    """The passes and the variables that fit the model, possibly merged from several devices."""
     checks.flax_model(model)
     failures = []
     for reading in readings(model, variables):
@@ -218,7 +218,7 @@ class _Run:
         for path, bank in layers.keys() - self.sums:
             self.sums[path, bank] = _Sums(self.kinds[path].correction)
         if any([self.sums[part].lost_in(seen) for part, seen in layers.items()]):
-            return  # what other layers made of this batch says nothing about them
+            return  # this batch says nothing about the other layers
         for part, seen in layers.items():
             self.sums[part].add(seen)
         self.gaps += found["gap"]
@@ -280,7 +280,7 @@ class _Run:
         )
 
     def _mates(self) -> float:
-        """How the outputs of the first half of a batch change with the other half."""
+        """How much the outputs of the first half of a batch depend on the other half."""
         if self.first is None:
             return 0.0
         batch, outputs = self.first
@@ -305,7 +305,7 @@ class _Run:
 
 
 class _Sums:
-    """Averages, by count, of what a layer saw, per channel, in float64 (Welford 1962)."""
+    """Averages by count of what a layer saw, per channel, in float64 (Welford 1962)."""
 
     def __init__(self, correction: int) -> None:
         self.correction, self.values, self.total = correction, 0.0, 0.0
@@ -316,7 +316,7 @@ class _Sums:
         self.var = self.biased = self.log = self.between = self.log_between = self.mean
 
     def lost_in(self, seen: Seen) -> bool:
-        """Note channels whose statistics in a batch are not finite; whether there is one."""
+        """Record channels with statistics that are not finite; return whether there are any."""
         values = np.asarray(seen.values).ravel()
         self.values = max(self.values, float(values.max(initial=0)))
         fine = np.isfinite(seen.mean) & np.isfinite(seen.var)
@@ -325,7 +325,7 @@ class _Sums:
         return bool(lost.any())
 
     def add(self, seen: Seen) -> None:
-        """Add one batch, in whose channels all is finite or nothing counts."""
+        """Add a batch in which each channel is finite or has no values."""
         calls, mean, var, between, values, limited = (
             np.asarray(part, np.result_type(part, np.float64)).ravel() for part in seen
         )
@@ -349,7 +349,7 @@ class _Sums:
 
     def statistics(self) -> dict[str, Any]:
         """The fields of a `Layer` that are measured."""
-        # A smaller batch scatters more and counts less: both together as the largest would.
+        # Smaller batches vary more and count less; together, as much as the largest would.
         freedom = np.maximum(self.batches - 1, 1) * max(self.values, 1.0)
         return {
             "batch_mean": self.mean,
