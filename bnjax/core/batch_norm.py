@@ -79,7 +79,7 @@ def init(
         if counts(momentum, using):
             batch_stats["count"] = jnp.zeros(rows, jnp.int32)
         if isinstance(momentum, str):
-            batch_stats |= pooled_from(**batch_stats)
+            batch_stats |= pooled_from(mean, batch_stats["var"])
     return params, batch_stats
 
 

@@ -91,6 +91,12 @@ def norm_facts(visit: Visit) -> dict[str, Any]:
         reason = "the batch norm has no running statistics"
     elif visit.mask is not None:
         reason = "the batch norm is given a mask, which it does not need in evaluation"
+    elif does.by_batch:
+        reason = f"the batch norm normalizes with its input in evaluation, by using={does.using}"
+    elif does.banks is not None:
+        reason = "the batch norm has banks: fold what bnjax.select_bank(variables, bank) returns"
+    elif {"scale", "bias"} & visit.extra.keys():
+        reason = "the batch norm is given a scale or a bias for each example"
     axes = checks.feature_axes(does.axis, jnp.ndim(visit.x))
     return {"reason": reason, "affine": does.affine, "axes": axes, "eps": does.eps}
 
