@@ -212,7 +212,9 @@ def test_a_step_with_an_item_for_each_collection_is_read_as_a_whole(tmp_path):
 
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         for step in (9, 10):
-            saves = {name: ocp.args.StandardSave(part) for name, part in VARIABLES.items()}
+            saves: dict[str, Any] = {
+                name: ocp.args.StandardSave(part) for name, part in VARIABLES.items()
+            }
             saves["records"] = ocp.args.JsonSave({"loss": step})
             manager.save(step, args=ocp.args.Composite(**saves))
         manager.wait_until_finished()
