@@ -217,6 +217,7 @@ def diagnose(
     data: Annotated[
         Path, typer.Option(help="The inputs: an .npy, or an .npz that has them in `x` or alone.")
     ],
+    key: Key = None,
     batch_size: Annotated[int, typer.Option(min=1, help="That of the training.")] = 64,
     apply: Annotated[
         str, typer.Option(help='What you evaluate with, as JSON: {"train": false}.')
@@ -232,7 +233,7 @@ def diagnose(
     from bnjax.models.diagnosis import diagnose as diagnosed
 
     with failing(FAILED):
-        made, tree, x = made_by(model), files.load(variables), inputs(data)
+        made, tree, x = made_by(model), files.load(variables, key=key), inputs(data)
         if isinstance(made, nnx.Module):
             made.eval()
         batches = [x[start : start + batch_size] for start in range(0, len(x), batch_size)]
