@@ -248,6 +248,7 @@ def diagnose(
             help="The inputs: an .npy file, or an .npz file with one array or one named `x`."
         ),
     ],
+    key: Key = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="The batch size that the model was trained with.")
     ] = 64,
@@ -273,7 +274,7 @@ def diagnose(
     from bnjax.models.diagnosis import diagnose as diagnosed
 
     with failing(FAILED):
-        made, tree, x = made_by(model), files.load(variables), inputs(data)
+        made, tree, x = made_by(model), files.load(variables, key=key), inputs(data)
         if isinstance(made, nnx.Module):
             made.eval()
         batches = [x[start : start + batch_size] for start in range(0, len(x), batch_size)]
