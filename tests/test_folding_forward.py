@@ -306,7 +306,7 @@ def test_a_layer_between_two_batch_norms_takes_both():
 def test_what_cannot_go_back_goes_forward():
     model = Around(lambda bn, a, b, x: b(bn(y := a(x))) + y)
     folded = assert_folded(*prepare(model, (5, 4)))
-    assert reasons(folded)["a", "bn"] == (
+    assert reasons(folded)["a", ""] == (
         "its output goes into 'bn' and add, not only into a batch norm"
     )
     assert reasons(folded)["b", "bn"] is None
