@@ -1,7 +1,7 @@
 """Batch normalization for JAX and Flax, done completely."""
 
 from bnjax import diagnosis, linen, masks, nnx, training
-from bnjax.checkpoints.conversion import from_torch, to_torch
+from bnjax.checkpoints.conversion import from_torch, to_torch, torch_outputs
 from bnjax.checkpoints.files import load, save
 from bnjax.core.batch_norm import batch_norm, init
 from bnjax.core.moments import remat_policy
@@ -39,6 +39,7 @@ __all__ = [
     "remat_policy",
     "save",
     "to_torch",
+    "torch_outputs",
     "trainable_labels",
     "training",
 ]
