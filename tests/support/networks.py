@@ -83,13 +83,14 @@ class KhmerOcr(nn.Module):
         ):
             layers += [conv(features, pad), bnjax.BatchNorm2d(features), nn.relu, *after]
         self.cnn = nn.Sequential(layers)
-        both = lambda: [nn.RNN(nn.OptimizedLSTMCell(256)) for _ in range(2)]  # noqa: E731
+        both: Any = lambda: [nn.RNN(nn.OptimizedLSTMCell(256)) for _ in range(2)]  # noqa: E731
         self.rnn = [nn.Bidirectional(*both()) for _ in range(2)]
         self.fc = nn.Dense(984)
 
-    def __call__(self, x):
+    def __call__(self, x: Any) -> Any:
         x = self.cnn(x).mean(1)
-        for layer in self.rnn:
+        layers: Any = self.rnn
+        for layer in layers:
             x = layer(x)
         return self.fc(x)
 
@@ -133,8 +134,9 @@ class Voices(nn.Module):
         self.lstm = [nn.RNN(nn.LSTMCell(256)) for _ in range(3)]
         self.linear = nn.Dense(256)
 
-    def __call__(self, x):
-        for layer in self.lstm:
+    def __call__(self, x: Any) -> Any:
+        layers: Any = self.lstm
+        for layer in layers:
             x = layer(x)
         x = nn.relu(self.linear(jnp.asarray(x)[:, -1]))
         return x / jnp.linalg.norm(x, axis=1, keepdims=True)

@@ -53,7 +53,8 @@ class Plan:
         problems.refuse(self.problems, values)
 
     def split(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """PyTorch's arrays, and the parts of those that are stacked."""
+        """PyTorch's arrays, and the parts of those that are stacked, on the way to Flax."""
+        self.problems += [line for each in self.stacks for line in each.lost(arrays)]
         return {**arrays, **_parts(self.stacks, arrays)}
 
     def join(self, arrays: dict[str, np.ndarray], old: Arrays) -> dict[str, np.ndarray]:
@@ -101,9 +102,15 @@ def find(torch: Arrays, leaves: Mapping[Name, Leaf], ruled: Rules, options: Opti
             pairs |= dict.fromkeys(keys, names[0])
         else:
             ambiguous.append((keys, names))
+    lost = {key: wanted[key] for key in matching.torch_only}
+    owners = {name: key for key, name in pairs.items()}
+    for key, name in match(lost, owners).pairs.items():
+        if _equal(torch[key], torch[owners[name]]):
+            pairs[key] = name
+            del lost[key]
     alone = {*matching.flax_only}
     left = [each for each in ruled.blocks if _inside(each) <= alone]
-    stacks, layers = _stacks({key: wanted[key] for key in matching.torch_only}, torch, left)
+    stacks, layers = _stacks(lost, torch, left)
     alone -= {name for each in stacks for name in _inside(each.block)}
     paired = {name for each in stacks for name in each.group.keys.values()}
     for each in stacks:
@@ -121,8 +128,8 @@ def find(torch: Arrays, leaves: Mapping[Name, Leaf], ruled: Rules, options: Opti
         twins,
         ambiguous,
         {
-            key: wanted[key]
-            for key in matching.torch_only
+            key: name
+            for key, name in lost.items()
             if key not in paired and key not in same and not _counts_batches(key, pairs)
         },
         [name for name in matching.flax_only if name in alone],
@@ -153,8 +160,6 @@ def plan(torch: Arrays, leaves: Mapping[Name, Leaf], options: Options, model: An
         return None if after.flax_only or after.ambiguous else after
 
     lines = problems.of_names(found, torch, leaves, ruled, options.rename, attempt)
-    for each in found.stacks:
-        lines += each.lost(torch)
     for key, (name, placed) in pairs.items():
         lines += problems.misfits(key, arrays[key], leaves[name], name, placed)
     read = {

@@ -38,8 +38,8 @@ class Rules(NamedTuple):
         self, name: Name, shape: Sequence[int], torch: Sequence[int] | None = None
     ) -> Layout:
         """The layout of an array; with the shape that it has in PyTorch, where that is known."""
-        if torch is not None and {tuple(shape), tuple(torch)} <= {(), (1,)}:
-            return Layout(tuple(shape), (1,) * len(torch), tuple(range(len(torch))))
+        if torch is not None and _is_same_row(name.leaf, shape, torch):
+            return Layout(tuple(shape), tuple(torch), tuple(range(len(torch))))
         inputs = None
         if name.leaf == "kernel" and len(shape) > 2 and not name.statistic:
             inputs = self.general.get(name.module)
@@ -80,6 +80,13 @@ def fitting(argument: str, patterns: globs.Paths, paths: Iterable[str], what: st
         check_fits(argument, pattern, bool(fitting), there, what)
         found |= fitting
     return found
+
+
+def _is_same_row(leaf: str, shape: Sequence[int], torch: Sequence[int]) -> bool:
+    """Whether it is one number in both, or the scale of a WeightNorm: (out, 1) in PyTorch."""
+    if leaf.endswith("/scale"):
+        return [*torch[:1]] == [*shape] and set(torch[1:]) <= {1}
+    return {tuple(shape), tuple(torch)} <= {(), (1,)}
 
 
 def _general(shapes: Mapping[Name, tuple[int, ...]], found: Iterable[Block]) -> dict[Path, int]:
