@@ -30,6 +30,7 @@ Training
 Files
     load, save              .safetensors, .pth, .msgpack and orbax checkpoints
     from_torch, to_torch    variables from a PyTorch state dict, and back
+    torch_outputs           what a PyTorch model gives, layer by layer, to check against
 
 On the command line, `bnjax inspect`, `bnjax convert` and `bnjax diagnose`.
 """

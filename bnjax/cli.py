@@ -221,7 +221,7 @@ def convert(
         options = {
             "rename": dict(pair(text) for text in rename) if rename else None,
             "ignore": ignore or (),
-            "flatten": {layer: shape(text) for layer, text in map(pair, flatten or ())},
+            "flatten": {layer: shape(text) for layer, text in map(pair, flatten or ())} or None,
             "transposed": transposed,
         }
         if template is not None:
@@ -380,8 +380,11 @@ def is_flax(tree: dict[str, Any]) -> bool:
     """Whether names are those of linen variables or an nnx state."""
     from flax.traverse_util import flatten_dict
 
-    last = {names[-1] for names in flatten_dict(tree)}
-    return bool({"params", "batch_stats"} & {*tree} or {"kernel", "scale", "mean", "var"} & last)
+    from bnjax.models.variables import of_variable
+
+    last = {of_variable(tuple(map(str, names)))[-1] for names in flatten_dict(tree)}
+    known = {"kernel", "scale", "embedding", "mean", "var"} & last
+    return bool(known or ({"params", "batch_stats"} & {*tree} and not "".join(last).count(".")))
 
 
 def as_variables(tree: dict[str, Any]) -> Any:
@@ -394,8 +397,13 @@ def as_variables(tree: dict[str, Any]) -> Any:
     from bnjax.models.variables import of_variable
 
     flat = {of_variable(keys): x for keys, x in flatten_dict(tree).items()}
+    streams = {keys[:-1] for keys in flat if keys[-1] == "key"}
     kinds = {"mean": nnx.BatchStat, "var": nnx.BatchStat, "count": nnx.BatchStat}
-    return nnx.from_flat_state((k, kinds.get(k[-1], nnx.Param)(x)) for k, x in flat.items())
+
+    def kind(keys: tuple[Any, ...]) -> Any:
+        return nnx.RngState if keys[:-1] in streams else kinds.get(keys[-1], nnx.Param)
+
+    return nnx.from_flat_state((keys, kind(keys)(x)) for keys, x in flat.items())
 
 
 def pair(text: str) -> tuple[str, str]:
