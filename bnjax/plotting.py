@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-_NAMED = 6  # how many names are legible below a picture, whatever the number of layers
+_NAMED = 6  # so many names can be read below a picture of any number of layers
 
 
 def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
@@ -117,7 +117,7 @@ def plot_layers(
 
 
 def _draw_layers(axis: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Draw each layer's running statistics, as a dotted line, over the spread of batches."""
+    """What runs against what batches scatter by: a bar and a line with a dot for each layer."""
     at, colors = range(len(rows)), [_color(row["found"]) for row in rows]
     low, middle, high = np.array([row[name] for row in rows]).reshape(-1, 3).T
     spread = np.array([row[f"{name}_spread"] for row in rows])
@@ -130,7 +130,7 @@ def _draw_layers(axis: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Non
 
 
 def _apart(order: Sequence[int], gap: int) -> list[int]:
-    """The first few, skipping those whose names would overlap."""
+    """The first few, but none whose name would be written over another."""
     shown: list[int] = []
     for index in order:
         if len(shown) < _NAMED and all(abs(index - other) > gap for other in shown):
@@ -156,7 +156,7 @@ def _ratio_axis(axis: Any) -> None:
 
 
 def _figure(rows: int, columns: int) -> tuple[Any, np.ndarray]:
-    # The object interface instead of pyplot: no global state, and no window.
+    # The object interface, without pyplot: no global state, and no window wanted.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * columns, 3 * rows), dpi=120, layout="constrained")
