@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 
 class Trainer:
-    """Trains the network; `record` holds the statistics of the last training."""
+    """Trains the network; `record` has the statistics of the last training."""
 
     def __init__(self, splits: Splits, epochs: int, seed: int) -> None:
         self.splits, self.epochs, self.seed = splits, epochs, seed
