@@ -74,10 +74,10 @@ def init(
     if track_running_stats:
         mean = jnp.zeros((*rows, num_features), working_dtype(dtype))
         batch_stats = {"mean": mean, "var": jnp.ones_like(jnp.real(mean))}
+        pooled = pooled_from(**batch_stats) if isinstance(momentum, str) else {}
         if counts(momentum, using):
             batch_stats["count"] = jnp.zeros(rows, jnp.int32)
-        if isinstance(momentum, str):
-            batch_stats |= pooled_from(**batch_stats)
+        batch_stats |= pooled
     return params, batch_stats
 
 
