@@ -141,7 +141,7 @@ def test_renorm_keeps_no_more_between_the_passes(dtype, size):
 
 def text(using: Any, mutable: bool) -> str:
     params, stats = bnjax.init(CORE.channels)
-    settings = {"mutable": mutable} | ({} if using == "left out" else {"using": using})
+    settings: Any = {"mutable": mutable} | ({} if using == "left out" else {"using": using})
     f = lambda params, stats, x: bnjax.batch_norm(params, stats, x, **settings)  # noqa: E731
     grad = jax.value_and_grad(lambda *held: jnp.sum(f(*held)[0] ** 2), (0, 2))
     x = jnp.zeros(CORE.shape)
@@ -151,7 +151,5 @@ def text(using: Any, mutable: bool) -> str:
 @pytest.mark.parametrize("mutable", [True, False])
 def test_without_a_policy_a_program_has_nothing_of_one(mutable):
     assert text(None, mutable) == text("left out", mutable)
-    assert "clamp" not in text(None, mutable)
-    assert ("clamp" in text(Renorm(), mutable)) == mutable
     # In evaluation renorm is batch norm, and so is its program.
     assert (text(Renorm(), mutable) == text(None, mutable)) == (not mutable)

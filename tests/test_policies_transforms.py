@@ -42,25 +42,25 @@ def call(using: Any, params: Any, stats: Any, x: Any, **settings: Any) -> Any:
     return bnjax.batch_norm(params, stats, x, **told)
 
 
-def reference(using: Any, params: Any, stats: Any, x: Any) -> tuple[Any, Any]:
+def reference(policy: Any, params: Any, stats: Any, x: Any) -> tuple[Any, Any]:
     """The formulas as one would write them first, for JAX to differentiate."""
-    reduced = tuple(range(x.ndim - 1))
+    reduced, kind = tuple(range(x.ndim - 1)), policy
     stop = jax.lax.stop_gradient
     mean, r, d, m, v = jnp.mean(x, reduced), 1.0, 0.0, stats["mean"], stats["var"]
     var = jnp.mean(jnp.abs(x - mean) ** 2, reduced)
     moved = {"mean": 0.9 * m + 0.1 * mean, "var": 0.9 * v + 0.1 * var}
-    if isinstance(using, Running):
-        mean, var = stop((moved["mean"], moved["var"])) if using.updated else (m, v)
-    elif isinstance(using, Renorm):
+    if isinstance(kind, Running):
+        mean, var = stop((moved["mean"], moved["var"])) if policy.updated else (m, v)
+    elif isinstance(kind, Renorm):
         q = jnp.sqrt(v + 1e-5)
-        r = stop(jnp.clip(jnp.sqrt(var + 1e-5) / q, 1 / using.r_max, using.r_max))
+        r = stop(jnp.clip(jnp.sqrt(var + 1e-5) / q, 1 / policy.r_max, policy.r_max))
         d = (mean - m) / q
-        d = stop(d * jnp.minimum(1, using.d_max / jnp.abs(d)))
-    elif isinstance(using, Blend | Example):
-        if isinstance(using, Blend):
-            a = len(x) / (using.prior + len(x))
+        d = stop(d * jnp.minimum(1, policy.d_max / jnp.abs(d)))
+    elif isinstance(kind, Blend | Example):
+        if isinstance(kind, Blend):
+            a = len(x) / (policy.prior + len(x))
         else:
-            a, axes = using.weight, reduced[1:]
+            a, axes = policy.weight, reduced[1:]
             mean = jnp.mean(x, axes, keepdims=True)
             var = jnp.mean(jnp.abs(x - mean) ** 2, axes, keepdims=True)
         between = a * (1 - a) * jnp.abs(mean - m) ** 2

@@ -73,11 +73,12 @@ def init(
         params |= {"bank_scale": zeros, "bank_bias": zeros}
     if track_running_stats:
         mean = jnp.zeros((*rows, num_features), working_dtype(dtype))
-        batch_stats = {"mean": mean, "var": jnp.ones_like(jnp.real(mean))}
-        pooled = pooled_from(**batch_stats) if isinstance(momentum, str) else {}
+        moments = {"mean": mean, "var": jnp.ones_like(jnp.real(mean))}
+        batch_stats = dict(moments)
         if counts(momentum, using):
             batch_stats["count"] = jnp.zeros(rows, jnp.int32)
-        batch_stats |= pooled
+        if isinstance(momentum, str):
+            batch_stats |= pooled_from(**moments)
     return params, batch_stats
 
 
@@ -167,14 +168,14 @@ def batch_norm(
     bank, banks = checks.bank(bank, batch_stats, x.shape, axes)
     checks.trees(params, batch_stats, features, momentum, banks)
     stats = dict(batch_stats)
-    momentum, using = at(stats.get("count"), momentum, using)
+    weight, using = at(stats.get("count"), momentum, using)
     settings = Settings(
         axes=axes,
         mutable=mutable,
         tracked=bool(stats),
         eps=eps,
-        momentum=None if isinstance(momentum, str) else momentum,
-        pooled=isinstance(momentum, str),
+        momentum=None if isinstance(weight, str) else weight,
+        pooled=isinstance(weight, str),
         correction=correction,
         axis_name=None if axis_name is None else names(axis_name),
         axis_index_groups=table(axis_index_groups),

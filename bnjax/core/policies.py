@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, dataclass_transform
 
 import chex
 import jax
@@ -93,6 +93,7 @@ class Policy:
         raise NotImplementedError
 
 
+@dataclass_transform(frozen_default=True)
 def _policy(cls: type[_T]) -> type[_T]:
     """A frozen dataclass that is a pytree of its numbers; flags are static."""
     cls = dataclasses.dataclass(frozen=True)(cls)

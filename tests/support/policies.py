@@ -39,7 +39,7 @@ def running(seen: Seen) -> Chosen:
     return Chosen(weight=0.0)
 
 
-def renorm(r_max: float, d_max: float, eps: float = 1e-5) -> Choice:
+def renorm(r_max: Any, d_max: Any, eps: float = 1e-5) -> Choice:
     def choose(seen: Seen) -> Chosen:
         deviation = np.sqrt(seen.running_var + eps)
         r = np.clip(np.sqrt(seen.var + eps) / deviation, 1 / r_max, r_max)
@@ -113,14 +113,13 @@ def normalized(
     x, dy = np.asarray(x, np.float64), np.asarray(cotangent, np.float64)
     seen = np.broadcast_to(True if mask is None else np.asarray(mask), x.shape)
     batch_axis = 0 if axis % x.ndim else 1
-    size = x.shape[batch_axis] if size is None else size
-    groups = range(0, x.shape[batch_axis], size)
+    share = size or x.shape[batch_axis]
     parts = []
-    for start in groups:
+    for start in range(0, x.shape[batch_axis], share):
         index = [slice(None)] * x.ndim
-        index[batch_axis] = slice(start, start + size)
-        arrays = (array[tuple(index)] for array in (x, dy, seen))
-        parts.append(_group(params, stats, *arrays, choice, axis, eps))
+        index[batch_axis] = slice(start, start + share)
+        own = [array[tuple(index)] for array in (x, dy, seen)]
+        parts.append(_group(params, stats, (own[0], own[1], own[2]), choice, axis, eps))
     y, dx = (np.concatenate([part[i] for part in parts], batch_axis) for i in (0, 1))
     dparams = {key: sum(part[2][key] for part in parts) for key in params}
     return Outcome(y, dict(stats), dx, dparams)
@@ -129,13 +128,12 @@ def normalized(
 def _group(
     params: Mapping[str, Any],
     stats: Mapping[str, Any],
-    x: np.ndarray,
-    dy: np.ndarray,
-    seen: np.ndarray,
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
     choice: Choice,
     axis: int,
     eps: float,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    x, dy, seen = arrays
     reduced = tuple(a for a in range(x.ndim) if a != axis % x.ndim)
 
     def wide(value: Any) -> np.ndarray:
