@@ -184,7 +184,7 @@ class Normalized(nn.Module):
 BATCH = np.ones((4, 3), np.float32) * np.arange(4)[:, None]
 NO_BATCH = (
     "`batches` must hold at least one batch, got none. An iterator that was used before is empty: "
-    "pass a list, or make it anew."
+    "pass a list, or create it again."
 )
 
 

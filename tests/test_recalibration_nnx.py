@@ -267,7 +267,7 @@ MISTAKES = {
         lambda model: bnjax.recalibrate(model, None, []),
         ValueError,
         "`batches` must hold at least one batch, got none. An iterator that was used before is "
-        "empty: pass a list, or make it anew.",
+        "empty: pass a list, or create it again.",
     ),
     "no such layer": (
         lambda model: bnjax.recalibrate(model, None, [], paths="bn"),

@@ -6,15 +6,15 @@ of one bank are merged: one reading of x for all banks, whatever their number.
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bnjax.core.moments import Moments, abs2
 
-Bank = chex.Numeric
+Bank = Any  # an int, or int32, () or (N,)
 # Up to so many banks, choosing among them and summing over each is done by comparison: it fuses.
 _FEW = 16
 

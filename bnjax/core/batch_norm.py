@@ -36,6 +36,8 @@ def init(
 ) -> tuple[Params, BatchStats]:
     """Parameters and running statistics of a new batch norm.
 
+    Guide: examples/guides/running_statistics.md
+
     Args:
         num_features: number of channels, C.
         affine: learn a scale (ones) and a bias (zeros); otherwise `params` is `{}`. With banks,
@@ -73,12 +75,11 @@ def init(
         params |= {"bank_scale": zeros, "bank_bias": zeros}
     if track_running_stats:
         mean = jnp.zeros((*rows, num_features), working_dtype(dtype))
-        moments = {"mean": mean, "var": jnp.ones_like(jnp.real(mean))}
-        batch_stats = dict(moments)
+        batch_stats = {"mean": mean, "var": jnp.ones_like(jnp.real(mean))}
         if counts(momentum, using):
             batch_stats["count"] = jnp.zeros(rows, jnp.int32)
         if isinstance(momentum, str):
-            batch_stats |= pooled_from(**moments)
+            batch_stats |= pooled_from(mean, batch_stats["var"])
     return params, batch_stats
 
 
@@ -108,6 +109,8 @@ def batch_norm(
     (biased) variance are those of this batch if `mutable`, or if there are no running statistics,
     and the running ones otherwise. If `mutable`,
     `running = (1 - momentum) * running + momentum * batch`, as in `torch.nn.BatchNorm2d`.
+
+    Guides: examples/guides/conventions.md, examples/guides/numerics_and_speed.md
 
     Args:
         params: `{"scale": (C,), "bias": (C,)}`, either alone, or `{}`.
@@ -162,6 +165,7 @@ def batch_norm(
     >>> round(float(batch_stats["mean"][0]), 4)  # 0.9 * 0 + 0.1 * 2
     0.2
     """
+    checks.static("mutable", mutable)
     x = checks.floating(x)
     axes = checks.feature_axes(axis, x.ndim)
     features = tuple(x.shape[a] for a in axes)

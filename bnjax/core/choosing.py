@@ -46,7 +46,8 @@ def choose(
         return total(count, told.axis_name, told.axis_index_groups)
 
     def each() -> tuple[Moments, jax.Array, jax.Array]:
-        return moments_of(sharing.each), sharing.to_each(mean), sharing.to_each(var)
+        moments = moments_of(sharing.each)
+        return moments, sharing.to_each(mean), sharing.to_each(var)
 
     moved = _running(after, sharing) if told.moves else None
     seen = Seen(batch, mean, var, moved, told.eps, told.mutable, examples, each)

@@ -45,6 +45,8 @@ def from_torch(
     and (*kernel, in, out), which nothing but `transposed` says for a linen model. With groups it
     has no counterpart.
 
+    Guide: examples/guides/from_torch.md
+
     Args:
         state_dict: PyTorch names with tensors or NumPy arrays, as from `module.state_dict()` or
             `bnjax.load`.
@@ -101,6 +103,8 @@ def to_torch(
     """A PyTorch state dict with the values of Flax variables, for `load_state_dict(strict=True)`.
 
     It is `from_torch` backwards, with the same options, and undoes it bit for bit.
+
+    Guide: examples/guides/from_torch.md
 
     Args:
         variables: linen variables, an nnx model or its state.
