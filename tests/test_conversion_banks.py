@@ -1,5 +1,7 @@
 """Banks to and from timm's `SplitBatchNorm2d`, which keeps each as a batch norm of its own."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,8 @@ class Split(torch.nn.BatchNorm2d):
         others = (torch.nn.BatchNorm2d(features) for _ in range(splits - 1))
         self.aux_bn = torch.nn.ModuleList(others)
 
-    def forward(self, x):
+    def forward(self, input):
+        x = input
         if not self.training:
             return super().forward(x)
         first, *others = x.split(len(x) // (len(self.aux_bn) + 1))
@@ -70,6 +73,7 @@ def trained(rng):
 def test_banks_are_the_layer_and_its_aux_bn(trained):
     before, x, expected, after = trained
     variables = bnjax.from_torch(before, Ours(), Ours().init(jax.random.key(0), x))
+    y: Any
     with bnjax.bank(np.arange(6) // 2):
         y, moved = Ours().apply(variables, x, mutable=["batch_stats"])
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)

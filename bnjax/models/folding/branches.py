@@ -11,7 +11,7 @@ from bnjax.models.folding.numbers import Backward, Merge
 from bnjax.models.folding.program import Place, Program
 from bnjax.models.folding.report import Branch
 from bnjax.models.folding.windows import Window, taps
-from bnjax.models.visits import Path
+from bnjax.models.statistics import Path
 
 _UNMOVED = {"name", "copy", "copy_p", "sharding_constraint"}
 _CAST = {*_UNMOVED, "convert_element_type"}

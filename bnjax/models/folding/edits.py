@@ -12,7 +12,7 @@ from flax.core import meta
 
 from bnjax.models.folding.numbers import PAD, Edit, Forward, Key, Merge, Numbers
 from bnjax.models.folding.windows import Window
-from bnjax.models.visits import Path
+from bnjax.models.statistics import Path
 
 Quantize = Callable[[jax.Array], jax.Array]
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 from flax.core import unfreeze
 
+from bnjax.models.attributes import path_of, setting, variables_of
 from bnjax.models.batches import Layout
 from bnjax.models.folding.edits import Edits
 from bnjax.models.folding.numbers import PAD, Merge
@@ -17,7 +18,9 @@ from bnjax.models.folding.report import Report
 from bnjax.models.folding.windows import Window, taps
 from bnjax.models.frames import Settings
 from bnjax.models.nnx_copies import Copy, arrays_of, with_arrays
-from bnjax.models.visits import Path, Visit, applying, path_of, setting, variables_of, visiting
+from bnjax.models.statistics import Path
+from bnjax.models.visit import Visit
+from bnjax.models.visits import applying, visiting
 
 
 @dataclasses.dataclass(frozen=True)

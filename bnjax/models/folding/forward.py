@@ -10,7 +10,7 @@ from bnjax._words import number_of
 from bnjax.models.folding.flows import Flow, flow_of, onward
 from bnjax.models.folding.numbers import Forward, Numbers
 from bnjax.models.folding.program import OUTPUT, Place, Program, quoted
-from bnjax.models.visits import Path
+from bnjax.models.statistics import Path
 
 _OWN = ""  # the reason of what goes to the model's output, where nothing could be done
 

@@ -12,7 +12,7 @@ from bnjax.models.folding.forward import forward
 from bnjax.models.folding.numbers import Backward, Edit, Forward, Numbers
 from bnjax.models.folding.program import Place, Program, quoted
 from bnjax.models.folding.report import Branch, Row
-from bnjax.models.visits import Path
+from bnjax.models.statistics import Path
 
 
 class Plan(NamedTuple):
