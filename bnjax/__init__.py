@@ -1,4 +1,39 @@
-"""Batch normalization for JAX and Flax, done completely."""
+"""Batch-norm layers for JAX and Flax, and tools for the batch norms of any Flax model.
+
+Layers
+    BatchNorm2d, BatchNorm1d, BatchNorm3d   for linen: PyTorch's signature and results
+    nnx.BatchNorm2d, nnx.BatchNorm1d, ...    the same for nnx
+    linen.BatchNorm, nnx.BatchNorm          drop-ins for Flax's own layers
+    init, batch_norm                        two pure functions on dicts of arrays
+
+Tools for any linen or nnx model, with Flax's layers too
+    freeze, override        a context in which batch norms are frozen or take other settings
+    nnx.freeze, unfreeze    the same in place, for nnx
+    recalibrate             recompute the running statistics over a data set, exactly
+    diagnose                why evaluation is worse than training: layer, cause and repair
+    fold                    merge batch norms into the conv or dense layers before them
+    to_banks, select_bank   several sets of statistics from one, and one from several
+    bank                    a context in which layers with banks use one of theirs
+    merge_batch_stats       one set of running statistics from several devices'
+    register                let the tools work on another batch norm class
+
+Training
+    training.train_step, nnx.train_step     forward, backward and update, compiled
+    training.eval_step, nnx.eval_step       one batch with the running statistics
+    training.evaluate, nnx.evaluate         mean loss and metrics over many batches
+    training.init_state                     parameters, optimizer and statistics in one state
+    training.Average                        averaged weights, with statistics of their own
+    training.history                        a record of the running statistics
+    decay_mask, trainable_labels            which parameters an optimizer should treat differently
+    remat_policy                            what a checkpointed backward pass keeps
+
+Files
+    load, save              .safetensors, .pth, .msgpack and orbax checkpoints
+    from_torch, to_torch    variables from a PyTorch state dict, and back
+    torch_outputs           what a PyTorch model gives, layer by layer, to check against
+
+On the command line, `bnjax inspect`, `bnjax convert` and `bnjax diagnose`.
+"""
 
 from importlib import import_module, util
 from typing import TYPE_CHECKING, Any
@@ -6,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnjax._public import *  # noqa: F403
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
@@ -16,7 +51,7 @@ def __getattr__(name: str) -> Any:
     public = import_module("bnjax._public")
     if name == "__all__" or name in public.__all__:
         return getattr(public, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("bnjax._names").missing(__name__, name)
 
 
 def __dir__() -> list[str]:

@@ -1,12 +1,13 @@
 """What `bnjax` shows. It loads JAX, which `bnjax --help` can do without."""
 
-from bnjax import diagnosis, linen, masks, nnx, training
-from bnjax.checkpoints.conversion import from_torch, to_torch
+from bnjax import diagnosis, linen, masks, nnx, policies, training
+from bnjax.checkpoints.conversion import from_torch, to_torch, torch_outputs
 from bnjax.checkpoints.files import load, save
 from bnjax.core.batch_norm import batch_norm, init
 from bnjax.core.moments import remat_policy
-from bnjax.linen import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnjax.linen import BatchNorm1d, BatchNorm2d, BatchNorm3d, ConditionalBatchNorm2d
 from bnjax.masks import decay_mask, trainable_labels
+from bnjax.models.banks import bank, select_bank, to_banks
 from bnjax.models.diagnosis import diagnose
 from bnjax.models.folding import fold
 from bnjax.models.overrides import freeze, override
@@ -18,6 +19,8 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ConditionalBatchNorm2d",
+    "bank",
     "batch_norm",
     "decay_mask",
     "diagnose",
@@ -32,11 +35,15 @@ __all__ = [
     "merge_batch_stats",
     "nnx",
     "override",
+    "policies",
     "recalibrate",
     "register",
     "remat_policy",
     "save",
+    "select_bank",
+    "to_banks",
     "to_torch",
+    "torch_outputs",
     "trainable_labels",
     "training",
 ]

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import bnjax
+from bnjax._tables import Name
 from bnjax._words import number_of
 
 # Each command imports what it needs: JAX and torch take a second each, and help needs neither.
@@ -29,12 +30,9 @@ PROBLEMS, FAILED = 1, 2
 _UNBROKEN = 1000  # columns
 
 app = typer.Typer(
-    help="Look into checkpoints with batch norm, convert and diagnose them. Exit codes: 0 fine, "
-    "1 problems found, 2 cannot read, or the model failed.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 console, errors = Console(highlight=False), Console(stderr=True, highlight=False, style="red")
 
@@ -48,6 +46,9 @@ File = Annotated[
 Key = Annotated[
     str | None, typer.Option(help="The part to take, such as state_dict_ema or model/ema.")
 ]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @contextmanager
@@ -81,19 +82,28 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Look into checkpoints with batch norm, convert and diagnose them."""
+    """Inspect and convert checkpoints of models with batch norm, and diagnose the models.
+
+    Exit codes: 0, all is well; 1, problems were found; 2, a file could not be read or the model
+    failed.
+    """
 
 
 @app.command()
 def inspect(
     file: File,
     key: Key = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Show the batch norms in a checkpoint, one row for each, and a verdict."""
+    """List the batch norms in a checkpoint and report what is wrong with them.
+
+    The table has one row for each batch norm. Problems are statistics that were never updated,
+    values that are NaN or infinite, negative variances, and shapes that do not fit together.
+    """
     from bnjax.checkpoints import files, inspection
     from bnjax.checkpoints.formats.shards import shard
 
@@ -124,7 +134,7 @@ def show(layers: "list[Layer]", problems: list[str], notes: list[str], title: st
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("layer", overflow="fold")
+    table.add_column("layer")
     for column in ("size", "scale", "mean", "variance", "updates", "dead", "weak", "NaN"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in layers:
@@ -135,8 +145,7 @@ def show(layers: "list[Layer]", problems: list[str], notes: list[str], title: st
             for limits in (layer.scale, layer.mean, layer.var)
         )
         style = "red" if layer.problems else None
-        name = escape(layer.name or "top")
-        table.add_row(name, str(layer.channels), *ranges, *cells, style=style)
+        table.add_row(Name(layer.name or "top"), str(layer.channels), *ranges, *cells, style=style)
     if layers:
         output().print(table)
     for problem in problems:
@@ -156,32 +165,49 @@ def show(layers: "list[Layer]", problems: list[str], notes: list[str], title: st
 @app.command()
 def convert(
     source: File,
-    target: Annotated[Path, typer.Argument(help="Its suffix chooses the format; none is orbax.")],
+    target: Annotated[
+        Path,
+        typer.Argument(help="Where to write. The suffix chooses the format; none is orbax."),
+    ],
     key: Key = None,
     like: Annotated[
         Path | None,
-        typer.Option(help="A checkpoint whose names, layouts and dtypes the arrays shall have."),
+        typer.Option(
+            help="A checkpoint of the same model in the other framework, whose names, layouts "
+            "and dtypes the arrays take."
+        ),
     ] = None,
     rename: Annotated[
-        list[str] | None, typer.Option(help="PYTORCH=FLAX, a module path or name; with --like.")
+        list[str] | None,
+        typer.Option(
+            help="PYTORCH=FLAX: match a module path or an array whose names differ. Repeatable; "
+            "needs --like."
+        ),
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="A glob over names to leave out; with --like.")
+        list[str] | None,
+        typer.Option(help="Leave out arrays whose name fits this glob. Repeatable; needs --like."),
     ] = None,
     flatten: Annotated[
         list[str] | None,
-        typer.Option(help="LAYER=C,H,W: a linear layer (Flax path) after a flatten; with --like."),
+        typer.Option(
+            help="LAYER=C,H,W: this linear layer (Flax path) follows a flatten of feature maps of "
+            "that shape. Repeatable; needs --like."
+        ),
     ] = None,
     transposed: Annotated[
         list[str] | None,
-        typer.Option(help="A glob over transposed convolutions (Flax paths); with --like."),
+        typer.Option(
+            help="Treat layers whose Flax path fits this glob as transposed convolutions. "
+            "Repeatable; needs --like."
+        ),
     ] = None,
 ) -> None:
-    """Write a checkpoint in another format.
+    """Write a checkpoint in another format, or for the other framework.
 
-    Names and values stay as they are, bit for bit, whatever the format. Between PyTorch's naming
-    and Flax's it takes --like FILE, a checkpoint of the model in the other framework (of any
-    values): a weight alone does not say whether it is of a linear layer or an embedding. What is no
+    Without --like, names and values stay the same, bit for bit. To convert between PyTorch and
+    Flax, pass --like FILE, a checkpoint of the same model in the other framework, of any values.
+    It is needed because a weight alone does not say which kind of layer it belongs to. What is no
     array, such as a name or a vocabulary, is left out.
     """
     from bnjax.checkpoints import files, parts
@@ -195,7 +221,7 @@ def convert(
         options = {
             "rename": dict(pair(text) for text in rename) if rename else None,
             "ignore": ignore or (),
-            "flatten": {layer: shape(text) for layer, text in map(pair, flatten or ())},
+            "flatten": {layer: shape(text) for layer, text in map(pair, flatten or ())} or None,
             "transposed": transposed,
         }
         if template is not None:
@@ -212,21 +238,36 @@ def convert(
 
 @app.command()
 def diagnose(
-    model: Annotated[str, typer.Argument(help="package.module:make_model, called without args.")],
-    variables: Annotated[Path, typer.Option(help="Its checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(help="package.module:make_model, a function without arguments.")
+    ],
+    variables: Annotated[Path, typer.Option(help="The checkpoint of the model.")],
     data: Annotated[
-        Path, typer.Option(help="The inputs: an .npy, or an .npz that has them in `x` or alone.")
+        Path,
+        typer.Option(
+            help="The inputs: an .npy file, or an .npz file with one array or one named `x`."
+        ),
     ],
     key: Key = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="That of the training.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="The batch size that the model was trained with.")
+    ] = 64,
     apply: Annotated[
-        str, typer.Option(help='What you evaluate with, as JSON: {"train": false}.')
+        str,
+        typer.Option(
+            help='The arguments of the model in evaluation, as JSON, such as {"train": false}.'
+        ),
     ] = "{}",
-    steps: Annotated[int | None, typer.Option(min=0, help="How many it was trained for.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the report to this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="For how many steps the model was trained.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the report to this picture.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Say why a model is good in training and bad in evaluation: layer, cause and repair."""
+    """Explain why a model is worse in evaluation than in training.
+
+    For each problem it names the layer, the evidence, the cause and a line of code that fixes it.
+    """
     from flax import nnx
 
     from bnjax.checkpoints import files
@@ -339,8 +380,11 @@ def is_flax(tree: dict[str, Any]) -> bool:
     """Whether names are those of linen variables or an nnx state."""
     from flax.traverse_util import flatten_dict
 
-    last = {names[-1] for names in flatten_dict(tree)}
-    return bool({"params", "batch_stats"} & {*tree} or {"kernel", "scale", "mean", "var"} & last)
+    from bnjax.models.variables import of_variable
+
+    last = {of_variable(tuple(map(str, names)))[-1] for names in flatten_dict(tree)}
+    known = {"kernel", "scale", "embedding", "mean", "var"} & last
+    return bool(known or ({"params", "batch_stats"} & {*tree} and not "".join(last).count(".")))
 
 
 def as_variables(tree: dict[str, Any]) -> Any:
@@ -353,8 +397,13 @@ def as_variables(tree: dict[str, Any]) -> Any:
     from bnjax.models.variables import of_variable
 
     flat = {of_variable(keys): x for keys, x in flatten_dict(tree).items()}
+    streams = {keys[:-1] for keys in flat if keys[-1] == "key"}
     kinds = {"mean": nnx.BatchStat, "var": nnx.BatchStat, "count": nnx.BatchStat}
-    return nnx.from_flat_state((k, kinds.get(k[-1], nnx.Param)(x)) for k, x in flat.items())
+
+    def kind(keys: tuple[Any, ...]) -> Any:
+        return nnx.RngState if keys[:-1] in streams else kinds.get(keys[-1], nnx.Param)
+
+    return nnx.from_flat_state((keys, kind(keys)(x)) for keys, x in flat.items())
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -21,6 +21,8 @@ def load(
     `torch.load(weights_only=True)`; Flax's msgpack; a folder that orbax wrote; or several files
     with an index, as Hugging Face has them. No code of a file is run and nothing is written.
 
+    Guide: examples/guides/checkpoints.md
+
     Args:
         path: the file or folder; or a folder around the only checkpoint, or around the steps of a
             training, of which it is the newest, or with a model of Hugging Face.
@@ -77,6 +79,8 @@ def save(path: str | Path, tree: Any) -> None:
     """Write a checkpoint that appears under its name when it is whole, or not at all.
 
     A process that is killed meanwhile leaves what was there, and perhaps a hidden `.tmp` beside it.
+
+    Guide: examples/guides/checkpoints.md
 
     Args:
         path: where it goes; the suffix chooses the format, as for `load`. A file there is replaced,

@@ -62,6 +62,8 @@ def inspect(tree: Any) -> list[Layer]:
     in PyTorch, `mean` and `var` in Flax, with the scale and bias from `params` beside
     `batch_stats`. Without running statistics it can't be told from other normalizations.
 
+    Guide: examples/guides/checkpoints.md
+
     Args:
         tree: nested dicts of arrays, as from `bnjax.load`, or a `TrainState`.
 

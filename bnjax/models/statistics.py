@@ -1,4 +1,4 @@
-"""The statistics of a model's batch norms, as a tree: which they are, and which can't be."""
+"""The statistics of a model's batch norms as a tree: find, map, validate and merge them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +16,7 @@ Path = tuple[str, ...]
 def map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) -> Any:
     """Apply a function of path and statistics to each batch norm in a collection.
 
-    What is nothing of a batch norm stays as it is, and dicts stay of their kind.
+    Everything else stays as it is, and dicts keep their type.
     """
 
     def visit(path: Path, node: Any) -> Any:
@@ -32,7 +32,10 @@ def map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) ->
 
 
 def is_layer(node: Mapping[str, Any]) -> bool:
-    """Whether a node of a collection has the statistics of a batch norm, not modules so named."""
+    """Whether a node of a collection holds the statistics of a batch norm.
+
+    Modules that are named `mean` and `var` do not count.
+    """
     return {"mean", "var"} <= {*node} and not isinstance(node["mean"], Mapping)
 
 
@@ -44,7 +47,7 @@ def layers_of(tree: Any) -> dict[Path, Mapping[str, Any]]:
 
 
 def impossible(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
-    """In which channels no data can have them: not finite, or a negative variance."""
+    """A mask of the channels with impossible statistics: not finite, or a negative variance."""
     return ~(np.isfinite(mean) & np.isfinite(var) & (var >= 0))
 
 
@@ -66,6 +69,8 @@ def merge_batch_stats(batch_stats: Any, axis: int = 0, *, weights: Any = None) -
 
     Returns:
         The collection without that axis.
+
+    Guides: examples/guides/devices.md, examples/guides/scale.md
 
     Raises:
         ValueError: there are no statistics, or they have no such axis; or weights of another shape,
