@@ -73,9 +73,9 @@ def trained(rng):
 def test_banks_are_the_layer_and_its_aux_bn(trained):
     before, x, expected, after = trained
     variables = bnjax.from_torch(before, Ours(), Ours().init(jax.random.key(0), x))
-    y: Any
+    net: Any = Ours()
     with bnjax.bank(np.arange(6) // 2):
-        y, moved = Ours().apply(variables, x, mutable=["batch_stats"])
+        y, moved = net.apply(variables, x, mutable=["batch_stats"])
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     for bank, name in enumerate(("bn", "bn.aux_bn.0", "bn.aux_bn.1")):
         for ours, theirs in (("mean", "running_mean"), ("var", "running_var")):
