@@ -1,25 +1,26 @@
 """Globs over module paths, as in "encoder/**" or "**/bn*"."""
 
+import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 Paths = str | Sequence[str]
 
+_MANY = 8  # paths in a message
+
 
 def as_tuple(paths: Paths) -> tuple[str, ...]:
-    """One pattern or several, as a tuple of patterns."""
+    """A pattern, or several, as a tuple."""
     several = (paths,) if isinstance(paths, str) else paths
     if not isinstance(several, Iterable) or not all(isinstance(one, str) for one in several):
-        raise TypeError(
-            f"A path is given by a glob, or several, such as 'encoder/**', got {paths!r}."
-        )
+        raise TypeError(f"Paths must be a glob or several, such as 'encoder/**', got {paths!r}.")
     return tuple(several)
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether a path, its names joined by "/", fits the pattern.
+    """A test of whether a path, its names joined by "/", matches the pattern.
 
-    `*` is any part of one name, `**` any number of names (none too), `?` one character.
+    `*` matches any part of one name, `**` any number of names (even none), `?` one character.
 
     >>> fits = matcher("encoder/**")
     >>> [fits(path) for path in ("encoder", "encoder/block/bn", "decoder/bn")]
@@ -32,7 +33,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def any_of(paths: Paths) -> Callable[[str], bool]:
-    """Whether a path fits one of the patterns at least."""
+    """A test of whether a path matches at least one of the patterns."""
     matchers = [matcher(pattern) for pattern in as_tuple(paths)]
     return lambda path: any(fits(path) for fits in matchers)
 
@@ -43,7 +44,7 @@ def check_each(
     what: str = "batch norm",
     unknown: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise unless each pattern fits one of the paths, as `check_fits` does."""
+    """Raise, as `check_fits` does, unless each pattern matches one of the paths."""
     for pattern in as_tuple(patterns):
         check_fits(pattern, any(map(matcher(pattern), paths)), paths, what, unknown)
 
@@ -55,9 +56,9 @@ def check_fits(
     what: str = "batch norm",
     unknown: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise unless a pattern `fits` one of the paths: that is a mistake, and a silent one.
+    """Raise unless a pattern `fits` one of the paths: otherwise a typo would go unnoticed.
 
-    `unknown` are classes, by path, of what keeps statistics and is no batch norm that is known.
+    `unknown` are the classes, by path, of modules that keep statistics and are no known batch norm.
     """
     unseen = {path: kind for path, kind in (unknown or {}).items() if matcher(pattern)(path)}
     if unseen and what == "batch norm":
@@ -65,19 +66,29 @@ def check_fits(
     if fits:
         return
     there = sorted(paths)
-    are = f"there are {there}" if there else "none was called or given"
+    are = f"there are {_listed(pattern, there)}" if there else "none was called or given"
     if what == "batch norm" and not there:
         are += " (of nnx models, bnjax.nnx.freeze freezes them)"
     if unknown:
         are += f"; {strangers(unknown)}"
-    raise ValueError(
-        f"The pattern {pattern!r} fits the path of no {what}: {are}. `*` is a part of one name, "
-        "`**` any number of names, as in 'encoder/**'."
-    )
+    hint = "`*` is a part of one name, `**` any number of names, as in 'encoder/**'."
+    for meant in (f"{pattern}/**", f"**/{pattern}", f"**/{pattern}/**"):
+        if any(map(matcher(meant), there)):
+            hint = f"Did you mean {meant!r}?"
+            break
+    raise ValueError(f"The pattern {pattern!r} fits the path of no {what}: {are}. {hint}")
+
+
+def _listed(pattern: str, paths: Sequence[str]) -> str:
+    """All paths, or of many those that look most like the pattern."""
+    if len(paths) <= _MANY:
+        return f"{paths}" if [*paths] != [""] else "[''], the top of the model"
+    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0) or paths[:3]
+    return f"{len(paths)}, such as {near}"
 
 
 def strangers(unknown: Mapping[str, str]) -> str:
-    """Modules that keep statistics and are not known, in words."""
+    """Describe modules that keep statistics but are no known batch norms."""
     named = ", ".join(f"'{path}' ({kind})" for path, kind in sorted(unknown.items()))
     return (
         f"{named} keep a mean and a variance, but are neither bnjax's nor Flax's batch norms, nor "

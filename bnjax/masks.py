@@ -1,33 +1,39 @@
-"""Which parameters an optimizer treats differently, as trees for optax."""
+"""Masks and labels of parameters for optax: weight decay, and frozen parts."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
 from bnjax import globs
+from bnjax._names import front
 
 __all__ = ["decay_mask", "trainable_labels"]
+
+if not TYPE_CHECKING:  # else every name would seem to exist
+    __getattr__, __dir__ = front(__name__, __all__)
 
 _WITHOUT_DECAY = (("scale",), ("bias",), ("bank_scale",), ("bank_bias",))
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay belongs: not on normalization scales and biases, nor other biases.
+    """A mask for weight decay: True except for biases and the scales of normalization layers.
 
-    Decay of a batch norm's scale and bias shrinks the output of the layer, where decay of the
-    weights before it changes nothing but their effective learning rate. It goes by name, as Flax
-    names them: `scale` and `bias`. (The habit of `ndim > 1` is right by accident, and wrong for a
-    scale that is stacked by `nn.scan`.)
+    Decaying a batch norm's scale and bias shrinks the output of the layer, while decaying the
+    weights before it only changes their effective learning rate. Parameters are recognized by
+    Flax's names, `scale` and `bias`. (The common test `ndim > 1` is wrong for a scale that
+    `nn.scan` has stacked.)
+
+    Guide: examples/guides/training.md
 
     Args:
         params: a tree of parameters, as in `variables["params"]`, or an `nnx.State` of them.
 
     Returns:
-        A tree of the same structure with bools, for the `mask` of `optax.adamw` and others. Pass
-        the function itself, as in `optax.adamw(1e-3, mask=bnjax.decay_mask)`, to have it applied to
-        whatever is optimized.
+        A tree of bools of the same structure, for the `mask` of `optax.adamw` and others. To have
+        it computed from the parameters, pass the function itself:
+        `optax.adamw(1e-3, mask=bnjax.decay_mask)`.
 
     >>> decay_mask({"conv": {"kernel": 1, "bias": 2}, "bn": {"scale": 3, "bias": 4}})
     {'bn': {'bias': False, 'scale': False}, 'conv': {'bias': False, 'kernel': True}}
@@ -36,20 +42,22 @@ def decay_mask(params: Any) -> Any:
 
 
 def trainable_labels(params: Any, frozen: globs.Paths) -> Any:
-    """Labels "frozen" and "trainable", by the same patterns that `bnjax.freeze` takes.
+    """Label parameters "frozen" or "trainable", by the same patterns that `bnjax.freeze` takes.
 
-    With both, one list of patterns freezes statistics, mode and parameters:
+    Together they freeze statistics, mode and parameters with one list of patterns:
     `optax.multi_transform({"trainable": tx, "frozen": optax.set_to_zero()}, labels)`.
+
+    Guide: examples/guides/freezing.md
 
     Args:
         params: a tree of parameters, as in `variables["params"]`, or an `nnx.State` of them.
         frozen: a glob over module paths or several, such as `"encoder/**"`.
 
     Returns:
-        A tree of the same structure with strings.
+        A tree of strings of the same structure.
 
     Raises:
-        ValueError: a pattern fits no module that has parameters.
+        ValueError: a pattern matches no module that has parameters.
 
     >>> trainable_labels({"a": {"bn": {"scale": 1}}, "b": {"kernel": 2}}, frozen="a/**")
     {'a': {'bn': {'scale': 'frozen'}}, 'b': {'kernel': 'trainable'}}
@@ -60,16 +68,17 @@ def trainable_labels(params: Any, frozen: globs.Paths) -> Any:
 
 
 def labels(params: Any, frozen: globs.Paths) -> Any:
-    """What `trainable_labels` returns, also where a pattern fits nothing."""
+    """The labels of `trainable_labels`, without a check that each pattern matches."""
     fits = globs.any_of(frozen)
     label = lambda path, _: "frozen" if fits(_module(path)) else "trainable"  # noqa: E731
     return tree_map_with_path(label, params)
 
 
 def held(params: Any, labels: Any, hold: Callable[..., Any], *others: Any) -> Any:
-    """The parameters, those that are labelled as frozen replaced by what `hold` makes of them.
+    """The parameters with `hold` applied to those that are labelled "frozen".
 
-    `labels` are of the same tree, None for all parameters of a tree without any, or at a leaf.
+    `labels` has the structure of the parameters. None leaves a parameter as it is, and in place of
+    the whole tree all of them.
     """
     if labels is None:
         return params
@@ -90,7 +99,7 @@ def _module(path: Any) -> str:
 
 
 def _names(path: Any) -> tuple[str, ...]:
-    """The names on the way to a parameter, in linen variables or in an `nnx.State`."""
-    if path and path[-1] == GetAttrKey("value"):  # the inside of an nnx variable
+    """The names along the path to a parameter, in linen variables or an `nnx.State`."""
+    if path and path[-1] == GetAttrKey("value"):  # the array inside an nnx variable
         path = path[:-1]
     return tuple(keystr((entry,), simple=True) for entry in path)

@@ -1,5 +1,11 @@
 """For Flax nnx: PyTorch's `BatchNorm1d/2d/3d`, a drop-in for `nnx.BatchNorm`; freeze; training."""
 
+from typing import TYPE_CHECKING
+
+from bnjax._names import front
+from bnjax.layers.conditional import NNXConditionalBatchNorm1d as ConditionalBatchNorm1d
+from bnjax.layers.conditional import NNXConditionalBatchNorm2d as ConditionalBatchNorm2d
+from bnjax.layers.conditional import NNXConditionalBatchNorm3d as ConditionalBatchNorm3d
 from bnjax.layers.nnx import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnjax.models.freezing import freeze, unfreeze
 from bnjax.models.overrides import override_nnx as override
@@ -11,6 +17,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ConditionalBatchNorm1d",
+    "ConditionalBatchNorm2d",
+    "ConditionalBatchNorm3d",
     "eval_step",
     "evaluate",
     "freeze",
@@ -18,3 +27,6 @@ __all__ = [
     "train_step",
     "unfreeze",
 ]
+
+if not TYPE_CHECKING:  # else every name would seem to exist
+    __getattr__, __dir__ = front(__name__, __all__)

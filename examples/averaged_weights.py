@@ -1,8 +1,8 @@
 """Averaged weights (EMA, SWA, schedule-free) with the statistics that belong to them.
 
-The average of the weights of many steps is often better than the last weights. But no running
-statistics belong to it: those of the training are of other weights. `Average.recalibrated` measures
-its own, and so does `bnjax.recalibrate` for weights that an optimizer averages.
+An average of the weights over many steps is often better than the last weights. But the running
+statistics of the training belong to other weights. `Average.recalibrated` computes those of the
+average, and `bnjax.recalibrate` does the same for weights that an optimizer averages.
 """
 
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ console = Console()
 def train(
     tx: optax.GradientTransformation, splits: Splits, epochs: int, seed: int, label: str
 ) -> tuple[TrainState, dict[str, Average]]:
-    """The last state, and averages of the second half: of all steps and of the ends of epochs."""
+    """Train; return the last state, an EMA of all steps, and the mean of the later epochs' ends."""
     model = ResNet(splits.classes)
     state = init_state(model, tx, jax.random.PRNGKey(seed), splits.train.x[:2])
     step = train_step(loss_fn)
@@ -40,7 +40,9 @@ def train(
 
 def main(
     epochs: Annotated[int, typer.Option(min=2, help="SWA averages the second half.")] = 12,
-    lr: Annotated[float, typer.Option(min=0, help="Of Adam: constant, and high.")] = 0.05,
+    lr: Annotated[
+        float, typer.Option(min=0, help="Learning rate of Adam: constant, and high.")
+    ] = 0.05,
     seed: int = 0,
 ) -> None:
     """Train at a high constant learning rate, average the weights, and evaluate the average."""

@@ -1,6 +1,6 @@
 """The data and the network that the examples share: scanned digits and a small residual CNN.
 
-The network stands here twice, in linen and in nnx, with the same layers and the same first weights.
+The network is written twice, in linen and in nnx, with the same layers and initial weights.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     classes = len(np.unique(labels))
     for holds, needed, got in (
         (len(labels) >= 20, "at least 20 images", len(labels)),
-        (classes > 1, "labels of two classes at least", classes),
+        (classes > 1, "labels of at least two classes", classes),
         (labels.min(initial=0) >= 0, "labels from 0 up", labels.min(initial=0)),
         (labels.max(initial=0) < len(labels), "fewer classes than images", labels.max(initial=0)),
         (np.isfinite(images).all(), "finite pixels", "NaN or inf"),
@@ -99,9 +99,9 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def batches(
     data: Data, size: int, seed: int | None = None, part: tuple[int, int] = (0, 1)
 ) -> Iterator[Batch]:
-    """Batches in order; with a seed, of shuffled and shifted images, without a partial batch.
+    """Batches in order; with a seed, shuffled and randomly shifted, without a partial batch.
 
-    With `part=(i, n)` it is the i-th of n equal parts of each batch, for process i of n.
+    With `part=(i, n)`, process i of n gets the i-th of n equal parts of each batch.
     """
     number, parts = part
     own = slice(number * size // parts, (number + 1) * size // parts)
@@ -119,13 +119,13 @@ def batches(
 
 
 def _pick(data: Data, index: np.ndarray, size: int) -> Batch:
-    """These examples. Another process may have more: fill up, with examples that do not count."""
+    """Take these examples, padded with some that do not count if other processes have more."""
     filled = np.concatenate([index, np.zeros(size - len(index), int)])
     return {"x": data.x[filled], "y": data.y[filled], "mask": np.arange(size) < len(index)}
 
 
 def _shift(x: np.ndarray, moves: np.ndarray) -> np.ndarray:
-    """Move each image by up to one pixel, its border repeated."""
+    """Shift each image by up to one pixel, repeating its border."""
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     height, width = x.shape[1:3]
     return np.stack(
@@ -134,7 +134,7 @@ def _shift(x: np.ndarray, moves: np.ndarray) -> np.ndarray:
 
 
 class Block(nn.Module):
-    """Two convolutions with batch norm, and a way around them."""
+    """Two convolutions with batch norm, and a shortcut around them."""
 
     features: int
     stride: int = 1
@@ -200,7 +200,7 @@ class NnxBlock(nnx.Module):
 
 
 class NnxResNet(nnx.Module):
-    """The same network in nnx, which has to know how many channels the images have."""
+    """The same network in nnx, which needs the number of image channels in advance."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class NnxResNet(nnx.Module):
 
 
 def as_linen(model: NnxResNet, variables: Any) -> None:
-    """Give the network in nnx the parameters and statistics of the one in linen."""
+    """Copy the parameters and statistics of the linen network into the nnx one."""
     lists = {"Block": "blocks", "BatchNorm2d": "norms", "Conv": "convs", "Dense": "heads"}
     arrays = {}
     for (_, *path, leaf), array in flatten_dict(variables).items():
@@ -242,6 +242,6 @@ def as_linen(model: NnxResNet, variables: Any) -> None:
 
 
 def loss_fn(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross entropy and accuracy, for each example."""
+    """Cross entropy and accuracy per example."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
     return loss, {"accuracy": logits.argmax(-1) == batch["y"]}

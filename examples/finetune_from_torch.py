@@ -1,8 +1,8 @@
-"""A network that PyTorch trained, fine-tuned in Flax with frozen statistics, and given back.
+"""Fine-tune a network from PyTorch in Flax with frozen statistics, and give it back.
 
-PyTorch trains a small network to tell the digits 0 to 4. Flax takes it over: with the same outputs
-first, then with a new last layer for all ten digits, trained while the running statistics stay
-those of the first training. The result goes back into PyTorch. Needs torch.
+PyTorch trains a small network on the digits 0 to 4. It is loaded into Flax, first with the same
+outputs, then with a new last layer for all ten digits, trained with the running statistics of the
+first training. The result goes back to PyTorch. Needs torch.
 """
 
 from collections import OrderedDict
@@ -26,7 +26,7 @@ console = Console()
 
 
 class Net(nn.Module):
-    """The same network as `torch_net` makes, under the same names."""
+    """The network of `torch_net`, under the same names."""
 
     classes: int
 
@@ -58,7 +58,7 @@ def torch_net(classes: int) -> Any:
 
 
 def torch_logits(net: Any, x: np.ndarray) -> np.ndarray:
-    """The outputs of the network in PyTorch, in evaluation."""
+    """The outputs of the PyTorch network in evaluation."""
     import torch
 
     with torch.no_grad():
@@ -66,7 +66,7 @@ def torch_logits(net: Any, x: np.ndarray) -> np.ndarray:
 
 
 def pretrain(data: Data, epochs: int, seed: int) -> Any:
-    """A network that PyTorch has trained on the digits 0 to 4."""
+    """Train a network in PyTorch on the digits 0 to 4."""
     import torch
 
     torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def pretrain(data: Data, epochs: int, seed: int) -> Any:
 
 
 def finetune(variables: Any, data: Data, epochs: int, seed: int) -> Any:
-    """The variables after a training in which the running statistics stay as they are."""
+    """Train with frozen running statistics, and return the variables."""
     state = init_state(Net(10), optax.adam(1e-3), jax.random.PRNGKey(seed), data.x[:2])
     state = state.replace(**variables)
     step = train_step(loss_fn)
@@ -95,16 +95,16 @@ def finetune(variables: Any, data: Data, epochs: int, seed: int) -> Any:
 
 
 def accuracy(logits: np.ndarray, data: Data) -> str:
-    """How many of the digits are right."""
+    """The fraction of digits that are right."""
     return f"{(logits.argmax(-1) == data.y).mean():.3f}"
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the checkpoints go.")] = Path("runs/finetune"),
-    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 8,
     seed: int = 0,
 ) -> None:
-    """Take a network over from PyTorch, fine-tune it, and give it back."""
+    """Load a network from PyTorch, fine-tune it, and give it back."""
     out.mkdir(parents=True, exist_ok=True)
     splits = load(seed=seed)
     few = splits.train.y < 5

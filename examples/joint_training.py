@@ -42,12 +42,12 @@ class Cleaner(nn.Module):
 
 
 class Joint(nn.Module):
-    """model_A reads what model_B has cleaned."""
+    """model_A applied to what model_B has cleaned."""
 
     classes: int
 
     def setup(self) -> None:
-        """The two models, under the names that the patterns go by."""
+        """Create both models under the names that the patterns match."""
         self.model_a = ResNet(self.classes)
         self.model_b = Cleaner()
 
@@ -57,7 +57,7 @@ class Joint(nn.Module):
 
 
 def noisy(source: Iterator[Batch], seed: int) -> Iterator[Batch]:
-    """The batches with noise on the images."""
+    """The batches with noise added to the images."""
     rng = np.random.default_rng(seed)
     for batch in source:
         noise = rng.normal(0, NOISE, batch["x"].shape).astype(np.float32)
@@ -65,7 +65,7 @@ def noisy(source: Iterator[Batch], seed: int) -> Iterator[Batch]:
 
 
 def pretrain(splits: Splits, epochs: int, seed: int) -> TrainState:
-    """model_A, trained on clean digits."""
+    """Train model_A on clean digits."""
     steps = epochs * (len(splits.train) // 64)
     tx = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), mask=bnjax.decay_mask)
     state = init_state(ResNet(splits.classes), tx, jax.random.PRNGKey(seed), splits.train.x[:2])
@@ -77,7 +77,7 @@ def pretrain(splits: Splits, epochs: int, seed: int) -> TrainState:
 
 
 def joint_state(splits: Splits, a: TrainState, parameters_frozen: bool, seed: int) -> TrainState:
-    """The joint model with the trained model_A in it, and an optimizer that may leave it alone."""
+    """The joint model with the trained model_A, and an optimizer that may leave it alone."""
     model = Joint(splits.classes)
     state = init_state(model, optax.identity(), jax.random.PRNGKey(seed), splits.train.x[:2])
     params = {**state.params, "model_a": a.params}
@@ -90,12 +90,12 @@ def joint_state(splits: Splits, a: TrainState, parameters_frozen: bool, seed: in
 
 
 def accuracy(state: TrainState, data: Data) -> float:
-    """In evaluation mode."""
+    """The accuracy in evaluation mode."""
     return evaluate(eval_step(loss_fn), state, batches(data, 256))["accuracy"]
 
 
 def inner_a(joint: TrainState, a: TrainState) -> TrainState:
-    """model_A as it now is inside the joint model."""
+    """model_A as it is now inside the joint model."""
     params, stats = joint.params["model_a"], joint.batch_stats["model_a"]
     return a.replace(params=params, batch_stats=stats)
 
@@ -107,7 +107,7 @@ def train_b(
     state = joint_state(splits, a, what != "nothing", seed)
     step = train_step(loss_fn)
     history = [accuracy(inner_a(state, a), splits.test)]
-    # The step donates its state, and with it the arrays of model_A that are part of it.
+    # The step donates its state, which includes the arrays of model_A.
     state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, state)
     for epoch in track(range(epochs), f"training model_B, frozen: {what}", console=console):
         with bnjax.freeze(A) if what == "all of it" else nullcontext():
@@ -118,14 +118,14 @@ def train_b(
 
 
 def moved(a: Any, b: Any) -> str:
-    """How far two trees are apart."""
+    """How far two trees differ."""
     gaps = jax.tree.map(lambda x, y: float(abs(x - y).max()), a, b)
     largest = max(jax.tree.leaves(gaps))
     return f"{largest:.2f}" if largest else "0, not a bit"
 
 
 def check_untouched(joint: TrainState, a: TrainState, x: np.ndarray) -> None:
-    """model_A is what it was, bit for bit: parameters, statistics and outputs."""
+    """Check that model_A is unchanged, bit for bit: parameters, statistics and outputs."""
     now = inner_a(joint, a)
     assert moved(now.params, a.params) == "0, not a bit", "model_A's parameters moved"
     assert moved(now.batch_stats, a.batch_stats) == "0, not a bit", "model_A's statistics moved"
@@ -136,7 +136,7 @@ def check_untouched(joint: TrainState, a: TrainState, x: np.ndarray) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/joint"),
-    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = 15,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 15,
     seed: int = 0,
 ) -> None:
     """Train model_B through a frozen model_A, and see what happens to model_A otherwise."""
@@ -171,14 +171,14 @@ def main(
 
 def draw(histories: dict[str, list[float]], path: Path) -> None:
     """model_A's accuracy on clean digits while model_B trains."""
-    figure = Figure(figsize=(7, 3.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 3.6), dpi=120, layout="constrained")
     axis = figure.subplots()
     for what, values in histories.items():
-        axis.plot(values, "o-", markersize=3, label=f"frozen: {what}")
-    axis.set(title="model_A on clean digits, while model_B trains", xlabel="epoch")
-    axis.set_ylabel("accuracy in eval mode")
+        axis.plot(values, "o-", markersize=3, label=f"model_A frozen: {what}")
+    axis.set(xlabel="epoch of training model_B", ylabel="accuracy of model_A\non clean digits")
     axis.set_ylim(0, 1.03)
-    axis.legend()
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(histories), frameon=False)
     figure.savefig(path)
 
 

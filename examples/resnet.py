@@ -1,8 +1,8 @@
-"""ResNet-18, 34 and 50 with bnjax's batch norm, and the names of the usual ResNet in PyTorch.
+"""ResNet-18, 34 and 50 with bnjax's batch norm, under torchvision's names.
 
-`conv1`, `bn1`, `layer1.0.conv1`, `layer1.0.downsample.0` and `fc` are here `conv1`, `bn1`,
-`layer1_0/conv1`, `layer1_0/downsample_0` and `fc`, so `bnjax.from_torch` needs no `rename`. So are
-the paddings: Flax's "SAME" pads a strided convolution on the other side.
+`conv1`, `bn1`, `layer1.0.conv1`, `layer1.0.downsample.0` and `fc` are `conv1`, `bn1`,
+`layer1_0/conv1`, `layer1_0/downsample_0` and `fc` here, so `bnjax.from_torch` needs no `rename`.
+Paddings are PyTorch's, too: Flax's "SAME" pads a strided convolution on the other side.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution between 1x1 ones, and a shortcut; the 3x3 one has the stride."""
+    """A 3x3 convolution, which has the stride, between 1x1 ones, and a shortcut."""
 
     width: int
     stride: int = 1
@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of blocks: logits (N, classes) of images (N, H, W, channels)."""
+    """Four stages of blocks, from images (N, H, W, channels) to logits (N, classes)."""
 
     stages: Sequence[int]
     block: type[BasicBlock] | type[Bottleneck]
@@ -62,7 +62,7 @@ class ResNet(nn.Module):
         """(N, H, W, channels) to (N, classes)."""
         x = _conv(self.width, 7, 2, name="conv1")(x)
         x = nn.relu(bnjax.BatchNorm2d(self.width, name="bn1")(x))
-        padding: Any = ((1, 1), (1, 1))  # Flax says that it is a string
+        padding: Any = ((1, 1), (1, 1))  # Flax annotates it as a string
         x = nn.max_pool(x, (3, 3), (2, 2), padding)
         for stage, blocks in enumerate(self.stages):
             for number in range(blocks):
@@ -80,7 +80,7 @@ def _conv(features: int, size: int, stride: int = 1, *, name: str) -> nn.Conv:
 
 
 def _shortcut(x: jax.Array, y: jax.Array, stride: int) -> jax.Array:
-    """The input, brought to the shape of the output; part of the block that calls it."""
+    """The input in the shape of the output; its layers belong to the calling block."""
     if x.shape == y.shape:
         return x
     x = _conv(y.shape[-1], 1, stride, name="downsample_0")(x)

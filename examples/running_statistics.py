@@ -1,6 +1,6 @@
-"""What running statistics do, shown on the network that train_digits.py trained.
+"""Show what running statistics do, on the network that train_digits.py trained.
 
-Without a finished run in RUN it trains a short one first.
+If there is no finished run in RUN, it trains a short one first.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ console = Console()
 
 
 def trained(run_folder: Path, splits: Splits, epochs: int, seed: int) -> TrainState:
-    """The state of a finished run, or of a short one that is made now."""
+    """The state of a finished run, or of a short one trained now."""
     folder = (run_folder / "checkpoints").resolve()
     fresh = start(splits, 3e-3, epochs, 64, seed)
     with ocp.CheckpointManager(
@@ -49,7 +49,7 @@ def distance(a: Any, b: Any) -> float:
 
 def when_they_move(state: TrainState, splits: Splits) -> Table:
     """How far statistics and parameters move in an evaluation, a forward pass, and a step."""
-    # The training is over and its learning rate 0; a fresh optimizer moves again.
+    # At the end of training the learning rate is 0, so use a fresh optimizer.
     tx = optax.adam(1e-3)
     state = state.replace(tx=tx, opt_state=tx.init(state.params))
     batch = {"x": splits.train.x[:64], "y": splits.train.y[:64]}
@@ -73,7 +73,7 @@ def when_they_move(state: TrainState, splits: Splits) -> Table:
 
 
 def among_batch_mates(state: TrainState, splits: Splits, draws: int = 50) -> list[dict[str, float]]:
-    """One image in random company, at each batch size: what it gets with and without tracking."""
+    """The outputs for one image among random batch mates, with and without tracking, by size."""
     tracked = jax.jit(ResNet(splits.classes).apply)
     forward = jax.jit(lambda v, x: state.apply_fn(v, x, mutable=["batch_stats"])[1]["batch_stats"])
     test = eval_step(loss_fn)
@@ -122,7 +122,7 @@ def _gap(running: Any, moved: Any) -> float:
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:
-    """Both lessons over the batch size."""
+    """Draw both results over the batch size."""
     figure = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     sizes = [row["size"] for row in rows]
@@ -145,7 +145,7 @@ def main(
         "runs/digits"
     ),
     epochs: Annotated[
-        int, typer.Option(min=1, help="Of the run that is made if there is none.")
+        int, typer.Option(min=1, help="Epochs of the run, if one must be trained.")
     ] = 15,
     seed: Annotated[int, typer.Option(help="The seed of that run.")] = 0,
 ) -> None:

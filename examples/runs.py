@@ -1,4 +1,4 @@
-"""A training of the digits network, with linen or with nnx, behind the same few calls."""
+"""Training runs of the digits network, in linen or nnx, behind one interface."""
 
 import abc
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from bnjax.training import eval_step, evaluate, history, init_state, train_step
 
 
 class Run(abc.ABC):
-    """All that a run has to remember: what is trained, and its records.
+    """Everything that a run keeps: what is trained, and its records.
 
     Attributes:
         epochs: losses and accuracies after each epoch.
@@ -35,7 +35,7 @@ class Run(abc.ABC):
 
     @abc.abstractmethod
     def step(self, batch: Batch) -> dict[str, Any]:
-        """Train on a batch; the metrics."""
+        """Train on a batch and return the metrics."""
 
     @abc.abstractmethod
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -43,12 +43,12 @@ class Run(abc.ABC):
 
     @abc.abstractmethod
     def logits(self, x: Any) -> jax.Array:
-        """What the network says of images in evaluation."""
+        """The network's outputs for images, in evaluation."""
 
     @property
     @abc.abstractmethod
     def saved(self) -> dict[str, Any]:
-        """What a checkpoint has of it; to set it is to go on from there."""
+        """The part that a checkpoint saves; assign it to continue from there."""
 
     @saved.setter
     @abc.abstractmethod
@@ -57,7 +57,7 @@ class Run(abc.ABC):
     @property
     @abc.abstractmethod
     def rejected(self) -> int:
-        """How many steps were not committed."""
+        """How many steps were rejected."""
 
     @property
     @abc.abstractmethod
@@ -71,7 +71,7 @@ class Run(abc.ABC):
 
 
 class LinenRun(Run):
-    """A `TrainState`, which each step makes anew."""
+    """A run with a `TrainState`, which each step replaces."""
 
     library = "linen"
     shown = ("BatchNorm2d_0", "Block_2/BatchNorm2d_2")  # the first and the last batch norm
@@ -89,12 +89,12 @@ class LinenRun(Run):
         self._forward = jax.jit(model.apply)
 
     def step(self, batch: Batch) -> dict[str, Any]:
-        """A new state."""
+        """Replace the state."""
         self.state, metrics = self._step(self.state, batch)
         return metrics
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """As the state is now."""
+        """Evaluate the current state."""
         return evaluate(self._test, self.state, batches)
 
     def logits(self, x: Any) -> jax.Array:
@@ -122,7 +122,7 @@ class LinenRun(Run):
 
 
 class NnxRun(Run):
-    """A model and its optimizer, which each step changes."""
+    """A run with a model and an optimizer, which each step updates in place."""
 
     library = "nnx"
     shown = ("norms/0", "blocks/2/norms/2")
@@ -142,11 +142,11 @@ class NnxRun(Run):
         self._forward = nnx.jit(lambda model, x: model(x))
 
     def step(self, batch: Batch) -> dict[str, Any]:
-        """Change model and optimizer."""
+        """Update model and optimizer."""
         return self._step(self.model, self.optimizer, batch)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """As the model is now."""
+        """Evaluate the current model."""
         return bnjax.nnx.evaluate(self._test, self.model, batches)
 
     def logits(self, x: Any) -> jax.Array:
@@ -211,7 +211,7 @@ def start(
 
 
 def save(manager: ocp.CheckpointManager, run: Run) -> None:
-    """Write a checkpoint; it appears under its final name only when it is whole."""
+    """Write a checkpoint, which appears under its final name only when complete."""
     records = {"epochs": run.epochs, "statistics": run.statistics, "weights": run.weights}
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(run.saved),
@@ -221,16 +221,16 @@ def save(manager: ocp.CheckpointManager, run: Run) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, run: Any) -> Any:
-    """The run, a new one, as the last whole checkpoint has it."""
+    """Restore a new run from the last complete checkpoint."""
     step = manager.latest_step()
     found = manager.restore(step, args=ocp.args.Composite(records=ocp.args.JsonRestore()))
     records = dict(found["records"])
     library = records.get("library", "linen")
     if library != run.library:
-        message = f"{manager.directory} is of {library}: add --library {library}"
+        message = f"{manager.directory} holds a run of {library}: add --library {library}"
         raise typer.BadParameter(message, param_hint="--out")
     if records["weights"] != run.weights:
-        message = f"{manager.directory} is of another network: other data have other classes"
+        message = f"{manager.directory} holds another network: its data had other classes"
         raise typer.BadParameter(message, param_hint="--out")
     wanted = ocp.args.Composite(state=ocp.args.StandardRestore(run.saved))
     run.saved = manager.restore(step, args=wanted)["state"]
@@ -240,7 +240,7 @@ def restore(manager: ocp.CheckpointManager, run: Any) -> Any:
 
 
 def folder_of(out: Path, resume: bool) -> Path:
-    """Where a run goes: OUT, or OUT-2 and so on if that holds a run; the last one to resume it."""
+    """The run's folder: OUT, or OUT-2 and so on if that holds a run; to resume, the last one."""
 
     def named(number: int) -> Path:
         return out if number == 1 else out.with_name(f"{out.name}-{number}")

@@ -1,7 +1,7 @@
 """Train a small residual CNN with batch norm on scanned digits, and check what it learned.
 
-Checkpoints are written after each epoch. After a kill at any moment, the same command with
---resume goes on from the last one, to the same final numbers as an uninterrupted run.
+A checkpoint is written after each epoch. If the run is killed at any moment, the same command with
+--resume continues from the last one, to the same final numbers as an uninterrupted run.
 """
 
 import sys
@@ -30,7 +30,7 @@ def train(
     batch_size: int,
     seed: int,
 ) -> None:
-    """The epochs that are left, each with a checkpoint at its end."""
+    """Train the remaining epochs, with a checkpoint after each."""
     part = jax.process_index(), jax.process_count()
     columns = (
         TextColumn("{task.description}"),
@@ -38,7 +38,7 @@ def train(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    hidden = part[0] > 0 or not console.is_terminal  # where each epoch has a line
+    hidden = part[0] > 0 or not console.is_terminal  # each epoch prints a line instead
     with Progress(*columns, console=console, disable=hidden) as progress:
         bar = progress.add_task("training", total=epochs, completed=len(run.epochs))
         for epoch in range(len(run.epochs), epochs):
@@ -55,14 +55,14 @@ def train(
             save(manager, run)
             text = f"loss {means['loss']:.4f}  validation accuracy {validation['accuracy']:.4f}"
             progress.update(bar, advance=1, description=text)
-            if not console.is_terminal and part[0] == 0:  # where no bar is seen
+            if not console.is_terminal and part[0] == 0:  # where there is no bar
                 console.print(f"epoch {epoch + 1}/{epochs}  {text}", highlight=False)
                 sys.stdout.flush()
     manager.wait_until_finished()
 
 
 def check_restored(run: Run, restored: Run, splits: Splits) -> list[tuple[str, bool]]:
-    """What a user may expect of a reloaded model, each with whether it holds."""
+    """What users may expect of a reloaded model, each with whether it holds."""
 
     def logits(run: Run, x: np.ndarray, size: int) -> np.ndarray:
         parts = [run.logits(x[i : i + size]) for i in range(0, len(x), size)]
@@ -82,7 +82,7 @@ def check_restored(run: Run, restored: Run, splits: Splits) -> list[tuple[str, b
 
 
 def next_command(run: Run, out: Path) -> str:
-    """What to try next: ask whether the batch norms of the network are well."""
+    """A command to try next, which diagnoses the batch norms of the network."""
 
     def shown(path: Path) -> Path:
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -97,11 +97,11 @@ def next_command(run: Run, out: Path) -> str:
 
 
 def report(run: Run, splits: Splits, out: Path, is_default: bool) -> None:
-    """Draw the pictures, and say where all is and what to try next."""
+    """Draw the pictures, and print where everything is and what to try next."""
     plot_curves(run.epochs, out / "curves.png")
     plot_statistics(run.statistics["layers"], out / "statistics.png")
     console.print(f"pictures and checkpoints: {out}", soft_wrap=True)
-    if is_default:  # of other images `digits:ResNet()` might be another network
+    if is_default:  # for other images `digits:ResNet()` may be another network
         np.save(out / "inputs.npy", splits.train.x)
         console.print(f"next: {next_command(run, out)}", soft_wrap=True, highlight=False)
 
@@ -116,10 +116,10 @@ def main(
     library: Annotated[Library, typer.Option(help="Flax's linen, or its nnx.")] = "linen",
     epochs: Annotated[int, typer.Option(min=1)] = 40,
     batch_size: Annotated[int, typer.Option(min=2)] = 64,
-    lr: Annotated[float, typer.Option(min=0, help="The highest learning rate.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Of the split, the weights and the order.")] = 0,
+    lr: Annotated[float, typer.Option(min=0, help="The peak learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the order.")] = 0,
     resume: Annotated[
-        bool, typer.Option(help="Go on from the last checkpoint of the last run.")
+        bool, typer.Option(help="Continue from the last checkpoint of the last run.")
     ] = False,
 ) -> None:
     """Train a small residual CNN with batch norm on scanned digits (or your own images)."""
@@ -141,7 +141,7 @@ def main(
             run = restore(manager, run)
             console.print(f"Resumed after epoch {len(run.epochs)} of {epochs}.")
         elif resume:
-            console.print(f"There is no checkpoint in {out} yet: a new run.", soft_wrap=True)
+            console.print(f"No checkpoint in {out} yet: starting a new run.", soft_wrap=True)
         train(run, manager, splits, epochs, batch_size, seed)
         restored = restore(manager, new())
     result = restored.evaluate(batches(splits.test, 256))

@@ -31,7 +31,7 @@ from train_digits import train
 
 console = Console()
 LOST = (
-    "A process of this run was lost. Start it again with --resume: it goes on from the last epoch."
+    "A process of this run was lost. Start it again with --resume to continue from the last epoch."
 )
 
 
@@ -45,7 +45,7 @@ def launch(processes: int) -> int:
     children = [subprocess.Popen([*command, str(number)]) for number in range(processes)]
     while any(child.poll() is None for child in children):
         if any(child.poll() not in (None, 0) for child in children):
-            time.sleep(2)  # let the others say what they saw
+            time.sleep(2)  # let the others print their errors
             for child in children:
                 child.kill()
             console.print(f"[red]{LOST}[/]")
@@ -57,7 +57,7 @@ def launch(processes: int) -> int:
 def work(
     out: Path, library: Library, epochs: int, batch_size: int, lr: float, seed: int, resume: bool
 ) -> None:
-    """The part of one process."""
+    """Do the work of one process."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     first = jax.process_index() == 0
     if first:
@@ -79,7 +79,7 @@ def work(
 
 
 def agreed(out: Path) -> Path:
-    """The folder that process 0 has found, as the others may look when it is there already."""
+    """The folder that process 0 chose; others may look only after it was created."""
     name = np.zeros(4096, np.uint8)
     given = np.frombuffer(str(out).encode(), np.uint8)
     name[: len(given)] = given
@@ -89,7 +89,7 @@ def agreed(out: Path) -> Path:
 
 def main(
     processes: Annotated[
-        int | None, typer.Option(min=1, help="How many; all here if alone.")
+        int | None, typer.Option(min=1, help="How many; if given alone, all on this machine.")
     ] = None,
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0.")] = None,
     process_id: Annotated[int | None, typer.Option(help="Which process this is.")] = None,
@@ -98,11 +98,13 @@ def main(
     ] = Path("runs/multihost"),
     library: Annotated[Library, typer.Option(help="Flax's linen, or its nnx.")] = "linen",
     epochs: Annotated[int, typer.Option(min=1)] = 40,
-    batch_size: Annotated[int, typer.Option(min=2, help="Of all processes together.")] = 64,
-    lr: Annotated[float, typer.Option(min=0, help="The highest learning rate.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Of the split, the weights and the order.")] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=2, help="The batch size of all processes together.")
+    ] = 64,
+    lr: Annotated[float, typer.Option(min=0, help="The peak learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the order.")] = 0,
     resume: Annotated[
-        bool, typer.Option(help="Go on from the last checkpoint of the last run.")
+        bool, typer.Option(help="Continue from the last checkpoint of the last run.")
     ] = False,
     timeout: Annotated[
         int, typer.Option(help="Seconds until a silent process counts as lost.")
@@ -130,7 +132,7 @@ def main(
             f"process {jax.process_index()}: {str(error).splitlines()[0]}\n[red]{LOST}[/]"
         )
         sys.stdout.flush()
-        os._exit(1)  # an orderly exit would wait for the process that is gone
+        os._exit(1)  # a clean exit would wait for the lost process
     jax.distributed.shutdown()
 
 

@@ -1,7 +1,7 @@
-"""Ways to ruin batch norm in evaluation, and what `bnjax.diagnose` says about each.
+"""Break batch norm in evaluation in many ways, and diagnose each with `bnjax.diagnose`.
 
-The digits network gets one fault after another, most of them in its training, is diagnosed, and
-mended as the diagnosis says. Accuracies are those of evaluation in batches of four.
+The digits network gets one fault after another, most of them during training, is diagnosed, and
+fixed as the diagnosis says. Accuracies are those of evaluation in batches of four.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ console = Console()
 
 
 class Setup(NamedTuple):
-    """A model, and how it is evaluated: the settings of its call, and what is done to images."""
+    """A model and how it is evaluated: the arguments of its call, and preprocessing of images."""
 
     model: ResNet
     variables: Any
@@ -38,11 +38,11 @@ class Setup(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A fault, the model that has it and how to mend it, and what else the diagnosis gets."""
+    """A fault, the model that has it, the fixed model, and what else the diagnosis gets."""
 
     fault: str
     broken: Setup
-    mended: Callable[[], Setup]
+    fixed: Callable[[], Setup]
     size: int = 64
     known: dict[str, Any] | None = None
 
@@ -54,6 +54,7 @@ class Trainer:
         self.splits, self.epochs, self.seed = splits, epochs, seed
         self.model = ResNet(splits.classes, (8, 16, 32))
         self.record: dict[str, Any] = {}
+        self.every = 10
         self.step = train_step(loss_fn, donate=False)
 
     def __call__(
@@ -65,16 +66,16 @@ class Trainer:
         kept: Callable[[Any], Any] = lambda batch_stats: batch_stats,
         each: Callable[[TrainState], Any] = lambda state: None,
     ) -> Any:
-        """The variables after a training; `kept` changes the statistics before each step."""
+        """Train, and return the variables; `kept` changes the statistics before each step."""
         data, self.record = self.splits.train, {}
         count = len(data) // 64 * self.epochs
         tx = optax.adam(optax.cosine_decay_schedule(lr, count))
         state = init_state(model or self.model, tx, jax.random.key(self.seed), data.x[:2])
-        step = history(self.step, self.record, every=10)
+        step = history(self.step, self.record, every=self.every)
         shown = 0
         for epoch in range(self.epochs):
             for batch in batches(data, size, self.seed + epoch):
-                if shown < count:  # small batches: as many steps, not as many epochs
+                if shown < count:  # with small batches, as many steps rather than epochs
                     batch = {**batch, "x": prepare(batch["x"])}
                     state, _ = step(state.replace(batch_stats=kept(state.batch_stats)), batch)
                     shown += 1
@@ -82,13 +83,13 @@ class Trainer:
         return state.variables
 
     def clean(self, size: int = 64, prepare: Callable[[Any], Any] = lambda x: x) -> list[Batch]:
-        """Batches to measure statistics over, as they are evaluated: not shifted."""
+        """Batches to compute statistics on, as in evaluation: without random shifts."""
         data = Data(self.splits.train.x[: 16 * size], self.splits.train.y[: 16 * size])
         return [{**batch, "x": prepare(batch["x"])} for batch in batches(data, size)]
 
 
 def cases(train: Trainer) -> Iterator[Case]:
-    """The faults, one after another."""
+    """Yield the faults, one after another."""
     model = train.model
     good = train()
     right = Setup(model, good)
@@ -97,12 +98,12 @@ def cases(train: Trainer) -> Iterator[Case]:
     yield Case("updates not kept", Setup(model, {**good, "batch_stats": fresh}), lambda: right)
 
     def recalibrated(setup: Setup) -> Callable[[], Setup]:
-        def mended() -> Setup:
+        def fixed() -> Setup:
             data = train.clean(prepare=setup.prepare)
             new = bnjax.recalibrate(setup.model, setup.variables, data)
             return setup._replace(variables=new)
 
-        return mended
+        return fixed
 
     for value in (0.001, 0.99):
 
@@ -167,7 +168,7 @@ def accuracy(setup: Setup, data: Data) -> float:
         variables = {**variables, "batch_stats": jax.tree.map(lambda rows: rows[0], stats)}
     call = jax.jit(lambda variables, x: setup.model.apply(variables, x, **(setup.settings or {})))
     count = len(data) // EVALUATED * EVALUATED
-    order = np.argsort(data.y[:count], kind="stable")  # as a folder of classes has them
+    order = np.argsort(data.y[:count], kind="stable")  # sorted by class, as in a folder per class
     for index in order.reshape(-1, EVALUATED):
         logits: Any = call(variables, setup.prepare(data.x[index]))
         if isinstance(logits, tuple):
@@ -178,7 +179,7 @@ def accuracy(setup: Setup, data: Data) -> float:
 
 
 def diagnosed(case: Case, train: Trainer) -> Report:
-    """What bnjax says about it."""
+    """Diagnose the broken model."""
     setup = case.broken
     with setup.within():
         return bnjax.diagnose(
@@ -195,17 +196,17 @@ def main(
     out: Annotated[Path, typer.Option(help="Where pictures of the reports go.")] = Path(
         "runs/why_is_eval_bad"
     ),
-    epochs: Annotated[int, typer.Option(min=2, help="Of each training.")] = 12,
+    epochs: Annotated[int, typer.Option(min=2, help="Epochs of each training.")] = 12,
     seed: int = 0,
     full: Annotated[bool, typer.Option(help="Print each report, too.")] = False,
-    first: Annotated[int | None, typer.Option(help="Only so many faults.")] = None,
+    first: Annotated[int | None, typer.Option(help="Only the first so many faults.")] = None,
 ) -> None:
-    """Make each fault, diagnose it, and mend it."""
+    """Inject each fault, diagnose it, and fix it."""
     splits = load(seed=seed)
     train = Trainer(splits, epochs, seed)
     out.mkdir(parents=True, exist_ok=True)
     table = Table(title="Why is evaluation bad?", caption="accuracy in batches of four")
-    for column in ("fault", "diagnosis", "at layer", "what mends it"):
+    for column in ("fault", "diagnosis", "at layer", "fix"):
         table.add_column(column, overflow="fold")
     for column in ("before", "after"):
         table.add_column(column, justify="right")
@@ -213,7 +214,7 @@ def main(
         report = diagnosed(case, train)
         console.print(report if full else f"{case.fault}: {report.verdict}", soft_wrap=True)
         report.plot(out / f"{case.fault.replace(' ', '_').replace('=', '_')}.png")
-        before, after = (accuracy(s, splits.test) for s in (case.broken, case.mended()))
+        before, after = (accuracy(s, splits.test) for s in (case.broken, case.fixed()))
         words = ["all is well", "", ""]
         if report.findings:
             worst = report.findings[0]

@@ -139,9 +139,11 @@ def test_an_average_is_saved_beside_its_state(tmp_path):
 def test_what_cannot_be_averaged_is_told():
     model, state, average, _ = linen_training(optax.sgd(0.1), 0.9)
     for decay in (0, 1, 1.5):
-        message = "`decay` must be between 0 and 1, such as 0.999, or None to weigh all steps alike"
+        message = (
+            "`decay` must be between 0 and 1, such as 0.999, or None to weigh all steps equally"
+        )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}, got {decay}\\.$"):
             Average.start(state, decay)
-    message = "`state` must be the TrainState of the linen model, as the last step has returned it"
+    message = "`state` must be the TrainState of the linen model, as the last step returned it"
     with pytest.raises(TypeError, match=f"^{message}, got NoneType\\.$"):
         average.recalibrated(model, None, BATCHES)

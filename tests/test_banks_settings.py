@@ -221,7 +221,8 @@ def test_vectorized_calls_are_those_one_after_another():
     together = jax.jit(jax.vmap(run))(*stacked)
     for number, data in enumerate(datas):
         assert_close(jax.tree.map(lambda a, n=number: a[n], together), by_numpy(data), rtol=1e-5)
-    one = jax.vmap(run, (None, None, None, 0, None))(*arrays[0][:3], stacked[3], arrays[0][4])
+    params, stats, x, _, cotangent = arrays[0]
+    one = jax.vmap(run, (None, None, None, 0, None))(params, stats, x, stacked[3], cotangent)
     for number, data in enumerate(datas):
         wanted = by_numpy(datas[0]._replace(bank=data.bank))
         assert_close(jax.tree.map(lambda a, n=number: a[n], one), wanted, rtol=1e-5)

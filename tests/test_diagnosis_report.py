@@ -46,7 +46,7 @@ def test_a_finding_names_layer_evidence_cause_and_repair(shifted):
     for words in (
         "1 data differ from training data, error: BatchNorm2d_0",
         "evidence It starts in 'BatchNorm2d_0'",
-        "cause These inputs have another mean, scale or content",
+        "cause These inputs differ in mean, scale or content",
         "repair x = (x - train_mean) / train_std",
         "accuracy 0.9",
     ):

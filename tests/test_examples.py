@@ -63,7 +63,7 @@ def test_a_second_run_has_its_own_folder_and_each_says_what_to_try_next(tmp_path
         assert "error" not in report.splitlines()[0]
     code, output = run(TRAIN, *settings, "--resume")
     assert code == 2
-    assert f"{tmp_path}/run-2/checkpoints is of nnx: add --library nnx" in output
+    assert f"{tmp_path}/run-2/checkpoints holds a run of nnx: add --library nnx" in output
 
 
 def test_a_run_goes_where_none_is_and_resumes_where_the_last_one_is(tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_users_own_images_train(tmp_path):
         ({"images": np.ones((30, 8)), "labels": np.ones(30, int)}, r"got images float64\(30, 8\)"),
         ({"images": np.ones((30, 8, 8)), "labels": np.ones(30)}, "and labels float64"),
         ({"images": np.ones((9, 8, 8)), "labels": np.ones(9, int)}, "at least 20 images"),
-        ({"images": np.ones((30, 8, 8)), "labels": np.ones(30, int)}, "two classes at least"),
+        ({"images": np.ones((30, 8, 8)), "labels": np.ones(30, int)}, "at least two classes"),
         ({"images": np.ones((30, 8, 8)), "labels": 10**9 * np.arange(30)}, "fewer classes than"),
         ({"images": np.ones((30, 8, 8)), "labels": np.arange(30) - 1}, "labels from 0 up, got -1"),
         ({"images": np.full((30, 8, 8), np.nan), "labels": np.arange(30) % 2}, "finite pixels"),

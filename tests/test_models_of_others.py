@@ -111,7 +111,7 @@ def test_a_layer_that_evaluates_while_the_model_trains_is_told_from_updates_thro
     (finding,) = found(*trained(0.9))
     assert (finding.kind, finding.layers) == ("left in evaluation", ("forgotten",))
     assert finding.cause.startswith("These layers evaluate while the model trains, ")
-    assert finding.cause.endswith("Pass `history=` of the training to tell.")
+    assert finding.cause.endswith("Pass `history=` of the training to find out.")
     assert "use_running_average" in finding.repair
 
 
@@ -167,7 +167,7 @@ def test_scales_that_no_gradient_reaches_are_told_from_those_of_a_new_network(st
     assert [(f.kind, f.layer) for f in findings] == [("dead channels", "dead")] * bool(steps)
     if steps:
         assert "no gradient passes a relu at zero" in findings[0].cause
-        assert findings[0].cause.endswith("Pass `steps=` to tell.")
+        assert findings[0].cause.endswith("Pass `steps=` to find out.")
 
 
 class KeepsAxes(nn.Module):

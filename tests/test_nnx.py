@@ -175,7 +175,8 @@ def test_the_signature_is_that_of_torch_and_the_number_of_channels_is_required()
     layer = make(bnjax.nnx.BatchNorm2d, 256, eps=1e-4, momentum=0.2, affine=False)
     named = bnjax.nnx.BatchNorm2d(256, 1e-4, 0.2, False, True, rngs=nnx.Rngs(1))
     assert nnx.graphdef(layer) == nnx.graphdef(named)
-    with pytest.raises(TypeError, match=r"missing 1 required .* argument: 'num_features'$"):
+    needs = r"^bnjax\.nnx\.BatchNorm2d needs `num_features`, as in BatchNorm2d\(64, rngs=.*\)\.$"
+    with pytest.raises(TypeError, match=needs):
         bnjax.nnx.BatchNorm2d(rngs=nnx.Rngs(0))  # pyright: ignore[reportCallIssue]
 
 

@@ -270,17 +270,17 @@ def test_an_evaluation_changes_nothing_and_takes_the_model_as_after_eval():
     {
         "linen model": (
             lambda: bnjax.nnx.train_step(loss_fn)(Linen(), None, {}),  # pyright: ignore
-            "`model` must be a flax.nnx.Module, got Linen. For a linen model there are "
+            "`model` must be a flax.nnx.Module, got Linen. For a linen model use "
             "bnjax.training.train_step and eval_step.",
         ),
         "no optimizer": (
             lambda: bnjax.nnx.train_step(loss_fn)(Net(), optax.sgd(0.1), {}),  # pyright: ignore
-            "`optimizer` must be an nnx.Optimizer, as nnx.Optimizer(model, optax.adam(1e-3), "
-            "wrt=nnx.Param) makes it, got GradientTransformationExtraArgs.",
+            "`optimizer` must be an nnx.Optimizer, such as nnx.Optimizer(model, optax.adam(1e-3), "
+            "wrt=nnx.Param), got GradientTransformationExtraArgs.",
         ),
         "an nnx model in linen": (
             lambda: init_state(Net(), optax.sgd(0.1), jax.random.key(0), X[0]),  # pyright: ignore
-            "`model` is an nnx model, whose parameters and statistics are its own. Train it with "
+            "`model` is an nnx model, which holds its own parameters and statistics. Train it with "
             "optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param); step = "
             "bnjax.nnx.train_step(loss_fn); metrics = step(model, optimizer, batch).",
         ),

@@ -1,7 +1,7 @@
 """Population statistics of the layers of an nnx model, which stays as it is."""
 
 import re
-from typing import Any
+from typing import Any, assert_type
 
 import chex
 import jax
@@ -52,7 +52,9 @@ def updated(model: Any, state: nnx.State) -> Any:
 def test_the_statistics_are_those_of_all_data_by_count_and_of_all_uses(norm, batches, mesh):
     model = Branches(nnx.Rngs(0), norm)
     devices = jax.make_mesh((len(jax.devices()),), ("data",)) if mesh else None
-    new = updated(model, bnjax.recalibrate(model, None, batches, mesh=devices))
+    state = bnjax.recalibrate(model, None, batches, mesh=devices)
+    assert_type(state, nnx.State)
+    new = updated(model, state)
     expected = inputs_of_layers(model, batches)
     assert_population(new.first, expected["first"])
     assert_population(new.norms[0], expected["norms/0"])
@@ -267,7 +269,7 @@ MISTAKES = {
         lambda model: bnjax.recalibrate(model, None, []),
         ValueError,
         "`batches` must hold at least one batch, got none. An iterator that was used before is "
-        "empty: pass a list, or make it anew.",
+        "empty: pass a list, or create it again.",
     ),
     "no such layer": (
         lambda model: bnjax.recalibrate(model, None, [], paths="bn"),

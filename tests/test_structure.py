@@ -12,16 +12,18 @@ import bnjax
 # A room imports from the floors above it in these lists, which are those below it in the house.
 FLOORS = {
     "bnjax": (
-        {"core", "globs", "plotting", "_files", "_words"},
+        {"core", "globs", "plotting", "_files", "_names", "_tables", "_words"},
         {"layers", "masks"},
         {"models"},
         {"training", "checkpoints"},
         {"linen", "nnx", "diagnosis", "policies"},
+        {"_public"},
         {"cli"},
         {"__main__"},
     ),
     "bnjax.core": (
-        {"checks", "compat"},
+        {"compat", "repairs"},
+        {"checks"},
         {"moments", "sharding"},
         {"banks", "devices", "policies", "sums"},
         {"settings"},
@@ -31,9 +33,14 @@ FLOORS = {
         {"choosing"},
         {"batch_norm"},
     ),
-    "bnjax.layers": ({"conventions", "modes"}, {"linen", "nnx"}),
+    "bnjax.layers": (
+        {"conventions", "modes"},
+        {"arguments"},
+        {"linen", "nnx"},
+        {"conditional"},
+    ),
     "bnjax.models": (
-        {"checks", "compat", "conventions", "statistics"},
+        {"checks", "compat", "conventions", "statistics", "variables"},
         {"batches", "contexts", "programs", "registered"},
         {"banks", "frames"},
         {"visits"},
@@ -48,12 +55,19 @@ FLOORS = {
         {"compiled", "gradients", "state"},
         {"attempts"},
         {"averaging", "history", "nnx_steps", "steps"},
+        {"logging"},
     ),
     "bnjax.checkpoints": (
-        {"tensors"},
+        {"contents", "tensors"},
         {"nested"},
-        {"folders"},
+        {"formats", "writable"},
+        {"folders", "parts"},
         {"files", "inspection", "conversion"},
+    ),
+    "bnjax.checkpoints.formats": (
+        {"needs", "pickles", "signatures"},
+        {"msgpack", "orbax", "pytorch", "safetensors"},
+        {"shards"},
     ),
 }
 CORE = {"jax", "chex", "numpy"}

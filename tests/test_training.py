@@ -168,7 +168,7 @@ def test_an_empty_iterator_of_batches_is_an_error(rng):
     state, _ = make(rng)
     message = (
         "`batches` must hold at least one example that counts, got none. An iterator that was "
-        "used before is empty: pass a list, or make it anew."
+        "used before is empty: pass a list, or create it again."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         evaluate(eval_step(squared_error), state, [])
@@ -260,8 +260,8 @@ MISTAKES = {
     ),
     "mutable": (
         lambda: train_step(squared_error, apply_kwargs={"mutable": ["batch_stats"]}),
-        "`apply_kwargs` must leave `mutable` out: a training step keeps what every collection of "
-        "the model becomes.",
+        "`apply_kwargs` must leave `mutable` out: a training step keeps the updates of all "
+        "collections.",
     ),
     "no function": (
         lambda: train_step(3),  # pyright: ignore[reportArgumentType]

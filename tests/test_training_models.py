@@ -301,9 +301,9 @@ def test_a_state_that_was_donated_says_so_and_its_variables_stay():
     after, _ = train_step(loss, apply_kwargs={"train": True})(state, BATCH)
     same(kept, wanted)
     message = (
-        "This state was passed to a step before, which reuses its memory, so its arrays are gone. "
-        "Go on with the state that the step returned: state, metrics = step(state, batch); or keep "
-        "it by train_step(..., donate=False)."
+        "This state was passed to an earlier step, which reused its memory, so its arrays are "
+        "gone. Continue with the state that the step returned: state, metrics = step(state, "
+        "batch); or keep it with train_step(..., donate=False)."
     )
     for step in (train_step(loss), eval_step(loss)):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

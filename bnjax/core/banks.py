@@ -8,7 +8,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +17,7 @@ from bnjax.core import compat
 from bnjax.core.moments import Moments, abs2
 from bnjax.core.sharding import varying_alike
 
-Bank = chex.Numeric
+Bank = Any  # an int, or int32, () or (N,)
 _FEW = 16  # banks: up to there, sums by comparison are fast
 _CHUNK = 256
 

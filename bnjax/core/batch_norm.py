@@ -36,6 +36,8 @@ def init(
 ) -> tuple[Params, BatchStats]:
     """Parameters and running statistics of a new batch norm.
 
+    Guide: examples/guides/running_statistics.md
+
     Args:
         num_features: number of channels, C.
         affine: learn a scale (ones) and a bias (zeros); otherwise `params` is `{}`. With banks,
@@ -77,7 +79,7 @@ def init(
         if counts(momentum, using):
             batch_stats["count"] = jnp.zeros(rows, jnp.int32)
         if isinstance(momentum, str):
-            batch_stats |= pooled_from(**batch_stats)
+            batch_stats |= pooled_from(mean, batch_stats["var"])
     return params, batch_stats
 
 
@@ -107,6 +109,8 @@ def batch_norm(
     (biased) variance are those of this batch if `mutable`, or if there are no running statistics,
     and the running ones otherwise. If `mutable`,
     `running = (1 - momentum) * running + momentum * batch`, as in `torch.nn.BatchNorm2d`.
+
+    Guides: examples/guides/conventions.md, examples/guides/numerics_and_speed.md
 
     Args:
         params: `{"scale": (C,), "bias": (C,)}`, either alone, or `{}`.
@@ -162,6 +166,7 @@ def batch_norm(
     >>> round(float(batch_stats["mean"][0]), 4)  # 0.9 * 0 + 0.1 * 2
     0.2
     """
+    checks.static("mutable", mutable)
     x = checks.floating(x)
     axes = checks.feature_axes(axis, x.ndim)
     features = tuple(x.shape[a] for a in axes)
@@ -169,14 +174,14 @@ def batch_norm(
     bank, banks = checks.bank(bank, batch_stats, x.shape, axes, mask)
     checks.trees(params, batch_stats, features, momentum, banks)
     stats = {name: jnp.asarray(value) for name, value in batch_stats.items()}
-    momentum, using = at(bank_rows.row(stats.get("count"), bank), momentum, using)
+    weight, using = at(bank_rows.row(stats.get("count"), bank), momentum, using)
     settings = Settings(
         axes=axes,
         mutable=mutable,
         tracked=bool(stats),
         eps=eps,
-        momentum=None if isinstance(momentum, str) else momentum,
-        pooled=isinstance(momentum, str),
+        momentum=None if isinstance(weight, str) else weight,
+        pooled=isinstance(weight, str),
         correction=correction,
         axis_name=None if axis_name is None else names(axis_name),
         axis_index_groups=table(axis_index_groups),
@@ -212,6 +217,6 @@ def _steps(
         if told.moves:
             moved = update(stats, batch, sharing.group, told)
     chosen, first = choose(batch, stats, moved, sharing, told)
-    parts, *numbers = applied(chosen, first, learned, given, sharing, told)
-    y = normalize(parts, *numbers, told.dtype)
+    parts, origin, factor, shift = applied(chosen, first, learned, given, sharing, told)
+    y = normalize(parts, origin, factor, shift, told.dtype)
     return partition.join(y, parts, x.shape), bank_rows.put(batch_stats, bank, moved)

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax.core import compat
+from bnjax.core.repairs import COUNT, other_keys
+
 _INTEGER, _NUMBER = (int, np.integer), (int, float, np.number)
 _PARAMS = (("scale", "bias"), ("scale",), ("bias",), ())
 _BANK_PARAMS = tuple(  # beside a scale or bias that banks share, those of each bank
@@ -283,7 +286,10 @@ def correction(value: Any) -> None:
 def num_features(value: Any) -> None:
     """A number of channels."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"`num_features` must be an integer and not negative, got {value!r}.")
+        raise ValueError(
+            f"`num_features` must be an integer and not negative, got {value!r}. It is the number "
+            "of channels, such as 64."
+        )
 
 
 def devices(axis_name: str | Sequence[str] | None, groups: Sequence[Sequence[int]] | None) -> int:
@@ -382,13 +388,12 @@ def trees(
     params: Any, batch_stats: Any, features: tuple[int, ...], momentum: Any, banks: int | None
 ) -> None:
     """What `batch_norm` is given has the keys and shapes that it needs."""
-    repair = "bnjax.init makes it."
-    _keys("params", params, _BANK_PARAMS if banks else _PARAMS, repair)
-    _keys("batch_stats", batch_stats, _BATCH_STATS, repair)
+    _keys("params", params, _BANK_PARAMS if banks else _PARAMS)
+    pools = isinstance(batch_stats, Mapping) and POOLED[0] in batch_stats
+    _keys("batch_stats", batch_stats, _BATCH_STATS[3:] if pools else _BATCH_STATS[:3])
     if momentum is None and batch_stats and "count" not in batch_stats:
-        repair = "The cumulative average needs the count: bnjax.init(..., momentum=None)."
-        _keys("batch_stats", batch_stats, _BATCH_STATS[1:2], repair)
-    if isinstance(momentum, str) and batch_stats and "values" not in batch_stats:
+        _keys("batch_stats", batch_stats, _BATCH_STATS[1:2], COUNT)
+    if isinstance(momentum, str) and momentum == "pooled" and batch_stats and not pools:
         repair = 'To pool all values, start with bnjax.init(..., momentum="pooled").'
         _keys("batch_stats", batch_stats, _BATCH_STATS[3:], repair)
     rows = () if banks is None else (banks,)
@@ -488,7 +493,7 @@ def bank(
             f"`bank` must be one number, or one for each of the {size} examples, got shape "
             f"{array.shape}."
         )
-    if not any(isinstance(each, jax.core.Tracer) for each in (array, mask)):
+    if not (compat.is_traced(array) or compat.is_traced(mask)):
         counted = True
         if mask is not None and array.ndim:
             batch = next(axis for axis in range(len(shape)) if axis not in axes)
@@ -500,6 +505,26 @@ def bank(
     if array.shape == () and not isinstance(array, jax.Array):
         return int(array), banks
     return jnp.asarray(array, jnp.int32), banks
+
+
+def classes(value: Any, size: int, number: int) -> jax.Array:
+    """Each example has a class."""
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"`classes` must be integers, got {array.dtype}. For a scale and bias of your own for "
+            "each example, call a batch norm as in norm(x, scale=g, bias=b)."
+        )
+    if array.shape != (size,):
+        raise ValueError(
+            f"`classes` must hold one class for each of the {size} examples, of shape ({size},), "
+            f"got shape {array.shape}."
+        )
+    if not compat.is_traced(array):
+        wrong = sorted({int(n) for n in np.ravel(array) if not 0 <= n < number})
+        if wrong:
+            raise ValueError(f"`classes` must lie between 0 and {number - 1}, got {wrong}.")
+    return jnp.asarray(array)
 
 
 def affine_of_examples(
@@ -528,8 +553,11 @@ def affine_of_examples(
     return found
 
 
-def _keys(name: str, value: Any, allowed: Sequence[tuple[str, ...]], repair: str) -> None:
+def _keys(
+    name: str, value: Any, allowed: Sequence[tuple[str, ...]], repair: str | None = None
+) -> None:
     """A flat dict of arrays has exactly the keys of one of the allowed sets."""
+    repair = repair or other_keys(name, value)
     if not isinstance(value, Mapping):
         raise TypeError(f"`{name}` must be a dict of arrays, got {type(value).__name__}. {repair}")
     if any(set(value) == set(keys) for keys in allowed):
@@ -561,6 +589,15 @@ def where(path: Sequence[str]) -> str:
     return f"'{'/'.join(path)}'" if any(path) else "the top of the model"
 
 
+def static(name: str, value: Any) -> None:
+    """What decides between two programs is known before either is compiled."""
+    if compat.is_traced(value):
+        raise TypeError(
+            f"`{name}` must be a Python bool, got a traced value: it decides which program is "
+            f"compiled. Make it static, as in jax.jit(f, static_argnames={name!r})."
+        )
+
+
 def mutable_statistics(mutable: bool, path: Sequence[str]) -> None:
     """Training moves the statistics, so they must be mutable."""
     if not mutable:
@@ -577,10 +614,13 @@ def held(
     """A collection of a layer holds what the layer is about to use."""
     missing = sorted(set(expected) - set(given))
     if missing:
+        repair = (
+            "Pass the collection as `model.init` made it or training updated it, as in "
+            "`model.apply({'params': params, 'batch_stats': batch_stats}, x)`."
+        )
         raise ValueError(
             f"The batch norm at {where(path)} misses {missing} in `{collection}`: it has "
-            f"{sorted(given) or 'none'}. Pass the collection as `model.init` made it or training "
-            "updated it, as in `model.apply({'params': params, 'batch_stats': batch_stats}, x)`."
+            f"{sorted(given) or 'none'}. {COUNT if missing == ['count'] else repair}"
         )
 
 

@@ -47,7 +47,7 @@ def choose(
 
     def each() -> tuple[Moments, jax.Array, jax.Array]:
         moments = moments_of(sharing.each)
-        return moments, *map(sharing.to_each, (mean, var))
+        return moments, sharing.to_each(mean), sharing.to_each(var)
 
     moved = _running(after, sharing) if told.moves else None
     seen = Seen(batch, mean, var, moved, told.eps, told.mutable, examples, each)
@@ -56,8 +56,8 @@ def choose(
 
 def _running(stats: Mapping[str, jax.Array], sharing: Sharing) -> tuple[jax.Array, jax.Array]:
     dtype = sharing.whole.x.dtype
-    mean, var = (sharing.beside(at_least(dtype, stats[key])) for key in ("mean", "var"))
-    return mean, var
+    mean, var = at_least(dtype, stats["mean"]), at_least(jnp.finfo(dtype).dtype, stats["var"])
+    return sharing.beside(mean), sharing.beside(var)
 
 
 def applied(

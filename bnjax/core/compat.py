@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, partial_eval
 
@@ -27,6 +28,11 @@ def plain_for(x: jax.Array) -> Any:
     """A context in which batch norm is plain where x is a Taylor series of `jet`."""
     jet = sys.modules.get("jax.experimental.jet")
     return plain(plain.value or (jet is not None and isinstance(x, jet.JetTracer)))
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value stands for one in a program that is being traced."""
+    return isinstance(value, Tracer)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -154,12 +160,8 @@ def each_others_transpose(first: Primitive, second: Primitive, batched: Function
 
         def jvp(primals: Sequence[Any], tangents: Sequence[Any], made=made, **static: Any) -> Any:
             index, values = primals
-            tangent = tangents[1]
-            if type(tangent) is not ad.Zero:
-                (tangent,) = made.bind(index, tangent, **static)
-            else:
-                tangent = ad.Zero.from_primal_value(made.bind(*primals, **static)[0])
-            return made.bind(index, values, **static), [tangent]
+            tangent = ad.instantiate_zeros(tangents[1])
+            return made.bind(index, values, **static), made.bind(index, tangent, **static)
 
         def transpose(cotangents: Sequence[Any], index: Any, _: Any, other=other, **static: Any):
             (cotangent,) = map(ad.instantiate_zeros, cotangents)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, dataclass_transform
 
 import chex
 import jax
@@ -12,7 +12,7 @@ from jax import lax
 from bnjax.core import checks
 from bnjax.core.moments import Moments, abs2
 
-Limit = chex.Numeric | Callable[[Any], chex.Numeric]
+Limit = Any  # a number, or a function of the number of training steps
 Affine = dict[str, jax.Array]
 _T = TypeVar("_T", bound="Policy")
 
@@ -61,6 +61,7 @@ def fixed(mean: jax.Array, var: jax.Array) -> Moments:
     return Moments(jnp.ones((), var.dtype), mean, None, var)  # pyright: ignore[reportArgumentType]
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class Policy:
     """Which moments normalize, as a setting.
 
@@ -69,6 +70,12 @@ class Policy:
     the mode, as without a policy. Policies are frozen dataclasses: equal ones compare equal, and
     their numbers may be traced.
     """
+
+    def __repr__(self) -> str:
+        """The call that makes it, without defaults."""
+        told = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
+        given = [f"{name}={value}" for name, value, default in told if value is not default]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def by_batch(self, mutable: bool) -> bool:
         """Whether the moments of the batch are needed to normalize."""
@@ -93,9 +100,10 @@ class Policy:
         raise NotImplementedError
 
 
+@dataclass_transform(frozen_default=True)
 def _policy(cls: type[_T]) -> type[_T]:
     """A frozen dataclass that is a pytree of its numbers; flags are static."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
+    cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
     flags = [each.name for each in dataclasses.fields(cls) if each.type is bool]
     data = [each.name for each in dataclasses.fields(cls) if each.name not in flags]
     return jax.tree_util.register_dataclass(cls, data, flags)
@@ -177,7 +185,7 @@ class Renorm(Policy):
             return "Renorm.paper()"
         if isinstance(self.r_max, Switch) and self == Renorm.crossq(self.r_max.steps):
             return f"Renorm.crossq(warmup={self.r_max.steps})"
-        return f"Renorm(r_max={self.r_max}, d_max={self.d_max})"
+        return super().__repr__()
 
     @property
     def counts(self) -> bool:  # noqa: D102
@@ -258,7 +266,7 @@ class Blend(Policy):
         weight = self.weight
         if weight is None:
             examples = seen.examples()
-            weight = examples / jnp.maximum(self.prior + examples, 1e-30)
+            weight = examples / jnp.maximum(jnp.asarray(self.prior) + examples, 1e-30)
         return mixed(seen.measured, seen.mean, seen.var, weight, self.between), {}
 
 

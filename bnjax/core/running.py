@@ -46,9 +46,9 @@ def move(
     """
     if isinstance(momentum, str):
         return _pooled(dict(batch_stats), batch)
-    momentum, _ = at(batch_stats.get("count"), momentum, None)
+    weight, _ = at(batch_stats.get("count"), momentum, None)
     counts = batch.count > correction
-    return _decayed(batch_stats, batch.mean, batch.variance(correction), counts, weights(momentum))
+    return _decayed(batch_stats, batch.mean, batch.variance(correction), counts, weights(weight))
 
 
 def weights(momentum: chex.Numeric | None) -> Shares:
@@ -100,7 +100,8 @@ def _decayed(
             share = 1 / seen.astype(at_least(var.dtype, batch_stats["var"]).dtype)
             shares = 1 - share, share
         elif jnp.ndim(shares[1]):  # a schedule, by several counts
-            shares = tuple(jnp.expand_dims(share, channels) for share in shares)
+            old, new = (jnp.expand_dims(share, channels) for share in shares)
+            shares = old, new
     assert shares is not None, "checks.trees: without a momentum there is a count"
     for key, new in (("mean", mean), ("var", var)):
         old = at_least(new.dtype if jnp.iscomplexobj(new) else jnp.float32, batch_stats[key])

@@ -39,6 +39,8 @@ def check(layer: Any) -> None:
     checks.has_running(bool(statistics(layer)) or layer.using is None, layer.using)
     checks.bank_names(layer.banks, bool(statistics(layer)))
     checks.number_of_banks(number_of_banks(layer), *_affine(layer))
+    if layer.banks is not None and not isinstance(layer.banks, int):
+        named_banks.add(tuple(layer.banks))
     name = "eps" if torch else "epsilon"
     checks.eps(getattr(layer, name), training=False, name=name)
     checks.plausible_momentum(layer.momentum, torch=torch)
@@ -87,14 +89,15 @@ class _Reversed:
 
 def parameters(layer: Any) -> tuple[str, ...]:
     """The names of the parameters that a layer learns."""
-    used = dict(zip(("scale", "bias"), _affine(layer), strict=True))
+    used: dict[str, Any] = dict(zip(("scale", "bias"), _affine(layer), strict=True))
     names = [name for name in used if used[name]]
     return (*names, *(f"bank_{name}" for name in names if used[name] == "both"))
 
 
 def parameter_shape(layer: Any, name: str, features: chex.Shape) -> chex.Shape:
     """The shape of a parameter: with banks, some have a row for each."""
-    own = dict(zip(("scale", "bias"), _affine(layer), strict=True)).get(name) == "own"
+    used: dict[str, Any] = dict(zip(("scale", "bias"), _affine(layer), strict=True))
+    own = used.get(name) == "own"
     return (*rows(layer), *features) if own or name.startswith("bank_") else tuple(features)
 
 
@@ -191,13 +194,16 @@ def bank_of(layer: Any, given: Any) -> Any:
 
 # What a context says, of all layers with banks.
 current: ContextVar[Any] = ContextVar("bnjax.bank", default=None)
+# The names that layers have given to banks: few, since they are the user's own words.
+named_banks: set[tuple[str, ...]] = set()
 
 
 @contextlib.contextmanager
-def naming(layer: Any, where: str) -> Iterator[None]:
-    """A context in which every error says which layer it comes from."""
+def naming(layer: Any, where: str | Callable[[], str]) -> Iterator[None]:
+    """A context in which every error says which layer it comes from, if that is anywhere."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"In {type(layer).__name__} {where}.")
+        if place := where if isinstance(where, str) else where():
+            error.add_note(f"In {type(layer).__name__} {place}.")
         raise

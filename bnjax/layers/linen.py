@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import chex
 import jax
@@ -16,7 +16,7 @@ from bnjax.core import checks
 from bnjax.core.devices import AxisName, Groups
 from bnjax.core.policies import Policy
 from bnjax.core.settings import Momentum
-from bnjax.layers import conventions, modes
+from bnjax.layers import arguments, conventions, modes
 
 _COLLECTION = "batch_stats"
 
@@ -24,9 +24,16 @@ _COLLECTION = "batch_stats"
 class _Layer(nn.Module):
     """What both conventions share: it owns variables and calls the core."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A layer, if it has these arguments."""
+        if kwargs:
+            arguments.constructed(cls, args, kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        conventions.check(self)
         super().__post_init__()
+        with conventions.naming(self, _place(self)):
+            conventions.check(self)
 
     @nn.compact
     def __call__(
@@ -62,9 +69,23 @@ class _Layer(nn.Module):
                 PyTorch's convention, one value per channel in training.
             TypeError: in PyTorch's convention, an integer or complex input.
         """
-        with conventions.naming(self, f"at {checks.where(self.path)}"):
+        with conventions.naming(self, _place(self)):
             given = {"bank": bank, "scale": scale, "bias": bias}
             return _normalize(self, jnp.asarray(x), use_running_average, mask, given)
+
+
+def _place(layer: Any) -> str:
+    """Where the layer is; nowhere unless it is in a model or is one that is applied."""
+    if layer.scope is not None and layer.name is not None:
+        return f"at {checks.where(layer.path)}"
+    parent = getattr(layer.parent, "scope", None)
+    if layer.scope is not None or parent is None:
+        return f"at {checks.where(())}" if layer.scope is not None else ""
+    return f"in {checks.where(layer.parent.path)}"
+
+
+# Around what Flax has wrapped around it, which refuses a layer without variables.
+_Layer.__call__ = arguments.checked(_Layer.__call__, _place)
 
 
 # Functions, not methods: what Flax calls a method, it tabulates as a call of its own.
@@ -122,6 +143,7 @@ def _uses_running(layer: Any, at_call: bool | None) -> bool:
     """The mode: as given to the constructor or the call, or what `mutable` says of it."""
     checks.given_once(layer.use_running_average, at_call)
     running = layer.use_running_average if at_call is None else at_call
+    checks.static("use_running_average", running)
     new, torch = layer.is_initializing(), conventions.is_torch(layer)
     if running is False and (layer.track_running_stats if torch else not new):
         checks.mutable_statistics(layer.is_mutable_collection(_COLLECTION), layer.path)
@@ -176,6 +198,8 @@ class BatchNorm2d(TorchBatchNorm):
     variables to half precision; a `lax.scan` that carries such statistics says that their dtype
     changes: cast them back to float32 first.
 
+    Guides: examples/guides/conventions.md, examples/guides/running_statistics.md
+
     Attributes:
         num_features: number of channels, C; None takes it from the first input.
         eps: added to the variance.
@@ -219,6 +243,8 @@ class BatchNorm(_Layer):
     statistics are exact at any mean, whatever `use_fast_variance` and `force_float32_reductions`
     say, NaN under a mask stays there, a batch without a finite mean and variance moves nothing, and
     the mean of complex input is complex from the start, so that `lax.scan` can carry it.
+
+    Guide: examples/guides/conventions.md
 
     Attributes:
         use_running_average: use the statistics in `batch_stats` instead of the batch's. Give it

@@ -1,8 +1,10 @@
 """Flax nnx layers: PyTorch's `BatchNorm1d/2d/3d`, a drop-in for `flax.nnx.BatchNorm`."""
 
+import functools
+import sys
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import chex
 import jax
@@ -17,7 +19,7 @@ from bnjax.core import checks
 from bnjax.core.devices import AxisName, Groups
 from bnjax.core.policies import Policy
 from bnjax.core.settings import Momentum
-from bnjax.layers import conventions, modes
+from bnjax.layers import arguments, conventions, modes
 
 
 class _Layer(nnx.Module):
@@ -30,6 +32,12 @@ class _Layer(nnx.Module):
     var: Any
     scale: Any
     bias: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A layer, if it has these arguments."""
+        if args or kwargs:  # there are none when it is copied
+            arguments.constructed(cls, args, kwargs)
+        return super().__new__(cls)
 
     def __call__(
         self,
@@ -63,7 +71,7 @@ class _Layer(nnx.Module):
                 channel in training.
             TypeError: a mask that is not boolean, or, in PyTorch's convention, integer input.
         """
-        with conventions.naming(self, f"of {self.num_features} features"):
+        with conventions.naming(self, functools.partial(_place, self)):
             given = {"mask": mask, "bank": bank, "scale": scale, "bias": bias}
             at_call = use_running_average
             running = self.use_running_average if at_call is None else at_call
@@ -77,6 +85,22 @@ class _Layer(nnx.Module):
         """  # Indented by two, as `nnx.view_info` reads it.
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+def _place(layer: Any) -> str:
+    """Where the layer is in the outermost model that is being called; its size, if in none."""
+    frame, models = sys._getframe(), []
+    while frame is not None:
+        models += [value for value in (*frame.f_locals.values(),) if isinstance(value, nnx.Module)]
+        frame = frame.f_back
+    for model in reversed(models):
+        for path, module in nnx.iter_modules(model):
+            if module is layer and path:
+                return f"at {checks.where([str(key) for key in path])}"
+    return f"of {layer.num_features} features"
+
+
+_Layer.__call__ = arguments.checked(_Layer.__call__, _place)
 
 
 def _make_variables(layer: Any, rngs: nnx.Rngs, **makers: tuple[Initializer, Any]) -> None:
@@ -107,6 +131,7 @@ def _normalize(layer: Any, x: jax.Array, running: bool | None, given: dict[str, 
     """Normalize x with the variables of the layer, and move them unless it evaluates."""
     conventions.check_input(layer, x, any_rank="bnjax.nnx.BatchNorm")
     checks.given(running)
+    checks.static("use_running_average", running)
     names = conventions.statistics(layer)
     torch = conventions.is_torch(layer)
     if names and not running:
@@ -204,11 +229,15 @@ class BatchNorm2d(TorchBatchNorm):
     variables to half precision. In a linen model, by `nnx.bridge.ToLinen`, it can train only where
     `batch_stats` are mutable.
 
-    Attributes: those of `bnjax.linen.BatchNorm2d`, with these words to add:
+    The attributes are those of `bnjax.linen.BatchNorm2d`, with these words to add.
+
+    Attributes:
         num_features: number of channels, C; nnx makes a layer before it sees an input.
         use_running_average: the mode: True after `.eval()`, False after `.train()`; the argument of
             a call wins over it.
         rngs: where the initializers of `scale` and `bias` get their keys.
+
+    Guides: examples/guides/conventions.md, examples/guides/running_statistics.md
 
     >>> layer = BatchNorm2d(3, rngs=nnx.Rngs(0))
     >>> y = layer(jnp.ones((2, 4, 4, 3)))
@@ -233,7 +262,9 @@ class BatchNorm(_Layer):
     float32 whatever `dtype` says; NaN under a mask stays there, and a batch without a finite mean
     and variance moves nothing.
 
-    Attributes: those of `flax.nnx.BatchNorm`, with these words to add:
+    The attributes are those of `flax.nnx.BatchNorm`, with these words to add.
+
+    Attributes:
         momentum: weight of the old statistics (Flax's convention: one minus PyTorch's).
         axis_name: statistics of all devices of the axis together, by count, where Flax averages the
             devices' means.
@@ -242,6 +273,8 @@ class BatchNorm(_Layer):
         using: bnjax's own, as for `BatchNorm2d`.
         banks: bnjax's own, as for `BatchNorm2d`; then `use_bias` and `use_scale` may be "own" or
             "both".
+
+    Guide: examples/guides/conventions.md
     """
 
     def __init__(

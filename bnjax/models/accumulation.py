@@ -1,10 +1,9 @@
 """The moments of every batch norm in a model, pooled over several forward passes.
 
-The running statistics of a model are a decaying average, one step for each forward pass. Whoever
-wants the exact statistics of many passes (a batch cut into micro-batches, a data set) lets the
-layers add their moments up instead. What is added up travels in the collection `batch_stats`, one
-leaf of the shape of the mean for each part and call, so that `nn.remat`, `nn.scan` and `nn.vmap`
-carry it over whatever axis they carry the statistics.
+The running statistics of a model are a decaying average that moves once per forward pass. To get
+exact statistics over many passes (micro-batches, a data set), the layers accumulate their moments
+instead. The moments live in the collection `batch_stats`, as one leaf of the mean's shape for each
+part and call, so `nn.remat`, `nn.scan` and `nn.vmap` carry them along with the statistics.
 """
 
 import contextlib
@@ -29,21 +28,21 @@ from bnjax.models.statistics import Path, layers_of, map_layers
 from bnjax.models.visits import Visit, visiting
 
 _PARTS = ("count", "origin", "offset", "m2")
-_CALLS = "seen_calls"  # how often the layer was called in this forward pass
+_CALLS = "seen_calls"  # how many times the layer was called in this forward pass
 
 
 @contextlib.contextmanager
 def accumulating() -> Iterator[dict[Path, Facts]]:
-    """A context in which batch norms that train add their moments up, and leave their statistics.
+    """A context in which batch norms in training accumulate moments and keep their statistics.
 
-    The statistics of the model must come from `begin`, and be mutable.
+    The statistics of the model must come from `begin` and be mutable.
 
     Yields:
-        A dict that has, once a model was traced, the path and facts of each measured layer, in the
-        order of their first calls.
+        A dict that maps, after a model was traced, the path of each measured layer to its facts, in
+        the order of first calls.
 
     Raises:
-        ValueError: a module that is not known keeps a mean and a variance.
+        ValueError: an unknown module keeps a mean and a variance.
     """
     measured: dict[Path, Facts] = {}
 
@@ -57,16 +56,16 @@ def accumulating() -> Iterator[dict[Path, Facts]]:
     with visiting(norm) as strangers:
         try:
             yield measured
-        finally:  # of a failure, too: it may be theirs
+        finally:  # after a failure, too, as they may have caused it
             checks.none_unknown(strangers)
 
 
 def run_and_add(visit: Visit, **how: Any) -> Any:
-    """What a layer makes of a call, after which its statistics are as before, its moments more.
+    """Run a call and accumulate the moments of its input; the statistics stay as they were.
 
     Args:
         visit: the call.
-        **how: how to run it, as `Visit.run` takes it.
+        **how: options of `Visit.run`.
     """
     before = visit.statistics
     y = visit.run(**how)
@@ -75,10 +74,9 @@ def run_and_add(visit: Visit, **how: Any) -> Any:
 
 
 def begin(batch_stats: Any, calls: Mapping[Path, int] | None = None) -> Any:
-    """The statistics of a model, with room for moments, none seen yet, beside each mean.
+    """The statistics of a model with empty moments beside each mean.
 
-    With what `rehearse` has counted there is room for each call of a layer; otherwise all calls are
-    pooled.
+    Given the counts of `rehearse`, each call of a layer has its own; otherwise calls are pooled.
     """
 
     def add_room(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,13 +93,13 @@ def begin(batch_stats: Any, calls: Mapping[Path, int] | None = None) -> Any:
 def rehearse(
     forward: Callable[[Any], tuple[Any, Any]], accumulated: Any
 ) -> tuple[dict[Path, int], Any]:
-    """How often each layer is called in one forward pass, and the shapes of its results.
+    """Count the calls of each layer in one forward pass; also return the shapes of its results.
 
-    A loop calls many times what was traced once, so the calls are counted by running what is left
-    of the pass, traced on shapes alone, when all that the counters do not need is taken out.
+    A loop calls many times what is traced once. So the pass is traced on shapes, everything that
+    the counters do not depend on is removed, and what remains is run.
 
     Args:
-        forward: `forward(accumulated)` gives the new statistics and other results.
+        forward: `forward(accumulated)` returns the new statistics and other results.
         accumulated: the statistics from `begin`.
 
     Raises:
@@ -123,7 +121,7 @@ def rehearse(
 
 
 def _with_call(stats: dict[str, Any], visit: Visit) -> dict[str, Any]:
-    """A layer's statistics after one more call, the moments of its input added."""
+    """A layer's statistics with the moments of one more input added."""
     x, mask = jnp.asarray(visit.x), visit.mask
     mask = None if mask is None else checks.mask(jnp.asarray(mask, bool), x.shape)
     add = functools.partial(_add, axes=visit.axes, devices=visit.devices)
@@ -163,7 +161,7 @@ def _parts(moments: Moments) -> tuple[jax.Array, ...]:
 
 
 def next_pass(accumulated: Any) -> Any:
-    """The same before another forward pass, whose first call of a layer is its first again."""
+    """Reset the counters of calls, before another forward pass."""
 
     def rewind(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
         return {**stats, _CALLS: jnp.zeros_like(stats[_CALLS])}
@@ -172,7 +170,7 @@ def next_pass(accumulated: Any) -> Any:
 
 
 def finish(accumulated: Any, measured: Mapping[Path, Facts]) -> Any:
-    """The running statistics after one more batch: all that was seen since `begin`, as one."""
+    """The running statistics after one update with everything seen since `begin`."""
 
     def settle(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
         kept = _kept(stats)
@@ -187,7 +185,7 @@ def finish(accumulated: Any, measured: Mapping[Path, Facts]) -> Any:
 
 
 def population(accumulated: Any, measured: Collection[Path]) -> dict[Path, Moments]:
-    """The moments of all that each measured layer has seen since `begin`, in all its calls."""
+    """The moments of everything that each measured layer has seen since `begin`."""
     layers = layers_of(accumulated)
     return {path: functools.reduce(merge, _by_call(layers[path])) for path in measured}
 
@@ -197,6 +195,6 @@ def _kept(stats: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_call(stats: Mapping[str, Any]) -> list[Moments]:
-    """What the first call of a layer has seen in all forward passes, the second one, and so on."""
+    """The moments of a layer's first call over all forward passes, of its second, and so on."""
     calls = range(_calls(stats))
     return [Moments(*(stats[name] for name in _names(call))) for call in calls]

@@ -1,4 +1,4 @@
-"""Batches: what of them a model is called with, which examples count, how they go to devices."""
+"""Batches: how a model is called with them, which examples count, how they are sharded."""
 
 import dataclasses
 import functools
@@ -21,9 +21,9 @@ Inputs = str | Sequence[str] | Mapping[str, str] | Callable[[Any], Any]
 
 
 class Totals(dict[str, jax.Array]):
-    """Sums over examples of loss and metrics, by name; `count` is the number of the examples.
+    """Sums of loss and metrics over the examples, by name; `count` is the number of examples.
 
-    So is `totals["count"]`, if no metric has that name.
+    `totals["count"]` returns it, too, unless a metric has that name.
     """
 
     def __init__(self, sums: Mapping[str, Any], count: Any) -> None:
@@ -43,21 +43,21 @@ jax.tree_util.register_pytree_node(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a model is called with a batch, and what in a batch has an entry for each example.
+    """How a model is called with a batch, and which of its entries have one value per example.
 
     Attributes:
-        inputs: the names of entries that are the arguments, or pairs of keyword and name, or a
+        inputs: names of the entries to pass as arguments, or pairs of keyword and name, or a
             function of the batch that returns a tuple of arguments, a dict of keywords, or one
             argument.
-        per_example: the names of entries with an entry for each example; None for all whose leading
-            axis has the length of the first input's.
+        per_example: names of the entries with one value per example; None for all whose leading
+            axis is as long as that of the first input.
     """
 
     inputs: Any = ("x",)
     per_example: tuple[str, ...] | None = None
 
     def named(self, batch: Any) -> dict[str, Any]:
-        """A batch as a dict; an array alone is its `x`."""
+        """A batch as a dict; a bare array is its `x`."""
         batch = checks.batch_as_dict(batch)
         if not callable(self.inputs):
             checks.batch_holds(batch, self._names)
@@ -68,7 +68,7 @@ class Layout:
         return batch
 
     def call(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments and keywords with which the model is called."""
+        """The arguments and keywords to call the model with."""
         if not callable(self.inputs):
             pairs = [name for name in self.inputs if not isinstance(name, str)]
             args = tuple(batch[name] for name in self.inputs if isinstance(name, str))
@@ -85,7 +85,7 @@ class Layout:
         return tuple(name if isinstance(name, str) else name[1] for name in self.inputs)
 
     def used(self, batch: Batch) -> dict[str, Any]:
-        """What of a batch the model needs, and the mask."""
+        """The entries of a batch that the model needs, and what is known of its examples."""
         needed = {*self._names, "mask", "bank"} if self._names else batch.keys()
         return {name: value for name, value in batch.items() if name in needed}
 
@@ -94,7 +94,7 @@ class Layout:
         found = jax.eval_shape(self.call, batch) if callable(self.inputs) else self.call(batch)
         shapes = [leaf.shape for leaf in jax.tree.leaves(found) if hasattr(leaf, "shape")]
         lengths = [shape[0] for shape in shapes if shape]
-        # A mask tells examples from a table that is an input, too.
+        # With a mask, the examples can be distinguished from a table that is also an input.
         masked = np.shape(batch.get("mask", 0))[:1]
         named = [name for name in self._names if name in {*(self.per_example or ())} & batch.keys()]
         if named:
@@ -102,7 +102,7 @@ class Layout:
         return masked[0] if {*masked} & {*lengths} else checks.leading_axis(lengths, shapes)
 
     def each(self, batch: Batch) -> dict[str, Any]:
-        """For every array of a batch, whether it has an entry for each example."""
+        """For every array of a batch, whether it has one value per example."""
         size, named = self.size(batch), self.per_example
         by_length = batch.keys() if named is None else {*self._names, "mask", "bank"}
 
@@ -121,7 +121,7 @@ class Layout:
         return jnp.sum(batch["mask"], dtype=jnp.float32)
 
     def totals(self, loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Array, Totals]:
-        """The sum of the loss, and those of all that is reported, over the examples that count."""
+        """The sum of the loss over the examples that count, and the sums of loss and metrics."""
         size, mask = self.size(batch), batch.get("mask", True)
 
         def values(outputs: Any, batch: Batch) -> tuple[Any, dict[str, Any]]:
@@ -129,7 +129,7 @@ class Layout:
 
         found = values(outputs, batch)
         if "mask" in batch and any(jnp.ndim(value) == 0 for value in jax.tree.leaves(found)):
-            # A mean has seen the masked examples too. That of one example alone has seen no other.
+            # A mean includes the masked examples, so take the mean of each example by itself.
             each = (
                 jax.tree.map(lambda leaf: np.shape(leaf)[:1] == (size,), outputs),
                 self.each(batch),
@@ -157,11 +157,11 @@ class Layout:
         return loss, Totals({"loss": loss, **sums}, count)
 
     def padded(self, batch: Batch, multiple: int) -> dict[str, Any]:
-        """The batch, filled up to a multiple of a size; its `mask` says which examples count."""
+        """The batch padded to a multiple of a size; its `mask` marks the examples that count."""
         size = self.size(batch)
         extra = -size % multiple
         masked = {**batch, "mask": np.asarray(batch.get("mask", np.ones(size, bool)))}
-        # Repeat the last example: unlike zeros it is surely something that the model can take.
+        # Repeat the last example, which the model can take for sure, unlike zeros.
         index = np.minimum(np.arange(size + extra), size - 1)
         padded = jax.tree.map(
             lambda leaf, each: np.asarray(leaf)[index] if each else leaf, masked, self.each(masked)
@@ -170,9 +170,9 @@ class Layout:
         return padded
 
     def parts(self, batch: Batch, number: int) -> tuple[list[jax.Array], Callable[[Any], Any]]:
-        """What has an entry for each example, cut in parts and stacked; and a batch of one part.
+        """The per-example entries, split into parts and stacked, and how to make a batch of one.
 
-        Each part takes every so many-th example, and so the same number from each device.
+        Each part takes every `number`-th example, so that each device contributes equally.
         """
         leaves, tree = jax.tree.flatten(dict(batch))
         each = jax.tree.leaves(self.each(batch))
@@ -190,7 +190,7 @@ class Layout:
         return cut, whole
 
     def split(self, batch: Batch, alike: NamedSharding, split: NamedSharding) -> Any:
-        """A batch over the devices of a mesh; each process passes its own examples."""
+        """Shard a batch over the devices of a mesh; each process passes its own examples."""
 
         def place(leaf: Any, each: bool) -> jax.Array:
             sharding = split if each else alike
@@ -205,7 +205,9 @@ DEFAULT = Layout()
 
 
 def pad_batch(batch: Batch, multiple: int) -> dict[str, Any]:
-    """The batch, filled up to a multiple of a size, with a `mask` of the examples that count.
+    """Pad a batch to a multiple of a size, with a `mask` of the examples that count.
+
+    Guide: examples/guides/recipes.md
 
     >>> pad_batch({"x": np.array([1.0, 2.0, 3.0])}, 2)["mask"].tolist()
     [True, True, True, False]
@@ -214,7 +216,7 @@ def pad_batch(batch: Batch, multiple: int) -> dict[str, Any]:
 
 
 def layout(inputs: Inputs = "x", per_example: Sequence[str] | None = None) -> Layout:
-    """The layout of a user's batches."""
+    """The layout that a user's `inputs` and `per_example` describe."""
     checks.inputs(inputs)
     how: Any = (inputs,) if isinstance(inputs, str) else inputs
     if not callable(inputs):
@@ -225,16 +227,17 @@ def layout(inputs: Inputs = "x", per_example: Sequence[str] | None = None) -> La
 
 
 def shardings(mesh: Mesh) -> tuple[Mesh, NamedSharding, NamedSharding]:
-    """A mesh of these devices; alike on all of them, and split over them along the leading axis.
+    """A mesh of these devices, and two shardings on it: replicated, and split by leading axis.
 
-    The axes are of type Auto whatever those of the user's mesh: the compiler distributes the model.
+    Its axes are of type Auto, whatever those of the user's mesh, so the compiler partitions the
+    model.
     """
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
     return auto, NamedSharding(auto, P()), NamedSharding(auto, P(auto.axis_names))
 
 
 def on_all(tree: Any, sharding: NamedSharding) -> Any:
-    """A tree on all devices, wherever it lies: on one of them, as at first, or on another mesh."""
+    """Replicate a tree on all devices, from one of them or from another mesh."""
 
     def place(leaf: Any) -> Any:
         there = isinstance(leaf, jax.Array) and leaf.sharding == sharding
@@ -244,7 +247,7 @@ def on_all(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def tracked(batches: Iterable[Any], progress: bool, label: str) -> Iterable[Any]:
-    """The batches, with a progress bar if one is asked for."""
+    """The batches, with a progress bar if `progress`."""
     if not progress:
         return batches
     from rich.progress import track

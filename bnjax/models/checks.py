@@ -1,8 +1,9 @@
-"""What a tool around a model is given: variables, batches, the model itself."""
+"""Checks of what a tool is given: a model, its variables, batches."""
 
 import contextlib
+import operator
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from bnjax.core.checks import POOLED, where
+from bnjax._names import nearest
+from bnjax.core.checks import POOLED as POOLED
+from bnjax.core.checks import bank_names as bank_names
 from bnjax.core.checks import feature_axes as feature_axes
 from bnjax.core.checks import given as given
 from bnjax.core.checks import mask as mask
@@ -19,6 +23,7 @@ from bnjax.core.checks import overriding_momentum as overriding_momentum
 from bnjax.core.checks import policy as policy
 from bnjax.core.checks import shapes as shapes
 from bnjax.core.checks import warn_once as warn_once
+from bnjax.core.checks import where
 from bnjax.globs import strangers
 
 _MISFITS = (
@@ -32,7 +37,7 @@ _MISFITS = (
 
 
 def inputs(value: Any) -> None:
-    """How a batch is called is said by names or by a function."""
+    """Require names of entries, or a function of the batch."""
     names = value.values() if isinstance(value, Mapping) else value
     several = isinstance(value, Mapping | tuple | list) and names
     if callable(value) or isinstance(value, str):
@@ -46,7 +51,7 @@ def inputs(value: Any) -> None:
 
 
 def batch_as_dict(batch: Any) -> dict[str, Any]:
-    """A batch is a dict or an array, which is its `x`."""
+    """The batch as a dict; a bare array is its `x`."""
     if isinstance(batch, Mapping):
         return dict(batch)
     if not hasattr(batch, "shape"):
@@ -58,7 +63,7 @@ def batch_as_dict(batch: Any) -> dict[str, Any]:
 
 
 def batch_holds(batch: Mapping[str, Any], names: Collection[str]) -> None:
-    """A batch has what the model is called with."""
+    """Require the entries that the model is called with."""
     missing = [name for name in names if name not in batch]
     if missing == ["x"]:
         raise ValueError(
@@ -70,7 +75,7 @@ def batch_holds(batch: Mapping[str, Any], names: Collection[str]) -> None:
 
 
 def mask_of_examples(mask: Any, size: int) -> None:
-    """The mask of a batch says of each example whether it counts."""
+    """Require a boolean mask with one entry per example."""
     shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", None)
     if shape != (size,) or dtype != np.bool_:
         raise ValueError(
@@ -80,7 +85,7 @@ def mask_of_examples(mask: Any, size: int) -> None:
 
 
 def per_example(batch: Mapping[str, Any], names: Collection[str], size: int) -> None:
-    """What is named as having an entry for each example is there, and has."""
+    """Require that the entries in `per_example` exist and have one value per example."""
     there = [name for name in names if name in batch]
     if not there:
         raise ValueError(
@@ -96,7 +101,7 @@ def per_example(batch: Mapping[str, Any], names: Collection[str], size: int) -> 
 
 
 def leading_axis(lengths: list[int], shapes: list[tuple[int, ...]]) -> int:
-    """The examples of a batch lie along the leading axis of its first input."""
+    """The number of examples: the leading axis of the first input."""
     if not lengths:
         raise ValueError(
             "The inputs in a batch must be arrays whose leading axis are the examples, got shapes "
@@ -105,8 +110,17 @@ def leading_axis(lengths: list[int], shapes: list[tuple[int, ...]]) -> int:
     return lengths[0]
 
 
+def mesh(value: Any) -> None:
+    """A mesh is JAX's."""
+    if not isinstance(value, Mesh):
+        raise TypeError(
+            f"`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
+            f"{type(value).__name__}."
+        )
+
+
 def loss_and_metrics(result: Any) -> tuple[Any, dict[str, Any]]:
-    """A loss function returns the loss, or also a dict of metrics."""
+    """The loss and the dict of metrics, possibly empty, that a loss function returned."""
     loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     if isinstance(loss, tuple | list | Mapping) or not isinstance(metrics, Mapping):
         what = type(result).__name__
@@ -115,11 +129,17 @@ def loss_and_metrics(result: Any) -> tuple[Any, dict[str, Any]]:
             "`loss_fn` must return the loss or (loss, metrics), an array and a dict of arrays, got "
             f"a {got}."
         )
+    for name, value in {"loss": loss, **metrics}.items():
+        if not isinstance(value, jax.Array | np.ndarray | np.number | int | float):
+            raise TypeError(
+                f"`loss_fn` must return arrays, but its `{name}` is of type "
+                f"{type(value).__name__}. Does it end with `return loss` or `return loss, metrics`?"
+            )
     return loss, dict(metrics)
 
 
 def mean_or_each(name: str, value: Any, size: int) -> Any:
-    """A loss or a metric is a mean, or has an entry for each example."""
+    """Require a mean, or one entry per example."""
     if value.shape not in ((), (size,)):
         raise ValueError(
             f"`loss_fn` must give `{name}` as a mean of shape () or with one entry for each "
@@ -129,7 +149,7 @@ def mean_or_each(name: str, value: Any, size: int) -> Any:
 
 
 def has_examples(layer: Any, shape: tuple[int, ...], size: int, path: str) -> None:
-    """The leading axis of a batch norm's input are the examples that a mask speaks of."""
+    """Require that the leading axis of a batch norm's input are the examples of the mask."""
     if shape[:1] != (size,):
         raise ValueError(
             f"The `mask` of the batch has {size} examples, but the input of the "
@@ -141,7 +161,7 @@ def has_examples(layer: Any, shape: tuple[int, ...], size: int, path: str) -> No
 
 
 def step_of_schedule(step: Any, path: Any, what: str = "momentum") -> Any:
-    """A momentum or a policy that is a schedule goes by the number of the step."""
+    """Require a known step number for a momentum, or a policy, that is a schedule."""
     if step is None:
         repair = "pass its value: override(paths, momentum=schedule(step))."
         if what != "momentum":
@@ -155,7 +175,7 @@ def step_of_schedule(step: Any, path: Any, what: str = "momentum") -> Any:
 
 
 def number_of_calls(counted: Any, path: str) -> int:
-    """Moments are kept for each call of a layer, so their number must be known."""
+    """Require a known number of calls, as moments are kept for each call of a layer."""
     try:
         return int(np.max(np.asarray(counted), initial=1))
     except jax.errors.TracerArrayConversionError as error:
@@ -165,13 +185,61 @@ def number_of_calls(counted: Any, path: str) -> int:
         ) from error
 
 
+def no_banks_yet(ndim: int, path: str) -> None:
+    """A layer that gets banks has one set of statistics."""
+    if ndim > 1:
+        raise ValueError(
+            f"The batch norm at {where([path])} has statistics with {ndim} axes: it has banks "
+            "already, or several feature axes. Leave it out by `paths`."
+        )
+
+
+def one_bank(
+    bank: Any, banks: int | Sequence[str] | None, named: Collection[tuple[str, ...]]
+) -> tuple[int | None, int]:
+    """How many banks there are, if that is known, and the number of one of them."""
+    if not isinstance(bank, str):
+        index = operator.index(bank)
+        return (banks if banks is None or isinstance(banks, int) else len(banks)), index
+    if isinstance(banks, int):
+        banks = tuple(map(str, range(banks)))
+    known = [each for each in named if bank in each] if banks is None else [tuple(banks)]
+    if banks is not None and bank not in known[0]:
+        raise ValueError(f"There is no bank {bank!r}; the banks are {list(known[0])}.")
+    if len(known) != 1:
+        found = f"several layers name theirs {known}" if known else "no layer has told its names"
+        raise ValueError(
+            f"Which bank is {bank!r}? Here {found}. Pass all names in their order, as in "
+            f"banks=({bank!r}, 'other'), or the number of the bank."
+        )
+    return len(known[0]), known[0].index(bank)
+
+
+def bank_is_there(index: int, banks: int, path: str) -> None:
+    """A layer has a bank of that number."""
+    if not 0 <= index < banks:
+        raise ValueError(
+            f"`bank` must lie between 0 and {banks - 1}, the banks of the batch norm at "
+            f"{where([path])}, got {index}."
+        )
+
+
+def some_banks(some: bool) -> None:
+    """Variables from which a bank is taken have some."""
+    if not some:
+        raise ValueError(
+            "`variables` must have batch norms with banks, statistics of shape (K, C), but have "
+            "none. bnjax.to_banks makes them."
+        )
+
+
 def is_initializing(layer: Any) -> bool:
     """Whether a linen layer makes its variables."""
     return isinstance(layer, nn.Module) and layer.is_initializing()
 
 
 def poolable(layer: Any, statistics: Collection[str], path: str) -> None:
-    """Moments are all that the layer keeps, and how they are pooled is known."""
+    """Require a layer that keeps nothing but moments, which can be pooled."""
     if others := sorted({*statistics} - {"mean", "var", "count", *POOLED}):
         raise ValueError(
             f"Beside its mean and variance the {type(layer).__name__} at {where([path])} keeps "
@@ -182,15 +250,19 @@ def poolable(layer: Any, statistics: Collection[str], path: str) -> None:
 
 def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
     """An override names fields that batch norm layers have."""
-    unknown = sorted(set(fields) - known)
-    if unknown or not fields:
+    if not fields:
         raise TypeError(
-            f"An override takes fields of batch norm layers, {sorted(known)}, got {unknown}."
+            "`override` must be given at least one setting, got none, as in override('encoder/**', "
+            "momentum=0.01)."
         )
+    for name in sorted(set(fields) - known):
+        close = nearest(name, known)
+        hint = f"Did you mean `{close}`?" if close else f"There are {', '.join(sorted(known))}."
+        raise TypeError(f"`override` takes settings of batch norm layers, got `{name}`. {hint}")
 
 
 def layer_has_fields(layer: Any, told: Any, fields: Mapping[str, Any], path: str) -> None:
-    """The layer that is overridden has the field: the conventions differ in some names."""
+    """Require that the layer has the fields; the conventions differ in some names."""
     missing = sorted(name for name in fields if name != "using" and not hasattr(told, name))
     if missing:
         raise TypeError(
@@ -201,7 +273,7 @@ def layer_has_fields(layer: Any, told: Any, fields: Mapping[str, Any], path: str
 
 
 def several_batches(batches: Any) -> None:
-    """Batches are in a list or come from an iterator."""
+    """Require several batches rather than one."""
     if isinstance(batches, Mapping) or hasattr(batches, "shape"):
         shape = getattr(batches, "shape", None)
         got = "a dict" if shape is None else f"an array of shape {tuple(shape)}"
@@ -211,16 +283,16 @@ def several_batches(batches: Any) -> None:
 
 
 def some_batch(some: bool | float, what: str = "batch") -> None:
-    """An iterator of batches is not empty, or some of its examples count."""
+    """Require at least one batch, or one example that counts."""
     if not some:
         raise ValueError(
             f"`batches` must hold at least one {what}, got none. An iterator that was used before "
-            "is empty: pass a list, or make it anew."
+            "is empty: pass a list, or create it again."
         )
 
 
 def iterable_again(batches: Any) -> None:
-    """What is read more than once is no iterator."""
+    """Require something that can be iterated over more than once."""
     if isinstance(batches, Iterator):
         raise ValueError(
             f"`batches` must be iterable once for each layer, got a {type(batches).__name__}, "
@@ -229,7 +301,7 @@ def iterable_again(batches: Any) -> None:
 
 
 def flax_model(model: Any) -> None:
-    """A tool works on the model itself, not on its functions or classes."""
+    """Require an instance of a Flax module."""
     if not isinstance(model, nn.Module | nnx.Module):
         raise TypeError(
             "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got "
@@ -238,7 +310,7 @@ def flax_model(model: Any) -> None:
 
 
 def some_batch_norm(some: bool, unknown: Mapping[str, str] | None = None) -> None:
-    """A tool for batch norms needs one."""
+    """Require a model that calls a batch norm."""
     if not some:
         but = f" {strangers(unknown)}." if unknown else ""
         raise ValueError(
@@ -247,7 +319,7 @@ def some_batch_norm(some: bool, unknown: Mapping[str, str] | None = None) -> Non
 
 
 def none_unknown(unknown: Mapping[str, str]) -> None:
-    """All that keeps statistics is known, where each statistic must be exact."""
+    """Require that all modules that keep statistics are known."""
     if unknown:
         raise ValueError(
             f"{strangers(unknown)}. So there are no exact statistics of micro-batches."
@@ -255,7 +327,7 @@ def none_unknown(unknown: Mapping[str, str]) -> None:
 
 
 def all_called(missing: Collection[str], unknown: Mapping[str, str]) -> None:
-    """What is measured must be called."""
+    """Require that all layers to measure were called."""
     found = []
     if silent := sorted(set(missing) - unknown.keys()):
         found.append(f"{silent} were not called: pass what turns them on in `apply_kwargs`")
@@ -269,7 +341,7 @@ def all_called(missing: Collection[str], unknown: Mapping[str, str]) -> None:
 
 
 def nnx_state(variables: Any) -> None:
-    """The variables of an nnx model are a state."""
+    """Require an `nnx.State`."""
     if not isinstance(variables, nnx.State):
         raise TypeError(
             "`variables` of an nnx model must be an nnx.State, as `nnx.state(model)` gives it, or "
@@ -278,7 +350,7 @@ def nnx_state(variables: Any) -> None:
 
 
 def tree_fits(given: Mapping[str, Any], there: Mapping[str, Any], *, part: bool = False) -> None:
-    """Shapes by path are those of the model, or some of them."""
+    """Require the model's shapes by path, or, if `part`, some of them."""
     common = sorted(given.keys() & there)
     wrong = {
         "missing": [] if part else sorted(there.keys() - given),
@@ -292,7 +364,7 @@ def tree_fits(given: Mapping[str, Any], there: Mapping[str, Any], *, part: bool 
 
 
 def has_statistics(variables: Any) -> None:
-    """A tool for running statistics needs some."""
+    """Require variables with running statistics."""
     if not isinstance(variables, Mapping) or not variables.get("batch_stats"):
         got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(
@@ -302,7 +374,7 @@ def has_statistics(variables: Any) -> None:
 
 
 def finite_statistics(bad: Mapping[str, int]) -> None:
-    """Data give each channel a finite mean and variance."""
+    """Require a finite mean and variance in each channel."""
     if bad:
         layers = ", ".join(f"{path} ({count} channels)" for path, count in sorted(bad.items()))
         raise ValueError(
@@ -313,7 +385,7 @@ def finite_statistics(bad: Mapping[str, int]) -> None:
 
 @contextlib.contextmanager
 def variables_fit(variables: Any, call: tuple[tuple, dict[str, Any]]) -> Iterator[None]:
-    """Variables and input are those of the model, which is called with all that it takes."""
+    """Explain errors of a call with variables, inputs or arguments that do not fit the model."""
     args, kwargs = call
     x = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
     if not isinstance(variables, Mapping):
@@ -333,7 +405,7 @@ def variables_fit(variables: Any, call: tuple[tuple, dict[str, Any]]) -> Iterato
 
 @contextlib.contextmanager
 def called_with(repair: str) -> Iterator[None]:
-    """A model is called with all that it takes."""
+    """Explain errors of a call that lacks arguments."""
     try:
         yield
     except TypeError as error:

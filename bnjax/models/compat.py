@@ -1,4 +1,4 @@
-"""The private or moving parts of flax that the tools stand on."""
+"""The private or unstable parts of flax that the tools rely on."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import jax
 from flax import nnx
 from flax.core.scope import in_filter, union_filters
 from jax.core import Tracer
+
+from bnjax.core.compat import is_traced
 
 __all__ = [
     "in_filter",
@@ -37,11 +39,6 @@ def is_mapped(axis_name: str) -> bool:
     except NameError:
         return False
     return True
-
-
-def is_traced(value: Any) -> bool:
-    """Whether a value stands for one in a program that is being traced."""
-    return isinstance(value, Tracer)
 
 
 def is_tracing() -> bool:

@@ -1,8 +1,8 @@
-"""What holds inside a `with` block: for the thread and the task that entered it, and for no other.
+"""State that is active inside a `with` block, for the thread and task that entered it only.
 
-JAX caches what it has traced, so it must trace anew where something else holds. A user context of
-JAX's does that, but belongs to a thread, where a `ContextVar` belongs to a task. So the variable
-has the truth, and JAX is told a key of it at each entrance and exit.
+JAX caches traces, so it must retrace where another state is active. A user context of JAX makes it
+do so, but belongs to a thread, while a `ContextVar` belongs to a task. So the variable is the
+source of truth, and JAX gets a key of it at each entrance and exit.
 """
 
 import asyncio
@@ -41,15 +41,15 @@ _inside: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("bnjax.inside", de
 
 
 class Frame:
-    """Something that holds inside one `with` block.
+    """Something that is active inside one `with` block.
 
     Args:
-        key: stands for it in JAX's caches, which keep it: equal keys mean equal programs.
+        key: represents it in JAX's caches, which keep it alive. Equal keys mean equal programs.
 
     Attributes:
-        strangers: classes, by path, of modules that were called, keep a mean and a variance, and
-            are no batch norms that are known.
-        known: paths of batch norms that were met.
+        strangers: classes, by path, of modules that were called and keep a mean and a variance, but
+            are not known batch norms.
+        known: paths of the batch norms that were called.
     """
 
     def __init__(self, key: Hashable) -> None:
@@ -61,23 +61,23 @@ class Frame:
 
 _frames: ContextVar[tuple[Frame, ...]] = ContextVar("bnjax.frames", default=())
 _open: collections.Counter[int] = collections.Counter()  # frames by thread
-_turns: collections.Counter[int] = collections.Counter()  # blocks that were left and come back to
+_turns: collections.Counter[int] = collections.Counter()  # exits of blocks that awaited
 _key = context(())
 
 
 def active() -> tuple[Frame, ...]:
-    """The frames that hold here, the innermost last."""
+    """The active frames, innermost last."""
     here = threading.get_ident()
     return tuple(frame for frame in _frames.get() if frame.thread == here)
 
 
 @contextlib.contextmanager
 def holding(*frames: Frame, outermost: bool = False) -> Iterator[None]:
-    """A context in which frames hold, inside of those that do or outside; tasks inherit them.
+    """A context in which frames are active, inside or outside those that already are.
 
-    Where it awaits, other tasks run while JAX knows this frame's key. What they trace by then is
-    not believed after the block, but it is inside: a jitted function that two tasks share must not
-    be called in both under different frames.
+    Tasks inherit them. While the block awaits, other tasks run under this frame's key. What they
+    trace is not reused after the block, but it is inside: two tasks must not call the same jitted
+    function under different frames.
     """
     thread, around = threading.get_ident(), _frames.get()
     for frame in frames:
@@ -99,7 +99,7 @@ def holding(*frames: Frame, outermost: bool = False) -> Iterator[None]:
 
 
 def _others_run() -> list[None]:
-    """A list that is empty until the event loop of this thread, if any, has its next turn."""
+    """A list that stays empty until the next turn of this thread's event loop, if there is one."""
     turns: list[None] = []
     with contextlib.suppress(RuntimeError):
         asyncio.get_running_loop().call_soon(turns.append, None)
@@ -110,5 +110,5 @@ def _tell_jax(thread: int) -> None:
     frames = active()
     seen = _turns[thread], knowledge()
     key: Hashable = (*seen, *(frame.key for frame in frames)) if frames else ()
-    # While other tasks of this thread hold frames of their own, nothing cached is believed.
+    # While other tasks of this thread have frames of their own, no cached trace is reused.
     _key(key if _open[thread] == len(frames) else object()).__enter__()

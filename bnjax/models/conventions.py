@@ -129,7 +129,7 @@ class Facts:
     def weight(self) -> float | None:
         """The weight of a new batch in the running statistics, where it is always the same."""
         momentum = self.momentum
-        return momentum if isinstance(momentum, int | float | np.number) else None
+        return float(momentum) if isinstance(momentum, int | float | np.number) else None
 
     @property
     def by_batch(self) -> bool:

@@ -1,4 +1,4 @@
-"""What may hold while a model runs: settings of its batch norms, and those who look at them."""
+"""Frames around a running model: settings of its batch norms, and visitors of their calls."""
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -17,12 +17,12 @@ _fitted: set[tuple[str, frozenset[str]]] = set()
 
 
 class Settings(Frame):
-    """Fields that batch norms take while it holds, those whose path fits.
+    """Fields for the batch norms whose path matches, while it is active.
 
     Attributes:
         of_nnx: whether it is for the layers of an nnx model, and for no others.
         met: the paths of the batch norms that were called.
-        traced: those of which a compiled function may run without being met again.
+        traced: those that were called while tracing, and may run compiled without a call.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Settings(Frame):
         self.traced: set[str] = set()
 
     def again(self) -> "Settings":
-        """The same, to hold elsewhere."""
+        """A copy, to activate elsewhere."""
         return Settings(self.key, tuple(self.matchers), self.fields, self.of_nnx)
 
     @contextlib.contextmanager
     def each_fits(self) -> Iterator[None]:
-        """A context after which each pattern has fitted a batch norm that was called."""
+        """A context after which each pattern must have matched a batch norm that was called."""
         failed = True
         try:
             yield
@@ -59,7 +59,7 @@ class Settings(Frame):
                     globs.check_fits(pattern, fitting, self.met, unknown=self.strangers)
 
     def meet(self, path: str) -> Mapping[str, Any]:
-        """The fields for a batch norm that is called."""
+        """The fields for a batch norm that is being called."""
         self.met.add(path)
         if is_tracing():
             self.traced.add(path)
@@ -67,7 +67,7 @@ class Settings(Frame):
 
 
 class Visitor(Frame):
-    """A function that gets each call of a batch norm, and one that gets those of linear layers."""
+    """A function that handles each call of a batch norm, and one for linear layers."""
 
     def __init__(self, norm: Callable, linear: Callable | None, key: Hashable) -> None:
         super().__init__(key)
@@ -75,7 +75,12 @@ class Visitor(Frame):
 
 
 class Examples(Frame):
-    """What is known of the examples while it holds: which count, bool (N,), and of which bank."""
+    """What is known of the examples while it is active.
+
+    Attributes:
+        mask: which count, bool (N,); None for all.
+        bank: the bank of each, int32 (N,), or of all; None if nobody said.
+    """
 
     def __init__(self, mask: chex.Array | None, bank: chex.Array | None) -> None:
         super().__init__(object())
@@ -83,46 +88,46 @@ class Examples(Frame):
 
 
 class Met(NamedTuple):
-    """What a batch norm that keeps statistics does in a call."""
+    """How a batch norm that keeps statistics ran in a call."""
 
     facts: Facts
-    moves: bool  # its statistics
-    frozen: bool  # by a context, and not by the model
+    moves: bool  # whether its statistics are updated
+    frozen: bool  # by a context, not by the model
 
 
 class Watch(Frame):
-    """A training step: it sees which batch norms are called while it holds.
+    """A training step, which records the batch norms that are called while it is active.
 
-    It is compiled as a whole: there an axis that is not mapped has its devices pooled.
+    It is compiled as one program, where batch norms see all devices without a mapped axis.
 
     Attributes:
         step: the number of the step, int32, ().
-        met: what batch norms that keep statistics do, by path.
+        met: how the batch norms that keep statistics ran, by path.
     """
 
     def __init__(self, step: chex.Array) -> None:
         super().__init__(object())
         self.step = step
-        # Of those that hold around it: inside, in a loop over micro-batches, they would be its own.
+        # Evaluated out here: inside a loop over micro-batches they would be tracers of that loop.
         told = [each.fields.get("momentum") for each in settings()]
         self._momenta = {each: each(step) for each in told if callable(each)}
         self.met: dict[str, Met] = {}
 
     def momentum(self, schedule: Callable) -> Any:
-        """What a schedule says at this step."""
+        """The value of a schedule at this step."""
         return self._momenta[schedule] if schedule in self._momenta else schedule(self.step)
 
     def meet(self, visit: Any) -> None:
-        """Note a visit."""
+        """Record a visit."""
         if visit.facts.tracked:
             self.met["/".join(visit.path)] = Met(visit.facts, not visit.running, visit.told)
 
 
 def settings() -> tuple[Settings, ...]:
-    """The settings that hold here, the innermost last."""
+    """The active settings, innermost last."""
     return tuple(frame for frame in active() if isinstance(frame, Settings))
 
 
 def settings_key() -> Hashable:
-    """What tells the settings that hold here from others."""
+    """A key of the active settings, for caches."""
     return tuple(frame.key for frame in settings())

@@ -1,4 +1,4 @@
-"""The batch norms of an nnx model by path, and how they are frozen: freeze, unfreeze."""
+"""Freeze the batch norms of an nnx model by path: freeze, unfreeze."""
 
 import copyreg
 import types
@@ -15,24 +15,26 @@ from bnjax.models.visits import listen_to
 
 
 def freeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
-    """Freeze the batch norms of `model` whose path fits, in place, until `unfreeze`.
+    """Freeze the batch norms of `model` whose path matches, in place, until `unfreeze`.
 
-    A frozen layer normalizes with its running statistics, and those stay as they are, bit for bit,
-    whatever `model.train()`, `set_attributes`, `nnx.view` or the argument of a call say. It holds
-    for bnjax's layers and for `flax.nnx.BatchNorm`, in any model, under `nnx.jit` and the other
-    transformations and through `nnx.split` and `nnx.merge`, and it adds nothing to the state: a
-    checkpoint is the same with and without.
+    A frozen layer normalizes with its running statistics and leaves them unchanged, bit for bit,
+    whatever `model.train()`, `set_attributes`, `nnx.view` or the arguments of a call say. This
+    works for bnjax's layers and `flax.nnx.BatchNorm`, in any model, under `nnx.jit` and the other
+    transformations, and through `nnx.split` and `nnx.merge`. It adds nothing to the state, so
+    checkpoints are the same with and without.
 
-    What marks a layer is its type, so freeze a model before you pass it to a function under
-    `nnx.jit`: Flax can't hand a new type back to the caller.
+    A frozen layer is marked by its type, so freeze a model before you pass it to a function under
+    `nnx.jit`: Flax can't return a new type to the caller.
+
+    Guide: examples/guides/freezing.md
 
     Args:
         model: a module; a batch norm itself has the path "".
-        paths: a glob over attribute paths or several, such as `"encoder/**"` or `"blocks/*/bn1"`;
-            of several paths of a shared layer, one that fits is enough.
+        paths: a glob over attribute paths or several, such as `"encoder/**"` or `"blocks/*/bn1"`.
+            A shared layer is frozen if any of its paths matches.
 
     Raises:
-        ValueError: a pattern fits no batch norm; the paths there are, are listed.
+        ValueError: a pattern matches no batch norm; the error lists the paths there are.
 
     >>> import bnjax, jax.numpy as jnp
     >>> layer = bnjax.nnx.BatchNorm1d(3, rngs=nnx.Rngs(0))
@@ -47,7 +49,7 @@ def freeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
 
 
 def freeze_fitting(model: nnx.Module, paths: globs.Paths) -> None:
-    """Freeze the batch norms whose path fits, if there are any."""
+    """Freeze the batch norms whose path matches, if there are any."""
     fits = globs.any_of(paths)
     for path, layer in batch_norms(model):
         if fits(path) and not isinstance(layer, Frozen):
@@ -55,7 +57,7 @@ def freeze_fitting(model: nnx.Module, paths: globs.Paths) -> None:
 
 
 def unfreeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
-    """Undo `freeze`: each layer takes the mode that `model.train()` or `.eval()` last asked for.
+    """Undo `freeze`: each layer returns to the mode that `.train()` or `.eval()` last set.
 
     Args:
         model: a module, some of whose batch norms are frozen.
@@ -66,14 +68,14 @@ def unfreeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
 
 
 def fitting(model: nnx.Module, paths: globs.Paths) -> list[nnx.Module]:
-    """The batch norms whose path fits, after a look at all patterns."""
+    """The batch norms whose path matches; raises if a pattern matches none."""
     layers, fits = list(batch_norms(model)), globs.any_of(paths)
     globs.check_each(paths, [path for path, _ in layers])
     return [layer for path, layer in layers if fits(path)]
 
 
 def batch_norms(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[str, Any]]:
-    """All batch norms with their paths: a shared one with each, where `iter_modules` has one."""
+    """All batch norms with their paths; unlike in `iter_modules`, a shared one has all of its."""
     if isinstance(node, NNX):
         yield path, node
         return
@@ -87,13 +89,13 @@ def batch_norms(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[
 
 
 class _FrozenType(type(nnx.Module)):
-    """The type of the types of frozen layers, so that pickle can make these anew."""
+    """The metaclass of frozen layers, which lets pickle recreate them."""
 
     kind: type[nnx.Module]
 
 
 def _frozen(kind: type[nnx.Module]) -> _FrozenType:
-    """The frozen subclass of a type of layers, the same each time, as jit compares it."""
+    """The frozen subclass of a layer type; cached, because jit compares types."""
     listen_to(kind)
     if "_bnjax_frozen" not in vars(kind):
         fields = {"kind": kind, "__module__": __name__, "__doc__": kind.__doc__}

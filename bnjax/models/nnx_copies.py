@@ -1,6 +1,6 @@
-"""An nnx model as linen has them: variables apart, and a pure `apply`.
+"""An nnx model in linen's form: separate variables and a pure `apply`.
 
-What a tool does to a linen model from outside it does so to an nnx model, whoever wrote it.
+It lets tools treat any nnx model as they treat a linen one.
 """
 
 import weakref
@@ -34,24 +34,24 @@ _KEYS = (DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey)
 
 
 class Copy:
-    """A copy of an nnx model, in evaluation by default, that is used as a linen model is.
+    """A copy of an nnx model, in evaluation mode by default, that is used like a linen model.
 
     Args:
-        model: the model, which stays as it is.
-        state: an `nnx.State` of it, or of a part of it, to take instead of its own.
-        training: keep the modes that its layers are in, and count its random keys, and how often
-            they were used, among the variables.
+        model: the model, which is not changed.
+        state: an `nnx.State` of all or a part of it, to use instead of its own.
+        training: keep the modes of the layers, and include random keys and their counts in the
+            variables.
 
     Attributes:
         norms: its batch norms, by path.
-        strangers: classes, by path, of modules that keep a mean and a variance and are not known.
+        strangers: classes, by path, of unknown modules that keep a mean and a variance.
     """
 
     def __init__(self, model: nnx.Module, state: Any = None, *, training: bool = False) -> None:
         self._training, self._original = training, weakref.ref(model)
         self._graph = nnx.graphdef(model)
         self.model = plain_arrays(nnx.clone(model))
-        nnx.pop(self.model, nnx.Intermediate)  # what a call has sown is no variable
+        nnx.pop(self.model, nnx.Intermediate)  # sown values are not variables
         if state is not None:
             checks.nnx_state(state)
             flat, own = (dict(nnx.to_flat_state(s)) for s in (state, nnx.state(self.model)))
@@ -75,7 +75,7 @@ class Copy:
     def variables(self) -> dict[str, Any]:
         """Arrays by collection and path: `params`, `batch_stats`, and others by their type.
 
-        Arrays that are no `nnx.Variable` stay with the model, and but for training random keys.
+        Arrays that are not an `nnx.Variable` stay in the model, as do random keys unless training.
         """
         return unflatten_dict(self.flat(self.model))
 
@@ -96,7 +96,7 @@ class Copy:
     def apply(
         self, variables: Mapping[str, Any], *args: Any, mutable: Sequence[str] = (), **kwargs: Any
     ) -> Any:
-        """The output of the model, and, with mutable collections, what they have become."""
+        """The output of the model and, if any collections are mutable, their updates."""
         model = self.model_with(variables)
         y = model(*args, **kwargs)
         if not mutable:
@@ -104,11 +104,11 @@ class Copy:
         return y, unflatten_dict({k: v for k, v in self.flat(model).items() if k[0] in mutable})
 
     def model_with(self, variables: Mapping[str, Any]) -> nnx.Module:
-        """A model of these variables."""
+        """An nnx model with these variables."""
         return nnx.merge(nnx.graphdef(self.model), self.state(variables))
 
     def holding(self, variables: Mapping[str, Any]) -> "Copy":
-        """The model with exactly these variables: more become attributes, others None."""
+        """The model with exactly these variables: new ones become attributes, missing ones None."""
         copy, flat = Copy(self.model, training=self._training), flatten_dict(variables)
         modules, own = copy._modules(), self.flat(self.model)
         for _, *path, name in own.keys() - flat:
@@ -119,23 +119,23 @@ class Copy:
         return copy
 
     def abstract(self) -> "Copy":
-        """The same with shapes in the place of arrays, which a program need not keep."""
+        """A copy with shapes in place of arrays, so that a program does not keep them alive."""
         copy = Copy(self.model, training=self._training)
         shapes = jax.tree.map(jax.typeof, copy.variables)
         copy.model = copy.model_with(shapes)
         return copy
 
     def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What was made for this model, as it is now, and a key."""
+        """What `make` returned for this model, as it is now, and this key; cached."""
         original = self._original()
         return make() if original is None else kept_with(original, (self._graph, key), make)
 
     def fitting(self, paths: globs.Paths) -> set[Path]:
-        """The paths of the batch norms that fit."""
+        """The paths of the batch norms that match."""
         return {path_of(layer) for layer in fitting(self.model, paths)}
 
     def keys_of(self, wrt: Any) -> set[Path]:
-        """Collection and path of all arrays in the variables that a filter selects."""
+        """Collection and path of the arrays in all variables that a filter selects."""
         selected = {keys for keys, _ in nnx.to_flat_state(nnx.state(self.model, wrt))}
         return {
             k for keys, held in self._leaves(self.model).items() if keys in selected for k in held
@@ -147,19 +147,26 @@ class Copy:
 
     def _leaves(self, model: nnx.Module) -> dict[tuple[Any, ...], dict[Path, Any]]:
         """The arrays in each variable, by the keys of the variable: one, if it holds no tree."""
-        return {
-            keys: {
-                (_collection(leaf), *_names(keys), *_names(inner)): array
-                for inner, array in tree_flatten_with_path(leaf.get_raw_value())[0]
-            }
-            for keys, leaf in nnx.to_flat_state(nnx.state(model))
-            if isinstance(leaf, nnx.Variable)
-            and (self._training or not isinstance(leaf, nnx.RngState))
-            and not isinstance(leaf, nnx.Intermediate)
-        }
+        return _held(nnx.state(model), random=self._training)
 
     def _modules(self) -> dict[Path, nnx.Module]:
         return {_names(keys): module for keys, module in modules_of(self.model)}
+
+
+def arrays_of(state: nnx.State) -> dict[Path, Any]:
+    """The arrays of a state, by collection and path as `Copy.variables` has them."""
+    return {key: array for held in _held(state).values() for key, array in held.items()}
+
+
+def with_arrays(state: nnx.State, arrays: Mapping[Path, Any]) -> nnx.State:
+    """A state with other arrays in the place of some; the other variables are the same objects."""
+    leaves, held = dict(nnx.to_flat_state(state)), _held(state)
+    for keys, own in held.items():
+        if own.keys() & arrays:
+            structure = tree_structure(leaves[keys].get_raw_value())
+            new = structure.unflatten([arrays.get(key, array) for key, array in own.items()])
+            leaves[keys] = leaves[keys].replace(new)
+    return nnx.from_flat_state(leaves.items())
 
 
 def restored(model: nnx.Module, checkpoint: Mapping[str, Any]) -> nnx.State:
@@ -173,6 +180,20 @@ def restored(model: nnx.Module, checkpoint: Mapping[str, Any]) -> nnx.State:
     checks.tree_fits(_shapes(arrays), _shapes(held))
     held = {keys: leaf.replace(jnp.asarray(arrays[_names(keys)])) for keys, leaf in held.items()}
     return nnx.from_flat_state((leaves | held).items())
+
+
+def _held(state: nnx.State, *, random: bool = False) -> dict[tuple[Any, ...], dict[Path, Any]]:
+    """The arrays in each variable of a state, by the keys of the variable."""
+    return {
+        keys: {
+            (_collection(leaf), *_names(keys), *_names(inner)): array
+            for inner, array in tree_flatten_with_path(leaf.get_raw_value())[0]
+        }
+        for keys, leaf in nnx.to_flat_state(state)
+        if isinstance(leaf, nnx.Variable)
+        and (random or not isinstance(leaf, nnx.RngState))
+        and not isinstance(leaf, nnx.Intermediate)
+    }
 
 
 def _collection(leaf: nnx.Variable) -> str:

@@ -27,6 +27,8 @@ class override(Reentrant):  # noqa: N801 - used as a function is
     anew), `nn.remat` and `nn.scan`. Contexts nest, and the inner one wins. Each belongs to the
     thread and to the asyncio task that entered it, and can be entered again.
 
+    Guide: examples/guides/freezing.md
+
     Args:
         paths: a glob over module paths or several, such as `"encoder/**"` or `"**/bn1"`; `*` is a
             part of one name, `**` any number of names.
@@ -109,6 +111,8 @@ def freeze(paths: globs.Paths) -> override:
 
     They normalize with their running statistics, and those stay as they are, bit for bit. The same
     patterns keep an optimizer from their parameters: `bnjax.trainable_labels`.
+
+    Guide: examples/guides/freezing.md
 
     Args:
         paths: a glob over module paths or several, as for `override`.

@@ -1,4 +1,4 @@
-"""Compiled programs, with what was noted in Python while they were traced."""
+"""Compiled programs, with notes that Python took while they were traced."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -11,15 +11,17 @@ from flax import nnx
 from bnjax.models.conventions import knowledge
 
 _NAME = "_bnjax_kept"
-_kept: WeakKeyDictionary[nnx.Module, "_Kept"] = WeakKeyDictionary()  # an attribute is a part of nnx
+_kept: WeakKeyDictionary[nnx.Module, "_Kept"] = (
+    WeakKeyDictionary()
+)  # an attribute would become part of an nnx model
 
 
 class Program:
-    """A function that is compiled once for each kind of arguments, and whose notes stay with that.
+    """A function that is compiled once per kind of arguments, and keeps the notes of each.
 
     Args:
-        function: `function(notes, *args)` gives the results; it may write into the dict `notes`
-            what it learns while it is traced.
+        function: `function(notes, *args)` returns the results. While it is traced, it may write to
+            the dict `notes`.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -48,7 +50,7 @@ class Program:
 
 
 class _Kept(OrderedDict):
-    """What is kept with a model: it goes when the model goes, and not along with its copies."""
+    """A cache that lives as long as its model and is not copied with it."""
 
     def __reduce__(self) -> tuple[type, tuple]:
         return _Kept, ()
@@ -58,7 +60,7 @@ class _Kept(OrderedDict):
 
 
 def kept_with(model: Any, key: Hashable, make: Callable[[], Any], at_most: int = 8) -> Any:
-    """What was made for a model and a key, made if it is not there or the key can't be compared."""
+    """What `make` returned for a model and a key; cached, unless the key can't be hashed."""
     key = key, knowledge()
     try:
         hash(key)

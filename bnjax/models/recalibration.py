@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,32 @@ from bnjax.models.visits import Visit, visiting
 Batches = Iterable[Any]
 
 
+@overload
+def recalibrate(
+    model: nn.Module,
+    variables: Any,
+    batches: Batches,
+    *,
+    paths: globs.Paths = ...,
+    sequential: bool = ...,
+    inputs: Inputs = ...,
+    apply_kwargs: Mapping[str, Any] | None = ...,
+    mesh: Mesh | None = ...,
+    progress: bool = ...,
+) -> dict[str, Any]: ...
+@overload
+def recalibrate(
+    model: nnx.Module,
+    variables: Any,
+    batches: Batches,
+    *,
+    paths: globs.Paths = ...,
+    sequential: bool = ...,
+    inputs: Inputs = ...,
+    apply_kwargs: Mapping[str, Any] | None = ...,
+    mesh: Mesh | None = ...,
+    progress: bool = ...,
+) -> nnx.State: ...
 def recalibrate(
     model: nn.Module | nnx.Module,
     variables: Any,
@@ -39,42 +65,44 @@ def recalibrate(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Any:
-    """The variables with running statistics that are those of the data, exactly.
+    """Recompute running statistics: the exact mean and variance of each batch norm over the data.
 
     Running statistics are a decaying average over the last batches, seen by parameters that have
-    changed since. Here each batch norm's mean and (biased) variance are taken over all batches by
-    pooled moments, weighted by count: for batches at mean 0 and 10 the variance is 26, not 1
-    (PreciseBN: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021). It is needed after weights
-    were averaged (EMA, SWA), and helps where the batches of the training were small.
+    changed since. This pools the moments of all batches by count, for the mean and the biased
+    variance of everything: 26, not 1, for the values 0, 2 in one batch and 10, 12 in another
+    (PreciseBN: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021). Averaged weights (EMA,
+    SWA) need it, and it helps after training with small batches.
+
+    Guide: examples/guides/recalibration.md
 
     Args:
         model: a linen or nnx model with batch norms, bnjax's or Flax's own. An nnx model runs as
-            after `.eval()`; it is not touched either.
-        variables: its variables. They are not touched, whatever happens. Of an nnx model an
-            `nnx.State`, all of it or, such as averaged parameters, a part; None for its own. What
-            a training has saved will do, in whole: a `TrainState`, or what `bnjax.load` gives.
-        batches: inputs of the model; or dicts with `"x"` and perhaps `"mask"`, bool (N,), the
-            examples that count, such as those of a training. A ragged last batch is fine.
+            after `.eval()`, and is not changed.
+        variables: its variables, which are not changed. For an nnx model an `nnx.State` of all or
+            a part of it, such as averaged parameters, or None for its own. A whole `TrainState`,
+            or what `bnjax.load` returns, works as well.
+        batches: inputs of the model; or dicts, such as those of the training, with `"x"` and
+            perhaps `"mask"`, bool (N,), the examples that count. The last batch may be smaller.
         paths: which batch norms, as globs over module paths; all of them by default.
-        sequential: False, the default, needs one pass over the data: each batch runs as in
+        sequential: False, the default, takes one pass over the data: each batch runs as in
             training, normalized by its own statistics, so deep layers see what they saw there. True
-            takes one pass for each layer, in the order of their calls, in evaluation: each layer
-            sees what the recalibrated layers before it made, as it will when the model is used.
-            `batches` must then be iterable more than once, such as a list.
+            takes one pass per layer, in the order of their calls, in evaluation: each layer sees
+            the output of recalibrated layers, as it will when the model is used. `batches` must
+            then be iterable more than once, such as a list.
         inputs: which entries of a batch to call the model with, as for `training.train_step`, such
             as `("obs", "action")`.
-        apply_kwargs: passed to the model's call, such as `{"train": False}`. Batch norms measure
-            whatever they say; dropout and the like go by them.
+        apply_kwargs: extra arguments for the model's call, such as `{"train": False}`. Batch norms
+            measure regardless of them; dropout and the like follow them.
         mesh: split each batch over the devices of the mesh.
         progress: show a progress bar.
 
     Returns:
-        New variables: batch norms have new means and variances, all other values are the same.
-        Of an nnx model the whole `nnx.State`, for `nnx.update(model, state)`.
+        New variables: means and variances of batch norms are new, all other values are the same.
+        For an nnx model, the whole `nnx.State`, for `nnx.update(model, state)`.
 
     Raises:
-        ValueError: no batch, no batch norm, one that fits the paths and is not called, variables of
-            another model, or a channel without a finite mean and variance.
+        ValueError: no batch, no batch norm, one that matches `paths` and is not called, variables
+            of another model, or a channel without a finite mean and variance.
     """
     checks.flax_model(model)
     checks.several_batches(batches)
@@ -112,16 +140,17 @@ class _Measurement:
         self.others = {k: unfreeze(tree) for k, tree in variables.items() if k != "batch_stats"}
         self.mesh, self.context = mesh, contextlib.nullcontext
         if mesh is not None:
+            checks.mesh(mesh)
             auto, self.alike, self.split = shardings(mesh)
             self.others = on_all(self.others, self.alike)
             self.context = functools.partial(jax.set_mesh, auto)
         self.fits = self.named = _named(self.patterns)
         if isinstance(model, Copy):
-            self.fits = model.fitting(paths).__contains__  # by any path of a shared layer
+            self.fits = model.fitting(paths).__contains__  # under any path of a shared layer
             self.model = model.holding({**variables, "batch_stats": begin(self.stats)}).abstract()
 
     def __call__(self, batches: Batches, sequential: bool, progress: bool) -> Any:
-        """The statistics, with those of the data in each layer that fits."""
+        """The statistics, recomputed in each layer that matches."""
         stats = self.stats
         if not sequential:
             return self._pass(None, stats, batches, progress, "recalibrating")
@@ -146,13 +175,13 @@ class _Measurement:
                     new, notes = program(seen, self.others, placed)
             self._check(notes)
             measured = {*(measured or ()), *notes["measured"]}
-            # What others keep beside the layers, such as spectral norms, is as it was each time.
+            # Other modules' statistics, such as spectral norms, are reset after each batch.
             seen = _with_layers_of(held, new)
         checks.some_batch(measured is not None)
         return _with(stats, population(seen, measured or ()))
 
     def _order(self, stats: Any, batches: Batches) -> list[Path]:
-        """The paths of the layers, in the order of their first calls."""
+        """The paths of the layers, in the order of first calls."""
         for batch in batches:
             notes = self._program(None).trace(begin(stats), self.others, self._placed(batch))
             self._check(notes)
@@ -162,7 +191,7 @@ class _Measurement:
 
     def _program(self, path: Path | None) -> Program:
         how = self.layout, self.kwargs, self.fits, path
-        make = lambda: _program(self.model, *how)  # noqa: E731 - if new
+        make = lambda: _program(self.model, *how)  # noqa: E731 - called if new
         settled = self.patterns, path, self.layout, tuple(self.kwargs.items())
         key = ("recalibration", *settled, settings_key())
         if isinstance(self.original, Copy):
@@ -170,7 +199,7 @@ class _Measurement:
         return kept_with(self.original, key, make)
 
     def _check(self, notes: Mapping[str, Any]) -> None:
-        """Each pattern fits a layer that is called, and each layer that fits is."""
+        """Check that each pattern matches a layer that is called, and each match is called."""
         called, unknown = {"/".join(path) for path in notes["called"]}, dict(notes["strangers"])
         unknown |= getattr(self.model, "strangers", {})
         if not isinstance(self.model, Copy):
@@ -185,7 +214,7 @@ class _Measurement:
         devices = len(self.mesh.local_devices)
         if jax.process_count() > 1:
             return self.layout.split(self.layout.padded(batch, devices), self.alike, self.split)
-        # A model may reshape its examples, so none are filled up that a mask would have to hide.
+        # A model may reshape its examples, so don't pad: a mask could not hide the padding.
         even = self.layout.size(batch) % devices == 0
         return self.layout.split(batch, self.alike, self.split if even else self.alike)
 
@@ -200,7 +229,7 @@ def _program(
     fits: Callable[[Path], bool],
     path: Path | None,
 ) -> Program:
-    """A pass of one batch: one layer is measured in evaluation, or all together in training."""
+    """One batch's pass: measure one layer in evaluation, or all of them in training."""
 
     def step(notes: dict[str, Any], stats: Any, others: Any, batch: Batch) -> Any:
         called, measured = notes.setdefault("called", {}), notes.setdefault("measured", {})
@@ -230,7 +259,7 @@ def _named(patterns: tuple[str, ...]) -> Callable[[Path], bool]:
 
 
 def _with(stats: Any, seen: Mapping[Path, Moments]) -> Any:
-    """The statistics with mean and biased variance of what was seen."""
+    """The statistics with the mean and biased variance of the moments seen."""
     bad: dict[str, int] = {}
 
     def replace(path: Path, old: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -257,6 +286,6 @@ def _with(stats: Any, seen: Mapping[Path, Moments]) -> Any:
 
 
 def _with_layers_of(tree: Any, other: Any) -> Any:
-    """A collection with the batch norms of another one."""
+    """The collection with the batch norms of the other one."""
     layers = layers_of(other)
     return map_layers(lambda path, _: layers[path], tree)

@@ -1,4 +1,4 @@
-"""Batch norms that others wrote beside Flax's: where their fields and calls say what they do."""
+"""Batch norm classes other than bnjax's and Flax's: how to read their fields and calls."""
 
 import dataclasses
 import inspect
@@ -11,7 +11,7 @@ from flax import nnx
 
 from bnjax.models.conventions import NNX, Linen, is_rewritten, know, registered_class
 
-# What a batch norm is told, in the words of `flax.linen.BatchNorm`, and what holds if nobody does.
+# The settings of a batch norm by their names in `flax.linen.BatchNorm`, with defaults.
 _UNTOLD = {
     "axis": -1,
     "epsilon": 1e-5,
@@ -37,6 +37,8 @@ def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) 
     the collection `batch_stats` (in nnx, as `nnx.BatchStat`); and in training update them to
     `momentum * old + (1 - momentum) * batch`, with the biased variance.
 
+    Guide: examples/guides/other_models.md
+
     Args:
         kind: a subclass of `flax.linen.Module` or `flax.nnx.Module`. Its subclasses are registered
             with it.
@@ -50,14 +52,14 @@ def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) 
             - a function of the layer and a dict of its call arguments; or
             - the value itself.
 
-            A setting that is left out is looked up under its own name (the input is the first
+            A setting that you leave out is looked up under its own name (the input is the first
             argument), and defaults to that of `flax.linen.BatchNorm`. A copy of that class needs no
             facts.
 
     Raises:
         TypeError: `kind` is not a module class, or a fact has an unknown name.
-        ValueError: `kind` inherits from a class that is known; a fact names an argument or a field
-            that `kind` does not have; or its mode or momentum can't be found.
+        ValueError: `kind` inherits from a known class; a fact names an argument or a field that
+            `kind` does not have; or its mode or momentum can't be found.
 
     >>> import jax, jax.numpy as jnp, bnjax
     >>> class Norm(nn.Module):
@@ -96,18 +98,18 @@ def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) 
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """Where the facts of a class of batch norms are found."""
+    """Where to find the facts of a registered class."""
 
     kind: type
     signature: inspect.Signature
     facts: Mapping[str, Any]
 
     def where(self, name: str) -> Any:
-        """Where a fact is found: the name of an argument or a field, a function, or the value."""
+        """Where to find a fact: the name of an argument or field, a function, or the value."""
         return self.facts.get(name, [*self.signature.parameters][1] if name == "x" else name)
 
     def check(self, name: str) -> None:
-        """A fact that is found by name is there, as far as a class can tell."""
+        """Check that a fact's argument or field exists, as far as the class shows."""
         where, arguments = self.where(name), [*self.signature.parameters][1:]
         needed = name in self.facts or name in _NEEDED
         if not needed or not isinstance(where, str) or issubclass(self.kind, nnx.Module):
@@ -123,10 +125,10 @@ class _Reading:
 
 
 class Bound:
-    """A call of a layer of a registered class.
+    """A call of a layer whose class is registered.
 
     Attributes:
-        facts: what the layer does in it, by the names of `flax.linen.BatchNorm`.
+        facts: the settings in this call, by their names in `flax.linen.BatchNorm`.
     """
 
     def __init__(self, layer: Any, where: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -137,7 +139,7 @@ class Bound:
         self.facts = types.SimpleNamespace(**{name: self._get(name) for name in _FACTS})
 
     def changed(self, **changes: Any) -> tuple[tuple, dict[str, Any], dict[str, Any]]:
-        """The arguments of the call, and fields of the layer, with which facts are others."""
+        """Arguments of the call and fields of the layer that change these facts."""
         arguments, fields = dict(self._bound.arguments), {}
         for name, value in changes.items():
             where = self._reading.where(name)
@@ -151,7 +153,7 @@ class Bound:
                     f"sets it, got {where!r}."
                 )
             value = value if plain == where else not value
-            # Where both are there, Flax wants one to be None.
+            # Where both exist, Flax requires one to be None.
             in_call = arguments.get(plain) is not None or getattr(self._layer, plain, None) is None
             (arguments if plain in arguments and in_call else fields)[plain] = value
         bound = inspect.BoundArguments(self._reading.signature, arguments)

@@ -451,7 +451,7 @@ def _fields(layer: Any, path: Path, frames: tuple[Frame, ...]) -> dict[str, Any]
         count = variables_of(layer).get(_COLLECTION, {}).get("count")
         fields["momentum"] = schedule(checks.step_of_schedule(count, path))
     fields |= _policy(layer, path, fields, watches)
-    return fields | (FROZEN if isinstance(layer, Frozen) else {})
+    return {**fields, **FROZEN} if isinstance(layer, Frozen) else fields
 
 
 def _policy(

@@ -1,8 +1,12 @@
 """Training and evaluation of linen models with batch statistics; of nnx models: bnjax.nnx."""
 
+from typing import TYPE_CHECKING
+
+from bnjax._names import front
 from bnjax.models.batches import pad_batch
 from bnjax.training.averaging import Average
 from bnjax.training.history import history
+from bnjax.training.logging import scalars
 from bnjax.training.state import TrainState, commit, init_state
 from bnjax.training.steps import Step, eval_step, evaluate, train_step
 
@@ -16,5 +20,9 @@ __all__ = [
     "history",
     "init_state",
     "pad_batch",
+    "scalars",
     "train_step",
 ]
+
+if not TYPE_CHECKING:  # else every name would seem to exist
+    __getattr__, __dir__ = front(__name__, __all__)

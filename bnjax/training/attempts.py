@@ -1,4 +1,4 @@
-"""A step before it is committed: its gradients, what the model has moved, whether all is finite."""
+"""A step before it is committed: gradients, updated collections, and whether it is finite."""
 
 import functools
 import inspect
@@ -15,21 +15,21 @@ from bnjax.training.scaling import Scale
 
 
 class Attempt(NamedTuple):
-    """What a step would change."""
+    """The outcome of a step, to be committed or rejected."""
 
     grads: Any
-    collections: Any  # of the model, after the step
-    accepted: jax.Array  # whether loss and gradients are finite and some example counts: bool, ()
+    collections: Any  # the model's, after the step
+    accepted: jax.Array  # bool, (): loss and gradients are finite and some example counts
     metrics: Metrics
     loss_scale: Any  # for the next step
     loss: jax.Array
-    again: Callable[[Any], tuple]  # what the objective gives with other parameters
+    again: Callable[[Any], tuple]  # the objective at other parameters
 
 
 def attempt(
     objective: Objective, apply: Apply, params: Any, loss_scale: Any, *, batch: Batch, **now: Any
 ) -> Attempt:
-    """The gradients of a batch, scaled and unscaled; `now` is as for the objective."""
+    """Differentiate the loss of a batch, with loss scaling; `now` is as for the objective."""
     scale = Scale(loss_scale)
     compute = functools.partial(objective, apply, batch=batch, **now)
     grads, collections, loss, means = compute(params, scale=scale.up)
@@ -46,13 +46,13 @@ def told(
     ours: Callable[[Any], Any] = lambda params: params,
     theirs: Callable[[Any], Any] = lambda grads: grads,
 ) -> optax.GradientTransformation:
-    """An optimizer that gets those of optax's extra arguments that it takes.
+    """The optimizer, given those of optax's extra arguments that it takes.
 
     Args:
         tx: the optimizer.
-        found: the step that it updates by.
-        ours: the parameters as the model has them, of those that the optimizer has.
-        theirs: gradients as the optimizer has them.
+        found: the step that it updates with.
+        ours: converts the optimizer's parameters to the model's tree.
+        theirs: converts gradients to the optimizer's tree.
     """
     known = {
         "value": found.loss,
@@ -64,7 +64,7 @@ def told(
     taken = inspect.signature(update).parameters.values()
     names = {each.name for each in taken}
     if any(each.kind is each.VAR_KEYWORD for each in taken):
-        names |= {"value", "grad", "value_fn"}  # of which those inside take what they know
+        names |= {"value", "grad", "value_fn"}  # a chain passes them on to whoever takes them
     known = {name: value for name, value in known.items() if name in names}
     return optax.GradientTransformation(tx.init, functools.partial(update, **known))
 

@@ -1,4 +1,4 @@
-"""The average of the parameters of many steps, with the statistics that belong to it."""
+"""Averages of the parameters over many steps, with statistics of their own."""
 
 import math
 from typing import Any
@@ -15,22 +15,25 @@ from bnjax.training.state import TrainState
 
 
 class Average(struct.PyTreeNode):
-    """A running average of the parameters: of the last steps (EMA) or of all alike (SWA).
+    """A running average of the parameters: exponential (EMA), or the mean of all steps (SWA).
 
-    After step n the weight of its parameters is `(1 - decay) / (1 - decay**n)`, and without a decay
-    `1 / n`: an exponential average that is debiased as `optax.ema` does it, so that no start value
-    is left in it; or the plain mean (Izmailov et al., "Averaging Weights Leads to Wider Optima and
+    At step n the new parameters get the weight `(1 - decay) / (1 - decay**n)`: an exponential
+    average, debiased as in `optax.ema`, so that nothing of a start value remains. Without a decay
+    it is `1 / n`: the plain mean (Izmailov et al., "Averaging Weights Leads to Wider Optima and
     Better Generalization", 2018).
 
-    The running statistics of a training belong to its last parameters. The average needs its own:
-    `recalibrated` measures them.
+    The running statistics of a training belong to its last parameters. The average needs its own;
+    `recalibrated` computes them.
 
-    It is a tree of arrays: `bnjax.save` and `load(..., like=average)` take it beside the state.
+    It is a pytree: save it beside the state with `bnjax.save`, and restore it with
+    `bnjax.load(..., like=average)`.
+
+    Guide: examples/guides/recalibration.md
 
     Attributes:
-        params: the average, in float32 at least; like the parameters, for nnx an `nnx.State`.
-        count: int32, (): how many steps it is of.
-        decay: the weight of what was, such as 0.999; None to weigh all steps alike.
+        params: the average, in float32 or wider; an `nnx.State` for an nnx model.
+        count: int32, (): how many steps it averages.
+        decay: weight of the old average, such as 0.999; None weighs all steps equally.
 
     >>> import bnjax
     >>> from bnjax.training import init_state
@@ -51,28 +54,28 @@ class Average(struct.PyTreeNode):
 
     @classmethod
     def start(cls, trained: TrainState | nnx.Module, decay: float | None = 0.999) -> "Average":
-        """An average of no step yet.
+        """Start an average, of no steps yet.
 
         Args:
             trained: a `TrainState`, or an nnx model.
-            decay: the weight of what was, 0 < decay < 1; None to weigh all steps alike.
+            decay: weight of the old average, 0 < decay < 1; None weighs all steps equally.
 
         Raises:
             ValueError: the decay is not between 0 and 1.
         """
         if decay is not None and not 0 < decay < 1:
             raise ValueError(
-                "`decay` must be between 0 and 1, such as 0.999, or None to weigh all steps alike, "
-                f"got {decay}."
+                "`decay` must be between 0 and 1, such as 0.999, or None to weigh all steps "
+                f"equally, got {decay}."
             )
         params = jax.tree.map(lambda leaf: jnp.array(_wide(leaf)), _params(trained))
         return cls(params, jnp.zeros((), jnp.int32), decay)
 
     def update(self, trained: TrainState | nnx.Module) -> "Average":
-        """The average with the parameters as they are now, to be called after a step.
+        """The average with the current parameters included; call it after each step.
 
         Args:
-            trained: the `TrainState` that the step has returned, or the nnx model.
+            trained: the `TrainState` that the step returned, or the nnx model.
         """
         return _updated(self, _params(trained))
 
@@ -83,23 +86,23 @@ class Average(struct.PyTreeNode):
         batches: Batches,
         **options: Any,
     ) -> Any:
-        """What was trained, with the average as its parameters and the statistics of these.
+        """A state or model with the averaged parameters, and statistics recomputed for them.
 
-        It is for `evaluate`, `diagnose`, `fold` or `save`, as in
-        `evaluate(test, average.recalibrated(model, state, batches), test_batches)`. The training
-        goes on with the state and the model that it had, which are not touched.
+        Pass it to `evaluate`, `diagnose`, `fold` or `save`, as in
+        `evaluate(test, average.recalibrated(model, state, batches), test_batches)`. The state and
+        the model passed in are not changed, so training can continue with them.
 
         Args:
             model: the model.
             state: the `TrainState`; None for an nnx model.
-            batches: of the training's data, as for `bnjax.recalibrate`.
+            batches: training data, as for `bnjax.recalibrate`.
             **options: as for `bnjax.recalibrate`, such as `apply_kwargs`.
 
         Returns:
             A `TrainState`, or an nnx model.
 
         Raises:
-            TypeError: a linen model comes without its state.
+            TypeError: a linen model without its state.
         """
         if isinstance(model, nnx.Module):
             params = _like(self.params, _params(model))
@@ -108,8 +111,8 @@ class Average(struct.PyTreeNode):
             return copy
         if not isinstance(state, TrainState):
             raise TypeError(
-                "`state` must be the TrainState of the linen model, as the last step has returned "
-                f"it, got {type(state).__name__}."
+                "`state` must be the TrainState of the linen model, as the last step returned it, "
+                f"got {type(state).__name__}."
             )
         params = _like(self.params, _params(state))
         variables = {**state.variables, "params": params}
@@ -123,7 +126,7 @@ def _updated(average: Average, params: Any) -> Average:
     if average.decay is None:
         weight = 1 / count
     else:
-        # For a decay near 1 as exact, where 1 - decay**n would lose its digits.
+        # expm1 stays exact for a decay near 1, where 1 - decay**n would lose all digits.
         weight = (average.decay - 1) / jnp.expm1(count * math.log(average.decay))
     wide = jax.tree.map(_wide, params)
     mean = optax.incremental_update(wide, average.params, weight)
@@ -132,7 +135,7 @@ def _updated(average: Average, params: Any) -> Average:
 
 
 def _wide(leaf: Any) -> jax.Array:
-    """An array in which small changes add up: in half precision most would be rounded away."""
+    """The array in a dtype where small changes add up; half precision would round most away."""
     return jnp.asarray(leaf, working_dtype(jnp.result_type(leaf)))
 
 
@@ -142,7 +145,7 @@ def _like(average: Any, params: Any) -> Any:
 
 
 def _params(trained: TrainState | nnx.Module) -> Any:
-    """The parameters; of lookahead's the slow ones."""
+    """The parameters; with lookahead, the slow ones."""
     if isinstance(trained, nnx.Module):
         return nnx.state(trained, nnx.Param)
     return getattr(trained.params, "slow", trained.params)

@@ -1,24 +1,27 @@
-"""What a step of a training is made of, and what it is given."""
+"""Checks of what a training step is built from and called with."""
 
 import contextlib
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from bnjax.models.checks import called_with as called_with
 from bnjax.models.checks import flax_model, warn_once, where
+from bnjax.models.checks import mesh as mesh
 from bnjax.models.checks import several_batches as several_batches
 from bnjax.models.checks import some_batch as some_batch
+from bnjax.models.compat import is_traced
 
 
 def linen_model(model: Any) -> None:
-    """A linen state is of a linen model."""
+    """Require a linen model."""
     if isinstance(model, nnx.Module):
         raise TypeError(
-            "`model` is an nnx model, whose parameters and statistics are its own. Train it with "
+            "`model` is an nnx model, which holds its own parameters and statistics. Train it with "
             "optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param); step = "
             "bnjax.nnx.train_step(loss_fn); metrics = step(model, optimizer, batch)."
         )
@@ -27,7 +30,7 @@ def linen_model(model: Any) -> None:
 
 @contextlib.contextmanager
 def input_not_batch(x: Any, inputs: Any) -> Iterator[None]:
-    """A model is initialized with its input, not with the batch that holds it."""
+    """Tell a user who initializes a model with a batch to pass its input."""
     try:
         yield
     except Exception as error:
@@ -41,7 +44,7 @@ def input_not_batch(x: Any, inputs: Any) -> Iterator[None]:
 
 
 def same_leaves(new: Any, old: Any) -> list[Any]:
-    """What a step returns has the tree of what it was given, dicts of one kind or another."""
+    """Require that a step keeps the structure of the state; kinds of dicts may differ."""
     new, old = jax.tree.leaves_with_path(new), jax.tree.leaves_with_path(old)
     names = [{jax.tree_util.keystr(path) for path, _ in tree} for tree in (new, old)]
     if names[0] != names[1]:
@@ -53,26 +56,67 @@ def same_leaves(new: Any, old: Any) -> list[Any]:
 
 
 def without_mutable(apply_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is passed to the model, in which a step says itself what is mutable."""
+    """The arguments for the model's call; the step itself decides what is mutable."""
     if "mutable" in (apply_kwargs or {}):
         raise TypeError(
-            "`apply_kwargs` must leave `mutable` out: a training step keeps what every collection "
-            "of the model becomes."
+            "`apply_kwargs` must leave `mutable` out: a training step keeps the updates of all "
+            "collections."
         )
     return dict(apply_kwargs or {})
 
 
 def loss_function(value: Any) -> None:
-    """A step is made of a function."""
+    """Require a loss function."""
     if not callable(value):
         raise TypeError(
             f"`loss_fn` must be a function, loss_fn(outputs, batch), got {type(value).__name__}."
+        )
+    with contextlib.suppress(ValueError):  # of some built-in functions nothing is known
+        signature = inspect.signature(value)
+        try:
+            signature.bind(None, None)
+        except TypeError as error:
+            raise TypeError(
+                f"`loss_fn` must take the outputs of the model and the batch, got "
+                f"loss_fn{signature}: {error}. Write def loss_fn(outputs, batch): ..."
+            ) from None
+
+
+def train_state(state: Any) -> None:
+    """A step of a linen model takes a state."""
+    if isinstance(state, nnx.Module):
+        raise TypeError(
+            "`state` must be a TrainState, got an nnx model. Train and evaluate that with "
+            "bnjax.nnx.train_step and bnjax.nnx.eval_step."
+        )
+    if not hasattr(state, "apply_fn"):
+        raise TypeError(
+            f"`state` must be a TrainState, got {type(state).__name__}. Make it by state = "
+            "bnjax.training.init_state(model, tx, key, x)."
+        )
+
+
+def optimizer(tx: Any) -> None:
+    """An optimizer is one of optax, made already."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        got = getattr(tx, "__name__", type(tx).__name__)
+        raise TypeError(f"`tx` must be an optimizer of optax, such as optax.adam(1e-3), got {got}.")
+
+
+def random_key(key: Any) -> None:
+    """A key is JAX's, of the new kind or the old."""
+    dtype = getattr(key, "dtype", None)
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not is_key and dtype != jnp.uint32:
+        raise TypeError(
+            f"`key` must be a random key of JAX, such as jax.random.key(0), got "
+            f"{type(key).__name__}."
         )
 
 
 @contextlib.contextmanager
 def evaluation_step(step: Any) -> Iterator[None]:
-    """`evaluate` takes the step, not what it is made of."""
+    """Tell a user who passes something else to `evaluate` to pass the step."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -84,34 +128,34 @@ def evaluation_step(step: Any) -> Iterator[None]:
         ) from error
 
 
-def mesh(value: Any) -> None:
-    """A mesh is JAX's."""
-    if not isinstance(value, Mesh):
+def totals(found: Any) -> None:
+    """A step for `evaluate` returns sums, and no new state."""
+    if not isinstance(found, Mapping):
         raise TypeError(
-            f"`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
-            f"{type(value).__name__}."
+            "`step` must be what eval_step returned, got a step that trains. Write "
+            "evaluate(eval_step(loss_fn), state, batches)."
         )
 
 
 def microbatches(value: Any) -> None:
-    """A batch is cut into a whole number of parts."""
+    """Require a positive number of micro-batches."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`microbatches` must be an int of 1 or more, got {value!r}.")
 
 
 def not_donated(state: Any) -> None:
     """A state that a step has used up can't be used again."""
-    gone = (isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    if any(gone):
+    held = (leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
+    if any(leaf.is_deleted() for leaf in held if not is_traced(leaf)):
         raise ValueError(
-            "This state was passed to a step before, which reuses its memory, so its arrays are "
-            "gone. Go on with the state that the step returned: state, metrics = step(state, "
-            "batch); or keep it by train_step(..., donate=False)."
+            "This state was passed to an earlier step, which reused its memory, so its arrays are "
+            "gone. Continue with the state that the step returned: state, metrics = step(state, "
+            "batch); or keep it with train_step(..., donate=False)."
         )
 
 
 def divides(size: int, devices: int, microbatches: int) -> None:
-    """A training batch is cut into equal parts."""
+    """Require a training batch that splits into equal parts."""
     if size % (devices * microbatches):
         mesh = [f"the {devices} devices of the mesh (of this process)"] if devices > 1 else []
         parts = [f"{microbatches} micro-batches"] if microbatches > 1 else []
@@ -122,7 +166,7 @@ def divides(size: int, devices: int, microbatches: int) -> None:
 
 
 def some_moves(moving: Collection[str], still: Collection[str]) -> None:
-    """In a training step the statistics of some batch norm move; none stays still unasked."""
+    """Warn if a training step updates no running statistics, unless they are frozen."""
     left = list(still)
     if left and not moving:
         warn_once(
@@ -134,19 +178,46 @@ def some_moves(moving: Collection[str], still: Collection[str]) -> None:
 
 
 def nnx_model(model: Any) -> None:
-    """An nnx step takes an nnx model."""
+    """Require an nnx model."""
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"`model` must be a flax.nnx.Module, got {type(model).__name__}. For a linen model "
-            "there are bnjax.training.train_step and eval_step."
+            f"`model` must be a flax.nnx.Module, got {type(model).__name__}. For a linen model use "
+            "bnjax.training.train_step and eval_step."
         )
 
 
 def nnx_training(model: Any, optimizer: Any) -> None:
-    """An nnx model is trained by an nnx optimizer."""
+    """Require an nnx model and an nnx optimizer."""
     nnx_model(model)
     if not isinstance(optimizer, nnx.Optimizer):
         raise TypeError(
-            "`optimizer` must be an nnx.Optimizer, as nnx.Optimizer(model, optax.adam(1e-3), "
-            f"wrt=nnx.Param) makes it, got {type(optimizer).__name__}."
+            "`optimizer` must be an nnx.Optimizer, such as nnx.Optimizer(model, optax.adam(1e-3), "
+            f"wrt=nnx.Param), got {type(optimizer).__name__}."
+        )
+
+
+def record_alone(other: Any) -> None:
+    """Reject a second argument beside a record, which already has both statistics."""
+    if other is not None:
+        raise TypeError(
+            "`other` must be None with a record of bnjax.training.history, which already holds the "
+            f"statistics of the last batch, got {type(other).__name__}."
+        )
+
+
+def some_statistics(layers: Collection[str]) -> None:
+    """Require running statistics to log."""
+    if not layers:
+        raise ValueError(
+            "`trained` must hold running statistics, but has none: pass a TrainState, variables "
+            "with `batch_stats`, an nnx model, or a record of bnjax.training.history."
+        )
+
+
+def same_channels(path: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+    """Require layers with the same channels in both trees."""
+    if ours != theirs:
+        raise ValueError(
+            f"`trained` and `other` must be of the same model, but the batch norm at "
+            f"{where([path])} has {ours[0]} channels in one and {theirs[0]} in the other."
         )

@@ -1,4 +1,4 @@
-"""A step as it is called: compiled, with its batch checked and brought to the devices."""
+"""The compiled step that users call: it checks each batch and moves it to the devices."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,18 +12,19 @@ from bnjax.training import checks
 
 
 class Compiled:
-    """A step, compiled, over the devices of a mesh if there is one.
+    """A compiled step, data-parallel over a mesh if there is one.
 
     Args:
-        step: the function of a state and a batch.
-        batches: their layout.
+        step: a function of a state and a batch.
+        batches: the layout of the batches.
         mesh: the mesh, or None.
-        microbatches: what a batch must divide by; 0 in evaluation, which fills it up.
+        microbatches: how many parts a batch is split into; 0 in evaluation, where batches are
+            padded.
         donate: reuse the memory of the state.
 
     Attributes:
-        layout: of its batches.
-        met: the batch norms that were called when it was traced, by path.
+        layout: the layout of the batches.
+        met: the batch norms that were called while it was traced, by path.
     """
 
     def __init__(

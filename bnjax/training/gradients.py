@@ -1,4 +1,4 @@
-"""Loss and gradients of a batch, in one piece or in micro-batches, and what the model has moved."""
+"""Loss and gradients of a batch, whole or in micro-batches, and the collections it updated."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from bnjax.models.frames import Met
 from bnjax.models.visits import counting, watching
 from bnjax.training import checks
 
-# XLA has no fast convolutions inside a loop on CPUs, so few micro-batches stand one after another.
+# Convolutions inside a loop are slow in XLA on CPUs, so a few micro-batches are unrolled.
 _FEW = 8
 _TRAIN = "Give what it trains with, as in train_step(loss_fn, apply_kwargs={'train': True})."
 
@@ -27,14 +27,15 @@ Apply = Callable[[Any, Any, tuple, dict, Any], tuple[Any, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A loss over batches of a layout.
+    """A loss on batches of a given layout.
 
     Attributes:
         loss_fn: as for `train_step`.
-        layout: of the batches.
-        microbatches: how many parts of a batch are run one after another.
-        mask_statistics: whether the examples that don't count, count in no statistics either.
-        unroll: whether the parts are compiled one after another; None for what is fast.
+        layout: the layout of the batches.
+        microbatches: how many parts a batch is run in.
+        mask_statistics: whether `mask` also keeps examples out of the statistics.
+        unroll: whether the parts are unrolled; None picks what is fast.
+        met: the batch norms that were called, filled in when the step is traced.
     """
 
     loss_fn: LossFn
@@ -42,7 +43,7 @@ class Objective:
     microbatches: int
     mask_statistics: bool
     unroll: bool | None = None
-    met: dict[str, Met] = dataclasses.field(default_factory=dict)  # when it was traced
+    met: dict[str, Met] = dataclasses.field(default_factory=dict)
 
     def __call__(
         self,
@@ -54,16 +55,16 @@ class Objective:
         step: Any,
         scale: Callable,
     ) -> tuple[Any, Any, jax.Array, Metrics]:
-        """Gradients, collections after the step, the loss and the means of all that is reported.
+        """Gradients, updated collections, the loss, and the means of loss and metrics.
 
         Args:
             apply: the model.
-            params: what the gradients are of.
-            collections: what the model may change; the statistics are `batch_stats`.
+            params: the parameters to differentiate.
+            collections: the collections that the model may update, `batch_stats` among them.
             batch: a batch.
             key: a random key for the model, or None.
             step: the number of this step.
-            scale: of the loss, before its gradients are taken.
+            scale: scales the loss before it is differentiated.
         """
         count = jnp.maximum(self.layout.counted(batch), 1)
 
@@ -92,7 +93,7 @@ class Objective:
     def _accumulated(
         self, one: Callable, collections: Mapping[str, Any], batch: Batch, key: Any
     ) -> tuple[Any, Any, Any]:
-        """The sums of gradients and totals over micro-batches, and the moments pooled."""
+        """Sums of gradients and totals over the micro-batches, with pooled moments."""
         cut, whole = self.layout.parts(batch, self.microbatches)
 
         def run(collections: Any, number: Any, part: Any) -> tuple[Any, Any]:
@@ -118,7 +119,7 @@ class Objective:
             carry = jax.tree.map(_zeros, results), begun
             few = self.microbatches <= _FEW and jax.default_backend() == "cpu"
             if few if self.unroll is None else self.unroll:
-                add = jax.jit(add)  # traced once, and inlined by XLA
+                add = jax.jit(add)  # traced once and inlined by XLA
                 for number in range(self.microbatches):
                     at = number + _nothing(carry[0])
                     part = [jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False) for leaf in cut]
@@ -132,7 +133,7 @@ class Objective:
 
 
 def evaluated(loss_fn: LossFn, layout: Layout, forward: Callable[..., Any], batch: Batch) -> Totals:
-    """The totals of a batch in evaluation, of which `forward` gives the outputs."""
+    """The totals of a batch in evaluation; `forward` computes the outputs."""
     args, kwargs = layout.call(batch)
     with counting(batch.get("mask"), batch.get("bank")), checks.called_with(_EVALUATE):
         outputs = forward(*args, **kwargs)
@@ -140,17 +141,17 @@ def evaluated(loss_fn: LossFn, layout: Layout, forward: Callable[..., Any], batc
 
 
 def _stats(change: Callable[[Any], Any], collections: Mapping[str, Any]) -> dict[str, Any]:
-    """The collections with other statistics, if there are any."""
+    """The collections with the statistics changed, if there are any."""
     new = dict(collections)
     return new | {"batch_stats": change(new["batch_stats"])} if "batch_stats" in new else new
 
 
 def _nothing(sums: Any) -> jax.Array:
-    """0, but XLA knows that only when the sums are there: no two micro-batches are held at once."""
+    """0, which XLA knows only once the sums are computed, so micro-batches don't overlap."""
     ends = sum(jnp.real(jnp.ravel(leaf)[0]) for leaf in jax.tree.leaves(sums) if leaf.size)
     return jnp.asarray((ends == ends) & (ends != ends), jnp.int32)
 
 
 def _zeros(like: Any) -> jax.Array:
-    """Where to add up: in float32 at least."""
+    """Zeros to accumulate into, in float32 or wider."""
     return jnp.zeros(like.shape, working_dtype(like.dtype))

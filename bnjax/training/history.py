@@ -1,4 +1,4 @@
-"""A record of the running statistics over a training."""
+"""A record of the running statistics during training."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
@@ -26,32 +26,34 @@ def history(
     paths: globs.Paths = "**",
     channels: int | None = None,
 ) -> AnyStep:
-    """The step, which also keeps a record of the running statistics, for `diagnose` and pictures.
+    """Wrap a step so that it records running statistics, for `diagnose`, `scalars` and plots.
 
-    A logged step costs O(C) numbers for each layer and waits for the step to end. The record is a
-    dict of lists of plain numbers, so a checkpoint can hold it, and a resumed run goes on with it.
+    A logged step stores O(C) numbers per layer and waits for the step to finish. The record is a
+    dict of lists of plain numbers, so it fits into a checkpoint, and a resumed run can extend it.
+
+    Guides: examples/guides/diagnosis.md, examples/guides/logging.md
 
     Args:
         step: what `bnjax.training.train_step` or `bnjax.nnx.train_step` returned.
-        record: `{}`, or the record of the steps before. To it are appended, for each logged step,
-            `"step"`, `"examples"` (the batch size) and `"params_norm"`; and in `"layers"`, for each
-            path, the running `"mean"` and `"var"` after the step and those of the batch alone,
+        record: `{}`, or the record of earlier steps. Each logged step appends `"step"`,
+            `"examples"` (the batch size) and `"params_norm"`; and in `"layers"`, for each path, the
+            running `"mean"` and `"var"` after the step and those of the batch alone,
             `"batch_mean"` and `"batch_var"`, each a list of C numbers.
-        momentum: weight of a new batch in the running statistics (PyTorch's convention), by which
-            the statistics of the batch are told from the running ones; None leaves them out. By
-            default each layer's own, as the step has met it.
-        every: log each so many-th step.
+        momentum: weight of the new batch in the running statistics (PyTorch's convention), from
+            which the batch's own statistics are recovered; None leaves them out. By default each
+            layer's own momentum, as seen when the step was traced.
+        every: log every so many steps.
         paths: which layers, as globs over module paths.
-        channels: how many channels of each, the first ones; all by default.
+        channels: how many channels to record per layer, from the first; all by default.
 
     Returns:
-        A step to use in the place of the one given.
+        A step to use in place of the one given.
     """
     fits = globs.any_of(paths)
     calls = 0
 
     def statistics(batch_stats: Any) -> dict[str, dict[str, np.ndarray]]:
-        def read(value: Any) -> np.ndarray:  # a copy: the step may reuse the memory of its argument
+        def read(value: Any) -> np.ndarray:  # a copy, as the step may reuse the memory
             return np.array(np.ravel(meta.unbox(value))[:channels], np.float64)
 
         layers = {"/".join(path): stats for path, stats in layers_of(batch_stats).items()}
@@ -67,9 +69,9 @@ def history(
         if calls % every:
             return step(*args)
         *trained, batch = args
-        before = statistics(_held(trained)["batch_stats"])
+        before = statistics(held(trained)["batch_stats"])
         found = step(*args)
-        now = _held(trained if isinstance(trained[0], nnx.Module) else found)
+        now = held(trained if isinstance(trained[0], nnx.Module) else found)
         for name, value in (
             ("step", int(now["step"])),
             ("examples", _layout(step).size(_layout(step).named(batch))),
@@ -89,22 +91,28 @@ def history(
     return cast(AnyStep, recorded)
 
 
-def _held(trained: Any) -> dict[str, Any]:
-    """Parameters, statistics and the number of the step, of a state or of model and optimizer."""
+def held(trained: Any) -> dict[str, Any]:
+    """Parameters, statistics and step number of a state, or of a model and its optimizer.
+
+    Without an optimizer the number is None.
+    """
     first, *others = trained
-    if not isinstance(first, nnx.Module):
+    if not isinstance(first, nnx.Module | nnx.State):
         return {name: getattr(first, name) for name in ("params", "batch_stats", "step")}
 
+    arrays = first if isinstance(first, nnx.State) else nnx.state(first)
+
     def of(kind: type[nnx.Variable]) -> dict[str, Any]:
-        flat = nnx.to_flat_state(nnx.state(first, kind))
+        flat = nnx.to_flat_state(nnx.filter_state(arrays, kind))
         return unflatten_dict({tuple(map(str, keys)): leaf.get_value() for keys, leaf in flat})
 
-    step = others[0].step.get_value()
+    optimizer = others[0]
+    step = None if optimizer is None else optimizer.step.get_value()
     return {"params": of(nnx.Param), "batch_stats": of(nnx.BatchStat), "step": step}
 
 
 def _weight(step: Any, path: str, momentum: float | str | None) -> float | None:
-    """The momentum of a layer: its own, as the step has met it, or the one given."""
+    """The momentum of a layer: its own, as seen when the step was traced, or the one given."""
     if momentum != "own":
         return cast(float | None, momentum)
     met = getattr(step, "met", {}).get(path)

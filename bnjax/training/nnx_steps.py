@@ -39,10 +39,12 @@ def train_step(
     loss_scale: Any = None,
     donate: bool = False,
 ) -> "TrainStep":
-    """A compiled step for an nnx model, in place: forward, backward, update, commit.
+    """Compile a training step for an nnx model, in place: forward, backward, update, commit.
 
     A step is rejected if its loss or gradients are not finite, or if no example of its batch
     counts. It then leaves parameters, optimizer, running statistics and rng counts unchanged.
+
+    Guides: examples/guides/training.md, examples/guides/recipes.md, examples/guides/devices.md
 
     Args:
         loss_fn: `loss_fn(outputs, batch)` gives the loss, or `(loss, metrics)` with a dict of
@@ -92,13 +94,13 @@ def train_step(
 
 
 class TrainStep:
-    """A step of an nnx model, compiled once for each kind of model, optimizer and batch.
+    """A training step, compiled once for each structure of model, optimizer and batch.
 
     Attributes:
-        layout: of its batches.
-        met: the batch norms that were called when it was traced, by path.
-        loss_scale: the dynamic loss scale as it is now.
-        rejected: int32, (): how many steps were not committed.
+        layout: the layout of its batches.
+        met: the batch norms that were called while it was traced, by path.
+        loss_scale: the current dynamic loss scale.
+        rejected: int32, (): how many steps were rejected.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class TrainStep:
         )
 
     def __call__(self, model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> Metrics:
-        """Update model and optimizer; metrics."""
+        """Update model and optimizer in place, and return the metrics."""
         checks.nnx_training(model, optimizer)
         (graph, variables), (optimizing, opt_state) = nnx.split(model), nnx.split(optimizer)
         state = variables, opt_state, self.loss_scale, self.rejected
@@ -142,7 +144,7 @@ def _update(
     state: tuple[Any, Any, Any, jax.Array],
     batch: Batch,
 ) -> tuple[tuple[Any, Any, Any, jax.Array], Metrics]:
-    """The state after a step, of model, optimizer, loss scale and number of rejected steps."""
+    """The state after a step: model, optimizer, loss scale and count of rejected steps."""
     variables, opt_state, loss_scale, rejected = state
     old = jax.tree.map(lambda leaf: leaf, opt_state)  # an update changes the optimizer in place
     optimizer = nnx.merge(optimizing, opt_state)
@@ -170,11 +172,11 @@ def _update(
 
 
 class _Model:
-    """A model in training, as functions of its arrays, by collection and path.
+    """A model in training mode as functions of its arrays, by collection and path.
 
     Attributes:
-        params: those that the optimizer updates.
-        others: all others, nested.
+        params: the arrays that the optimizer updates.
+        others: all other arrays, nested.
         modules: the paths of modules with parameters.
     """
 
@@ -192,7 +194,7 @@ class _Model:
         self._labels, self.modules = labels, modules_of(tree or {})
 
     def apply(self, params: Any, collections: Any, args: tuple, inputs: dict, _key: Any) -> Any:
-        """Outputs, and the other arrays after the call."""
+        """The outputs, and the other arrays after the call."""
         params = held(params, self._labels, jax.lax.stop_gradient)
         variables = unflatten_dict(params | flatten_dict(collections))
         model, names = self._copy.holding(variables), list(variables)
@@ -200,16 +202,16 @@ class _Model:
         return outputs, unflatten_dict(self._untrained(flatten_dict(moved)))
 
     def with_params(self, params: Mapping[Any, Any]) -> nnx.Module:
-        """A model with these parameters; those that are left out are as they were."""
+        """A model with these parameters; others keep their values."""
         return self._copy.model_with(unflatten_dict(self._before | dict(params)))
 
     def params_of(self, model: nnx.Module) -> dict[Any, Any]:
-        """What the optimizer updates, in a model."""
+        """The arrays of a model that the optimizer updates."""
         flat = self._copy.flat(model)
         return {key: leaf for key, leaf in flat.items() if key in self._trained}
 
     def state(self, accepted: jax.Array, params: Any, others: Any) -> nnx.State:
-        """The state of the model, with new arrays where the step is accepted."""
+        """The state of the model, with the new arrays if the step is accepted."""
         params = held(params, self._labels, lambda _, old: old, self.params)
         new = choose(accepted, params | flatten_dict(others), self._before)
         return self._copy.state(unflatten_dict(new))
@@ -226,19 +228,19 @@ def eval_step(
     apply_kwargs: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[[nnx.Module, Batch], Totals]:
-    """A compiled step of an nnx model in evaluation, as after `.eval()`; nothing of it changes.
+    """Compile an evaluation step for an nnx model, as after `.eval()`; the model does not change.
 
     Args:
         loss_fn: as for `train_step`.
         inputs: as for `train_step`.
         per_example: as for `train_step`.
-        apply_kwargs: passed to the model's call.
-        mesh: split the batch over the devices of the mesh. It need not divide by them: it is
-            filled up with examples that do not count.
+        apply_kwargs: extra arguments for the model's call.
+        mesh: split the batch over the devices of the mesh. Its size need not divide by them: it is
+            padded with examples that do not count.
 
     Returns:
-        `step(model, batch) -> totals`, for `evaluate(step, model, batches)`: sums over the examples
-        of the batch that count, by name, and their number, `totals.count`.
+        `step(model, batch) -> totals`, for `evaluate(step, model, batches)`: sums by name over the
+        examples that count, and their number, `totals.count`.
     """
     checks.loss_function(loss_fn)
     batches = layout(inputs, per_example)

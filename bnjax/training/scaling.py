@@ -1,4 +1,4 @@
-"""Scales of the loss by which gradients in float16 stay within its range."""
+"""Loss scaling, which keeps float16 gradients in range."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Scale:
-    """The dynamic loss scale of a state, Flax's or jmp's; None scales nothing.
+    """A dynamic loss scale, Flax's or jmp's; None leaves the loss alone.
 
     Args:
         scale: `flax.training.dynamic_scale.DynamicScale`, or an object with the methods `scale`,
@@ -25,7 +25,7 @@ class Scale:
         return loss * self._scale.scale if self._is_flax else self._scale.scale(loss)
 
     def down(self, grads: Any) -> Any:
-        """The gradients of what `up` has scaled, unscaled; in float32, where none vanishes."""
+        """Gradients of the scaled loss, unscaled in float32 so that none underflows."""
         if self._scale is None:
             return grads
         wide = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
@@ -34,9 +34,9 @@ class Scale:
         return self._scale.unscale(wide)
 
     def adjusted(self, finite: jax.Array) -> Any:
-        """The scale for the next step, larger or smaller by whether the gradients were finite."""
+        """The scale for the next step, raised or lowered as the gradients were finite or not."""
         if self._is_flax:
-            # Flax adjusts it by the gradients of a function: this one has the right ones.
+            # Flax goes by the gradients of a function, so give it one with finite or NaN gradients.
             sign = jnp.where(finite, 1.0, jnp.nan)
             return self._scale.value_and_grad(lambda x: x * sign)(jnp.ones(()))[0]
         return None if self._scale is None else self._scale.adjust(finite)

@@ -1,4 +1,4 @@
-"""The state of a training: parameters, optimizer and batch statistics, which go together."""
+"""The training state: parameters, optimizer state and batch statistics, kept together."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,39 +18,42 @@ from bnjax.models.batches import layout
 from bnjax.models.compat import is_traced
 from bnjax.training import checks
 
-# What a step counts and draws, whether it is committed or not.
+# These advance even when a step is rejected.
 _GO_ON = ("step", "rejected", "rng", "loss_scale")
 
 
 class TrainState(train_state.TrainState):
     """Flax's `TrainState` with the batch statistics that belong to its parameters.
 
+    Guide: examples/guides/training.md
+
     Attributes:
         batch_stats: the running statistics, `{}` for a model without any.
-        rng: the key from which each step derives its own, by its number; None without dropout.
-        rejected: how many steps were not committed.
-        collections: what else the model keeps, by collection, such as a codebook.
+        rng: the key that each step folds its number into; None without dropout.
+        rejected: how many steps were rejected.
+        collections: the model's other collections, such as a codebook.
         loss_scale: a dynamic loss scale, such as `flax.training.dynamic_scale.DynamicScale()`.
     """
 
     batch_stats: Any
     rng: jax.Array | None
     rejected: jax.Array
-    # By keyword alone, so that a subclass may add fields without defaults.
+    # Keyword-only, so that a subclass may add fields without defaults.
     collections: Any = struct.field(default_factory=dict, kw_only=True)
     loss_scale: Any = struct.field(default=None, kw_only=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let Flax save the subclass too."""
+        """Register the subclass for Flax's serialization, too."""
         super().__init_subclass__(**kwargs)
         _register(cls)
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables to evaluate the model with; of lookahead's parameters the slow ones.
+        """The variables to evaluate the model with; with lookahead, its slow parameters.
 
-        They are copies, as a step that donates the state takes its arrays along.
+        They are copies, because a step that donates the state invalidates its arrays.
         """
+        checks.not_donated(self)
         params = getattr(self.params, "slow", self.params)
         held = variables_of(params, self.batch_stats, self.collections)
         is_concrete = lambda leaf: isinstance(leaf, jax.Array) and not is_traced(leaf)  # noqa: E731
@@ -58,13 +61,13 @@ class TrainState(train_state.TrainState):
 
 
 def _to_dict(state: Any) -> dict[str, Any]:
-    """What Flax saves of a state: random keys as their data, for it can't save others."""
+    """The state as Flax serializes it, with random keys as raw data, as it can't save keys."""
     held = {name: serialization.to_state_dict(part) for name, part in _data(state).items()}
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, held)
 
 
 def _from_dict(state: Any, found: dict[str, Any]) -> Any:
-    """The state with what Flax has saved."""
+    """The state with the values that Flax has restored."""
     held = _data(state)
     bare = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, held)
     new = serialization.from_state_dict(bare, found)
@@ -87,7 +90,7 @@ def _data(state: Any) -> dict[str, Any]:
 
 
 def _register(kind: type) -> None:
-    """Let `flax.serialization` save states of a type with these."""
+    """Register these functions with `flax.serialization`."""
     serialization.register_serialization_state(kind, _to_dict, _from_dict, override=True)
 
 
@@ -109,22 +112,23 @@ def init_state(
     Args:
         model: any linen model; without batch norm it has no statistics, and that is fine.
         tx: the optimizer.
-        key: seeds the parameters, and the random numbers of the steps.
+        key: seeds the parameters and the random streams of the steps.
         x: an input, or its `jax.ShapeDtypeStruct`, to initialize the model with.
-        inputs: as for `train_step`; then `x` is a batch, a dict, of which the model is called with
+        inputs: as for `train_step`; then `x` is a batch, a dict, and the model is called with
             these entries.
         loss_scale: scales the loss of each step, for gradients in float16: Flax's `DynamicScale`,
             or another object with `scale`, `unscale` and `adjust`, such as jmp's.
-        **apply_kwargs: what else the model's call needs, such as `train=False`.
+        **apply_kwargs: extra arguments for the model's call, such as `train=False`.
 
     Returns:
-        The state. Other collections than `params` and `batch_stats` are kept too, but for what is
-        sown, such as `intermediates`.
+        The state. It keeps all collections except those that are sown, such as `intermediates`.
 
     Raises:
-        TypeError: the model is no linen model.
+        TypeError: the model is not a linen model.
     """
     checks.linen_model(model)
+    checks.optimizer(tx)
+    checks.random_key(key)
     args, kwargs = ((x,), {}) if inputs is None else layout(inputs).call(x)
     key, rng = jax.random.split(key)
     init_key, dropout_key = jax.random.split(key)
@@ -151,7 +155,7 @@ def init_state(
 
 
 def own_buffers(tree: Any) -> Any:
-    """The tree, each array of which has memory of its own, so that all can be donated."""
+    """The tree with a separate buffer for each array, so that all can be donated."""
     seen: set[int] = set()
 
     def alone(leaf: Any) -> Any:
@@ -164,11 +168,11 @@ def own_buffers(tree: Any) -> Any:
 
 
 def commit(accepted: jax.Array, proposed: TrainState, current: TrainState) -> TrainState:
-    """The proposed state if the step is accepted; otherwise the current one, with one more reject.
+    """The proposed state if the step is accepted; otherwise the current one, rejected once more.
 
-    Parameters, optimizer state and batch statistics go together, and with them the fields that a
-    subclass adds: statistics that a rejected step has seen would poison every later evaluation.
-    `step` counts the attempts, so the order of the data and the random numbers go on.
+    Parameters, optimizer state and batch statistics are kept together, with the fields that a
+    subclass adds: statistics from a rejected step would poison every later evaluation. `step`
+    counts attempts, so data order and random numbers advance either way.
 
     Args:
         accepted: bool, ().
@@ -183,14 +187,14 @@ def commit(accepted: jax.Array, proposed: TrainState, current: TrainState) -> Tr
 
 
 def choose(accepted: jax.Array, new: Any, old: Any) -> Any:
-    """One tree or the other, of the kind of the old one."""
+    """One tree or the other, with the structure of the old one."""
     leaves, tree = jax.tree.flatten(old)
     pairs = zip(checks.same_leaves(new, old), leaves, strict=True)
     return tree.unflatten(jnp.where(accepted, n, o) for n, o in pairs)
 
 
 def variables_of(params: Any, batch_stats: Any, collections: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of a model; of what it has none of there is no collection."""
+    """The variables of a model, without empty collections."""
     held = {"params": params, "batch_stats": batch_stats, **collections}
     return {name: tree for name, tree in held.items() if tree or name == "params"}
 
@@ -200,7 +204,7 @@ def _is_lookahead(tx: optax.GradientTransformation, params: Any) -> bool:
     kind = optax.LookaheadState
     try:
         made = jax.eval_shape(lambda p: tx.init(optax.LookaheadParams.init_synced(p)), params)
-    except Exception:  # it may look into the tree that it expects
+    except Exception:  # an optimizer may require the structure it was written for
         return False
     states = jax.tree.leaves(made, is_leaf=lambda node: isinstance(node, kind))
     return any(isinstance(state, kind) for state in states)
@@ -212,7 +216,7 @@ def _is_data(state: TrainState, name: str) -> bool:
 
 
 def _is_sown(tree: Any) -> bool:
-    """Whether modules append to what a collection has, as `sow` does, so that it would grow."""
+    """Whether modules append to a collection, as `sow` does, so that it would grow."""
     if isinstance(tree, dict | FrozenDict):
         return any(map(_is_sown, tree.values()))
     return isinstance(tree, tuple)

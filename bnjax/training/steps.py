@@ -37,7 +37,9 @@ def train_step(
     mesh: Mesh | None = None,
     donate: bool = True,
 ) -> Step:
-    """A jitted step: forward with mutable statistics, backward, update, commit.
+    """Compile a training step: forward with mutable statistics, backward, update, commit.
+
+    Guides: examples/guides/training.md, examples/guides/recipes.md, examples/guides/devices.md
 
     Args:
         loss_fn: `loss_fn(outputs, batch)` gives the loss, or `(loss, metrics)` with a dict of
@@ -98,6 +100,7 @@ def _step(
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """The state after a step, and its metrics."""
+    checks.train_state(state)
     kwargs = dict(apply_kwargs)
     streams = kwargs.pop("rngs", {})
     collections = {"batch_stats": state.batch_stats, **state.collections}
@@ -138,25 +141,27 @@ def eval_step(
     apply_kwargs: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], Totals]:
-    """A jitted step in evaluation mode: running statistics, nothing moves.
+    """Compile an evaluation step: running statistics are used, and nothing is updated.
 
     Args:
         loss_fn: as for `train_step`.
         inputs: as for `train_step`.
         per_example: as for `train_step`.
-        apply_kwargs: passed to the model's call, such as `{"train": False}`. What is `"mutable"` in
-            them may change in the call, and is forgotten.
-        mesh: split the batch over the devices of the mesh. It need not divide by them: it is
-            filled up with examples that do not count.
+        apply_kwargs: extra arguments for the model's call, such as `{"train": False}`. Collections
+            that they name as `"mutable"` may change during the call; the changes are discarded.
+        mesh: split the batch over the devices of the mesh. Its size need not divide by them: it is
+            padded with examples that do not count.
 
     Returns:
-        `step(state, batch) -> totals`: sums over the examples of the batch that count, by name, and
-        their number, `totals.count`. `evaluate` adds the totals of many batches up.
+        `step(state, batch) -> totals`: sums by name over the examples that count, and their number,
+        `totals.count`. `evaluate` adds up the totals of many batches.
     """
     checks.loss_function(loss_fn)
     batches, options = layout(inputs, per_example), dict(apply_kwargs or {})
 
     def step(state: TrainState, batch: Batch) -> Totals:
+        checks.train_state(state)
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             outputs = state.apply_fn(state.variables, *args, **kwargs, **options)
             return outputs[0] if options.get("mutable") else outputs
@@ -173,14 +178,14 @@ def evaluate(
     *,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Means over all examples of all batches, each example counted once.
+    """Means over all examples of all batches, with each example counted once.
 
-    The sums are added up on the device, so that the next batch is loaded while one is computed.
+    Sums stay on the device, so the next batch can be loaded while one is being computed.
 
     Args:
         step: what `eval_step` returned.
-        state: the state, or of nnx the model, to evaluate.
-        batches: dicts as for `train_step`; they need not be of one size.
+        state: the state to evaluate; for nnx, the model.
+        batches: dicts as for `train_step`; their sizes may differ.
         progress: show a progress bar.
 
     Raises:
@@ -191,6 +196,7 @@ def evaluate(
     for batch in tracked(batches, progress, "evaluating"):
         with checks.evaluation_step(step):
             new: Any = step(state, batch)
+            checks.totals(new)
             if not isinstance(new, Totals):  # of a user's own step
                 new = Totals({k: v for k, v in new.items() if k != "count"}, new["count"])
         totals = new if totals is None else _add(totals, new)
@@ -205,14 +211,14 @@ def _add(totals: Totals, new: Totals) -> Totals:
 
 
 def _freezing(patterns: tuple[str, ...]) -> contextlib.AbstractContextManager:
-    """A context in which the batch norms that fit are frozen; other modules may fit alone."""
+    """A context that freezes the batch norms that match; patterns may match other modules only."""
     if not patterns:
         return contextlib.nullcontext()
     return applying(Settings(("frozen", patterns), patterns, {"use_running_average": True}))
 
 
 def _keys(key: Any, streams: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A key for each random stream; Flax draws those without one from `params`."""
+    """A key for each random stream; Flax falls back to `params` for streams without one."""
     if key is None:
         return dict(streams) or None
     number = jax.random.bits(key)

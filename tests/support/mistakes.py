@@ -57,6 +57,7 @@ RANGE = (
     "`momentum` must lie between 0 and 1, got {}. In PyTorch's convention it is the weight of the "
     "new batch (0.1), in Flax's the weight of the old statistics (0.9)."
 )
+TEXT = "`momentum` must be a number, a function of the number of steps, None or 'pooled', got {}."
 NEGATIVE = "`{}` must be a number and not negative, got {}. The usual value is 1e-5."
 ZERO = (
     "`eps` must be positive in training, got {}: a channel of zero variance would give NaN. "
@@ -86,6 +87,15 @@ STAT_KEYS = (
     "`batch_stats` must have the keys {{mean, var}} or {{mean, var, count}} or {{}}, got {}. "
 )
 MADE = "bnjax.init makes it."
+NUM_FEATURES = (
+    "`num_features` must be an integer and not negative, got {}. It is the number of channels, "
+    "such as 64."
+)
+COUNT = (
+    "With momentum=None the running statistics are the average of all batches, and `count` is how "
+    "many those were. Add it to each layer, such as {'mean': mean, 'var': var, 'count': "
+    "jnp.array(1000)}."
+)
 MISSES = (
     "The batch norm at {} misses {} in `{}`: it has {}. Pass the collection as "
     "`model.init` made it or training updated it, as in "

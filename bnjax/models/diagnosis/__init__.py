@@ -1,4 +1,4 @@
-"""Why a network with batch norm is good in training and bad in evaluation: diagnose."""
+"""Explain why a network with batch norm is good in training and bad in evaluation: diagnose."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,6 +23,8 @@ _RULES = (
     findings.not_known,
     findings.devices_disagree,
     findings.depends_on_batch,
+    findings.by_policy,
+    findings.renorm_limited,
     findings.in_training_mode,
     findings.momentum_inverted,
     findings.batch_too_small,
@@ -44,36 +46,39 @@ def diagnose(
     per_example: Sequence[str] | None = None,
     apply_kwargs: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Say what is wrong with the batch norms of a model: which layer, why, and how to mend it.
+    """Find what is wrong with the batch norms of a model: which layer, why, and how to fix it.
 
-    Each batch runs through the model twice, in one compiled step: as you evaluate, and with batch
-    norms in training. Of each layer O(C) numbers are kept: how far its running statistics are from
-    those of the batches, how much these scatter, how many values per channel there are. Nothing
-    that is passed in changes, whatever happens.
+    Each batch runs through the model twice in one compiled step: as you evaluate, and with batch
+    norms in training. O(C) numbers are kept per layer: how far its running statistics are from
+    those of the batches, how much those vary, and how many values there are per channel. Nothing
+    that you pass in is changed.
+
+    Guide: examples/guides/diagnosis.md
 
     Args:
-        model: a linen or nnx model, bnjax's or Flax's own batch norms. An nnx model is taken as
-            after `.eval()`; one in training mode is asked about.
+        model: a linen or nnx model with bnjax's or Flax's own batch norms. An nnx model is
+            evaluated as after `.eval()`; if it is in training mode, the report warns.
         variables: its variables, or what a training has saved, as for `recalibrate`. Statistics
             with a leading device axis are compared between devices, and merged.
         batches: inputs of the model; or dicts with `"x"`, perhaps `"mask"`, bool (N,), and what the
-            loss needs. Batches of the training's data and size tell most; eight do.
-        loss_fn: `loss_fn(outputs, batch)`, as for `training.train_step`: the report has loss and
-            metrics in both modes.
-        steps: how many steps the model was trained for: tells statistics that lag from others.
-        history: the record of `training.history`: tells averaged weights from shifted data, layers
-            left in evaluation from new ones, and knows the steps and the batch size.
+            loss needs. Use batches of the training's data and size; eight are enough.
+        loss_fn: `loss_fn(outputs, batch)`, as for `training.train_step`: adds loss and metrics in
+            both modes to the report.
+        steps: how many steps the model was trained for, to recognize statistics that lag.
+        history: the record of `training.history`, which has steps and batch size, and serves to
+            distinguish averaged weights from shifted data, and layers left in evaluation from new
+            ones.
         inputs: which entries of a batch to call the model with, as for `training.train_step`.
         per_example: names of the entries that have one value per example, as there.
-        apply_kwargs: what you evaluate the model with, such as `{"train": False}`; with
-            `"mutable"`, if you pass that.
+        apply_kwargs: the arguments that you evaluate the model with, such as `{"train": False}`;
+            include `"mutable"` if you pass it.
 
     Returns:
         The report: `print(report)`, `report.findings`, `report.to_json()`, `report.plot(path)`.
 
     Raises:
         ValueError: no batch, no batch norm, or variables of another model.
-        TypeError: the model is no Flax model.
+        TypeError: the model is not a Flax model.
 
     >>> import jax, jax.numpy as jnp, bnjax
     >>> x = jax.random.normal(jax.random.key(0), (64, 3)) + 5
@@ -93,7 +98,7 @@ def diagnose(
 
 
 def report_of(evidence: Evidence) -> Report:
-    """What the rules find in the evidence."""
+    """Apply all rules to the evidence."""
     seen = evidence.measured
     found = [finding for rule in _RULES if (finding := rule(evidence))] + misfits(evidence)
     if not found and (unclear := findings.too_few_data(evidence)):

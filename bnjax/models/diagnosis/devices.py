@@ -1,4 +1,4 @@
-"""The variables of one device, where those of several were kept: stacked, or as bad replicas."""
+"""Variables of several devices as those of one: stacked, or replicas that differ."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,9 +18,9 @@ Reading = tuple[nn.Module | Copy, Any, dict[str, float]]
 
 
 def readings(model: Any, variables: Any) -> Iterator[Callable[[], Reading]]:
-    """Ways to read variables: as they are; with statistics, then with all, for each device.
+    """Ways to read variables: as they are; with stacked statistics; with everything stacked.
 
-    Statistics of several devices are merged into one set; of all else the first device is taken.
+    Statistics of several devices are merged into one set; everything else is the first device's.
     """
     if isinstance(model, nnx.Module):
         yield from _of_nnx(model, variables)
@@ -69,7 +69,7 @@ def _of_nnx(model: nnx.Module, state: Any) -> Iterator[Callable[[], Reading]]:
 
 
 def _stacked(stats: Any) -> bool:
-    """Whether all means and variances have a leading axis of one size."""
+    """Whether all means and variances have a leading axis of the same size."""
     sizes = {
         jnp.shape(layer[name])[0] if jnp.ndim(layer[name]) > 1 else 0
         for layer in layers_of(meta.unbox(stats or {})).values()
@@ -83,7 +83,7 @@ def _first(tree: Any) -> Any:
 
 
 def _replicas(variables: Any) -> dict[str, float]:
-    """How far the copies differ of what JAX believes to be the same on all devices."""
+    """How far the copies of arrays differ that JAX believes to be replicated."""
     stats = variables.get("batch_stats", {}) if isinstance(variables, Mapping) else {}
     copies = {}
     for path, layer in layers_of(stats).items():
@@ -96,7 +96,7 @@ def _replicas(variables: Any) -> dict[str, float]:
 
 
 def _differences(stats: Any) -> dict[str, float]:
-    """How far the rows of stacked statistics differ, by path."""
+    """How far the sets of stacked statistics differ, by path."""
     return _unequal({path: [x["mean"], x["var"]] for path, x in layers_of(stats).items()})
 
 
@@ -106,12 +106,12 @@ def _unequal(rows: Mapping[Path, Sequence[Any]]) -> dict[str, float]:
 
 
 def _apart(mean: np.ndarray, var: np.ndarray) -> float:
-    """The largest distance of a row's mean or deviation from all, in standard deviations."""
+    """The largest distance of a row's mean or deviation from the average, in deviations."""
     wide = np.complex128 if np.iscomplexobj(mean) else np.float64
     mean, std = mean.astype(wide), np.sqrt(np.abs(var.astype(np.float64)))
     unit = np.maximum(std.mean(0), np.finfo(np.float32).tiny)
     apart = [np.abs(rows - rows.mean(0)) / unit for rows in (mean, std)]
-    # Rows that are alike, bit for bit, may still round to another mean.
+    # The mean of identical rows may differ from them by rounding.
     alike = all(
         np.array_equal(rows, rows[:1].repeat(len(rows), 0), equal_nan=True) for rows in (mean, std)
     )

@@ -1,7 +1,7 @@
-"""What is wrong with the batch norms of a model: one function for each fault, from measurements.
+"""Rules that find faults in the batch norms of a model, one function per fault.
 
-Each rule returns a `Finding` or None. Those that explain why running and batch statistics are apart
-are in `misfits`.
+Each returns a `Finding` or None. The rules that explain why running and batch statistics differ are
+in `misfits`.
 """
 
 import math
@@ -25,18 +25,20 @@ from bnjax.models.diagnosis.evidence import (
 )
 from bnjax.models.diagnosis.measuring import Layer
 
-# As FEW_VALUES for values that depend on each other, as pixels of an image do: what 12 independent
-# ones scatter by, sqrt(1/12 + 1/24).
+# Like FEW_VALUES, for values that depend on each other, such as the pixels of an image: how much
+# the statistics of 12 independent values vary, sqrt(1/12 + 1/24).
 NOISY = 0.35
-# A channel whose variance is below eps comes out with less than 0.7 of the deviation asked for.
-# A dead one is constant beside its neighbours too, to a thousandth of eps and of their variance.
+# A channel with a variance below eps comes out with less than 0.7 of its deviation. A dead one is
+# constant compared to its neighbours, too: to a thousandth of eps and of their variance.
 DEAD = 1e-3
-# Below this part of its layer's largest scale, a channel is constant beside its neighbours. Layers
-# that start at zero, as the last of residual blocks do, have no such channels.
+# Below this fraction of its layer's largest scale, a channel is constant next to its neighbours.
+# Layers that start at zero, such as the last of a residual block, have no such channels.
 NO_SCALE = 1e-3
-# A few constant channels are usual: border pixels of images as features, units that never fire.
+# A few constant channels are normal: border pixels of images, units that never fire.
 MANY = 0.1
-# So far off, statistics would cost accuracy for sure, were it not chance.
+# In most channels: the limits are for the few that are off by chance.
+LIMITED = 0.5
+# Statistics this far off surely cost accuracy, unless it is chance.
 UNCLEAR = 0.5
 # Normal values pass this many standard deviations once in a billion.
 EXTREME = 6.0
@@ -83,13 +85,13 @@ def not_finite(evidence: Evidence) -> Finding | None:
         "The inputs of these batches hold NaN or inf, or overflow before this layer."
         if some
         else "There is NaN or inf in the inputs or in the parameters before this layer: the repair "
-        "tells which.",
+        "shows where.",
         evidence.repairs.finite + "  # find it",
     )
 
 
 def near_overflow(evidence: Evidence) -> Finding | None:
-    """Inputs of a layer that come near the largest number of their dtype."""
+    """Inputs of a layer that approach the largest number of their dtype."""
     reach = {
         x.path: float(np.max(np.abs(x.batch_mean) + EXTREME * x.std)) / _largest(x.kind.dtype)
         for x in evidence.layers
@@ -112,7 +114,7 @@ def near_overflow(evidence: Evidence) -> Finding | None:
 
 
 def not_known(evidence: Evidence) -> Finding | None:
-    """Modules that look like batch norms, and of which nothing can be said."""
+    """Unknown modules that look like batch norms."""
     unknown = evidence.measured.strangers
     if not unknown:
         return None
@@ -123,7 +125,7 @@ def not_known(evidence: Evidence) -> Finding | None:
         tuple(sorted(unknown)),
         f"{strangers(unknown)}.",
         {"modules": len(unknown)},
-        "They are classes of their own, so how they use their statistics can't be seen.",
+        "How these classes use their statistics is not known.",
         f"bnjax.register({unknown[min(unknown)]}, facts)  # how to read its fields and its call",
     )
 
@@ -141,13 +143,13 @@ def devices_disagree(evidence: Evidence) -> Finding | None:
         tuple(apart),
         f"The statistics of devices differ by up to {apart[worst]:.3g} standard deviations.",
         {"distance": apart[worst]},
-        "Each device kept the statistics of its own part of the batch: no layer names the axis.",
+        "Each device kept the statistics of its own part of the batch: no layer has an axis name.",
         evidence.repairs.merge + "  # then bnjax.recalibrate; train with axis_name='data'",
     )
 
 
 def depends_on_batch(evidence: Evidence) -> Finding | None:
-    """An evaluation that normalizes by the batch, and may keep what it has seen."""
+    """An evaluation that normalizes by the batch, and may update the statistics."""
     measured, repairs = evidence.measured, evidence.repairs
     moved, untracked = measured.moved, measured.untracked
     paths = moved or untracked + measured.by_batch
@@ -175,8 +177,56 @@ def depends_on_batch(evidence: Evidence) -> Finding | None:
     )
 
 
+def by_policy(evidence: Evidence) -> Finding | None:
+    """A policy by which an evaluation depends on the batch."""
+    policies = evidence.measured.by_policy
+    if not policies:
+        return None
+    first = min(policies)
+    return Finding(
+        "eval depends on the batch",
+        "warning",
+        first,
+        tuple(policies),
+        f"using={policies[first]} in {count_of([*policies])}: in evaluation, an example's output "
+        f"changes by {part(evidence.measured.mates)} its deviation among other batch mates.",
+        {"layers": len(policies), "mates": evidence.measured.mates},
+        "The policy takes the statistics of the batch, so large and mixed batches matter.",
+        "with bnjax.override('**', using=None):  # or larger batches, or Blend with a larger prior",
+    )
+
+
+def renorm_limited(evidence: Evidence) -> Finding | None:
+    """Batch renormalization that is at its limits most of the time."""
+    bad = [x for x in evidence.layers if not x.fresh and np.mean(x.limited) > LIMITED]
+    if not bad:
+        return None
+    worst = max(bad, key=lambda x: np.mean(x.limited))
+    share, lags = float(np.mean(worst.limited)), evidence.is_far(worst)
+    cause = (
+        "The running statistics lag behind the weights, or are of other data."
+        if lags
+        else f"With {number_of(round(worst.values), 'value')} per channel, batches scatter by more "
+        "than the limits allow."
+    )
+    repair = "norm = BatchNorm2d(..., using=bnjax.policies.Renorm(r_max=3, d_max=5))"
+    return Finding(
+        "renorm at its limits",
+        "warning",
+        worst.path,
+        paths_of(bad),
+        f"r or d is at its limit in {share:.0%} of the channels, so training normalizes with "
+        "neither what evaluation uses nor the batch.",
+        {"limited": share, "distance": worst.distance, "values": worst.values},
+        cause,
+        evidence.repairs.recalibrate + "  # and a larger momentum"
+        if lags
+        else repair + "  # or larger batches",
+    )
+
+
 def in_training_mode(evidence: Evidence) -> Finding | None:
-    """An nnx model that is in training mode while it is diagnosed."""
+    """An nnx model that was passed in training mode."""
     paths = evidence.measured.training
     if not paths:
         return None
@@ -200,13 +250,13 @@ def momentum_inverted(evidence: Evidence) -> Finding | None:
     bad = [x for x in trained if (x.kind.weight or 0) >= INVERTED]
     if not bad:
         return None
-    kind = bad[0].kind
-    written = 1 - kind.weight if kind.flax else kind.weight
+    kind, weight = bad[0].kind, bad[0].kind.weight or 0
+    written = 1 - weight if kind.flax else weight
     right, other = f"{1 - written:.3g}", "PyTorch's" if kind.flax else "Flax's"
     noisiest = max(bad, key=lambda x: x.spread)
     several = evidence.measured.batches > 1
     scatter = (
-        f"; batches scatter by {noisiest.spread:.2f} standard deviations at '{noisiest.path}'"
+        f"; batches vary by {noisiest.spread:.2f} standard deviations at '{noisiest.path}'"
         if several
         else ""
     )
@@ -216,24 +266,24 @@ def momentum_inverted(evidence: Evidence) -> Finding | None:
         bad[0].path,
         paths_of(bad),
         f"momentum={written:.3g} in {count_of(bad)} gives the newest batch a weight of "
-        f"{kind.weight:.3g}{scatter}.",
-        {"momentum": written, "weight": kind.weight}
-        | ({"spread": noisiest.spread} if several else {}),
-        f"The value is of {other} convention: the statistics are those of the last batch or two.",
+        f"{weight:.3g}{scatter}.",
+        {"momentum": written, "weight": weight} | ({"spread": noisiest.spread} if several else {}),
+        f"The value follows {other} convention, so the statistics are those of the last batch or "
+        "two.",
         f"{kind.layer}(..., momentum={right})  # then bnjax.recalibrate",
     )
 
 
 def batch_too_small(evidence: Evidence) -> Finding | None:
-    """Batches that hold too few values to normalize by."""
+    """Batches with too few values to normalize by."""
     measured = evidence.measured
-    # Where the training is on record its batches count, not these.
+    # If the training is on record, its batches count, not these.
     recorded = evidence.record.get("examples", ())
     larger = max([measured.examples, *recorded]) / max(measured.examples, 1)
     noise = {x.path: x.spread / math.sqrt(larger) for x in measured.layers}
 
     def noisy(layer: Layer) -> bool:
-        # One value of each example is independent of the others: their number says it all.
+        # With one value per example, values are independent, and their number is enough.
         return layer.values > measured.examples and noise[layer.path] > NOISY
 
     few = [x for x in measured.layers if x.values * larger <= FEW_VALUES or noisy(x)]
@@ -245,7 +295,7 @@ def batch_too_small(evidence: Evidence) -> Finding | None:
     values, examples = worst.values * larger, measured.examples * larger
     spread = {"spread": noise[worst.path]} if worst.seen and measured.batches > 1 else {}
     times = max(2 * FEW_VALUES / max(values, 1), (2 * noise[worst.path] / NOISY) ** 2)
-    lost = f"the statistics scatter by {noise[worst.path]:.2f} standard deviations between batches"
+    lost = f"the statistics vary by {noise[worst.path]:.2f} standard deviations between batches"
     facts = [lost] if spread else [] if worst.seen else ["a variance is not defined"]
     facts.append(f"outputs in evaluation differ from those in training by {part(measured.gap)}")
     return Finding(
@@ -264,7 +314,7 @@ def batch_too_small(evidence: Evidence) -> Finding | None:
 
 
 def batches_not_alike(evidence: Evidence) -> Finding | None:
-    """Batches that are of different kinds of data."""
+    """Batches that hold different kinds of data."""
     bad, chance, examples = evidence.unlike, evidence.chance, evidence.measured.examples
     if not bad:
         return None
@@ -274,17 +324,17 @@ def batches_not_alike(evidence: Evidence) -> Finding | None:
         "warning",
         worst.path,
         paths_of(bad),
-        f"From batch to batch the statistics scatter by {worst.spread:.2f} standard deviations; "
-        f"batches of {examples} examples that are drawn alike scatter by {chance:.2f}.",
+        f"The statistics vary by {worst.spread:.2f} standard deviations from batch to batch; those "
+        f"of {examples} shuffled examples vary by {chance:.2f}.",
         {"spread": worst.spread, "expected": chance, "examples": examples},
-        "The data are in an order, such as by class, by user or by time, and each batch has a few.",
+        "The data are sorted, such as by class, user or time, so each batch holds only some kinds.",
         "order = np.random.permutation(len(x))"
-        "  # batch shuffled data; if the training's were sorted, train anew",
+        "  # shuffle the data; if the training's were sorted, train again",
     )
 
 
 def dead_channels(evidence: Evidence) -> Finding | None:
-    """Channels that are constant or scaled away, or so small that eps decides their scale."""
+    """Channels that are constant or scaled to nothing, or so small that eps sets their scale."""
     layers = _before_zeros(evidence)
     away = {x.path: _scaled_away(evidence, x) for x in layers}
     small = {x.path: x.batch_var < x.kind.eps for x in layers}
@@ -306,19 +356,20 @@ def dead_channels(evidence: Evidence) -> Finding | None:
     elif scaled == size and not np.any(worst.scale):
         cause = "Its scales are exactly zero, where they started, though the network has trained: "
         cause += "no gradient passes a relu at zero, or nothing trains them"
-        cause += "." if evidence.steps else ", or they are new. Pass `steps=` to tell."
-        repair = f"{kind.layer}(..., scale_init=jax.nn.initializers.ones)  # and train anew"
+        cause += "." if evidence.steps else ", or they are new. Pass `steps=` to find out."
+        repair = f"{kind.layer}(..., scale_init=jax.nn.initializers.ones)  # and train again"
     else:
         cause = "The channels before this layer never fire."
         cause = "Its scales have gone to zero." if 2 * scaled > constant else cause
-        repair = "optax.adamw(lr, mask=bnjax.decay_mask)  # and train anew, with a lower rate"
+        repair = "optax.adamw(lr, mask=bnjax.decay_mask)  # and train again, with a lower rate"
     return Finding(
         "eps dominates" if weak else "dead channels",
         "warning",
         worst.path,
         paths_of(bad),
-        f"Of {number_of(size, 'channel')} {constant} give out a constant ({scaled} by their scale) "
-        f"and {below} have a variance below eps={kind.eps:.0e}; the largest is {largest:.1e}.",
+        f"Of {number_of(size, 'channel')} {constant} have a constant output ({scaled} by their "
+        f"scale) and {below} have a variance below eps={kind.eps:.0e}; the largest is "
+        f"{largest:.1e}.",
         {"channels": size, "constant": constant, "below_eps": below, "largest": largest},
         cause,
         repair,
@@ -326,7 +377,7 @@ def dead_channels(evidence: Evidence) -> Finding | None:
 
 
 def too_few_data(evidence: Evidence) -> Finding | None:
-    """Layers that look wrong over so few data that it may be chance."""
+    """Layers that look wrong on so little data that it may be chance."""
     measured = evidence.measured
     bad = [x for x in evidence.layers if x.distance > UNCLEAR]
     if not bad:
@@ -341,15 +392,15 @@ def too_few_data(evidence: Evidence) -> Finding | None:
         f"{number_of(measured.batches, 'batch')} of {number_of(measured.examples, 'example')} may "
         "be as far by chance.",
         {"distance": worst.distance, "batches": measured.batches, "examples": measured.examples},
-        "So few examples can't tell wrong statistics from chance.",
+        "With so few examples, wrong statistics can't be distinguished from chance.",
         "bnjax.diagnose(model, variables, batches)  # eight batches of the training's size",
     )
 
 
 def _scaled_away(evidence: Evidence, layer: Layer) -> np.ndarray:
-    """The channels that a layer multiplies by nothing, beside others that it does not.
+    """The channels that a layer scales to nothing, compared to others.
 
-    The others are of the same layer, or, where those of other layers have moved, of any.
+    Those are of the same layer or, if scales of other layers have moved, of any layer.
     """
     scale = np.abs(np.ones(layer.var.size) if layer.scale is None else layer.scale)
     if not scale.any():
@@ -358,9 +409,9 @@ def _scaled_away(evidence: Evidence, layer: Layer) -> np.ndarray:
 
 
 def _before_zeros(evidence: Evidence) -> tuple[Layer, ...]:
-    """The layers up to the first that is scaled by zero, in a network that has just begun.
+    """In a network that is not yet trained, the layers up to the first that is scaled by zero.
 
-    What comes after it is constant until the first step.
+    The layers after it are constant until the first step.
     """
     layers = evidence.layers
     zeros = (n for n, x in enumerate(layers, 1) if x.scale is not None and not x.scale.any())

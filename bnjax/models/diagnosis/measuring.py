@@ -1,8 +1,8 @@
-"""What the batch norms of a model see over some batches, O(C) numbers for each layer."""
+"""Measure what the batch norms of a model see over some batches, O(C) numbers per layer."""
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import meta
 
+from bnjax.layers.conventions import rows
 from bnjax.models import checks
 from bnjax.models.batches import Layout, LossFn
 from bnjax.models.diagnosis.devices import readings
@@ -21,10 +22,15 @@ from bnjax.models.freezing import batch_norms
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.statistics import Path, impossible
 
+Part = tuple[Path, int | None]  # a layer, or one of its banks
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """One batch norm that keeps statistics, and those of the batches; in float64, each (C,)."""
+    """A batch norm's running statistics, and those of the batches; in float64, each (C,).
+
+    Each bank is a layer by itself.
+    """
 
     path: str
     kind: Kind
@@ -33,19 +39,20 @@ class Layer:
     var: np.ndarray
     scale: np.ndarray | None  # if one is learned
     batch_mean: np.ndarray  # over all batches
-    # The average over batches, with the layer's correction: what the running one comes to.
+    # The average over batches, with the layer's correction: what the running one converges to.
     batch_var: np.ndarray
-    all_var: np.ndarray  # the biased one of all batches together, with that of their means
+    all_var: np.ndarray  # the biased one of all batches pooled, including that of their means
     # Standard deviations, from batch to batch, of the mean and of the logarithm of the variance.
     mean_spread: np.ndarray
     var_spread: np.ndarray
     values: float  # per channel in the largest batch
+    limited: np.ndarray  # in which part of the batches batch renormalization was at its limits
     lost: np.ndarray  # in how many batches the statistics were not finite
-    seen: bool  # in any batch; not if the layer is frozen, or batches are too small
+    seen: bool  # whether it ran in training; not if it is frozen, or batches are too small
 
     @property
     def std(self) -> np.ndarray:
-        """What the layer divides by in training: the root of the batches' variance plus eps."""
+        """The divisor in training: the square root of the batches' variance plus eps."""
         return np.sqrt(self.batch_var + self.kind.eps)
 
     @property
@@ -57,25 +64,25 @@ class Layer:
     def var_ratio(self) -> np.ndarray:
         """The running variance as a multiple of the batches', both with eps.
 
-        That is the average of a batch and of a call, as training leaves it, or all of them
-        together, as `recalibrate` does: what lies between is as right as these.
+        The batches' variance may be their average, which training converges to, or that of all
+        batches pooled, as from `recalibrate`. Anything in between counts as equal.
         """
         right = np.clip(self.var, self.batch_var, np.maximum(self.all_var, self.batch_var))
         return (self.var + self.kind.eps) / (right + self.kind.eps)
 
     @property
     def poisoned(self) -> np.ndarray:
-        """Which channels have running statistics that are not finite, or a negative variance."""
+        """The channels with running statistics that are not finite, or a negative variance."""
         return impossible(self.mean, self.var)
 
     @property
     def fresh(self) -> bool:
-        """Whether the running statistics are what initialization makes them."""
+        """Whether the running statistics have their initial values."""
         return not self.mean.any() and bool((self.var == 1).all())
 
     @property
     def compared(self) -> bool:
-        """Whether there is anything to compare: both statistics, in a channel at least."""
+        """Whether there are running and batch statistics to compare, in at least one channel."""
         return self.seen and not self.poisoned.all()
 
     @property
@@ -92,8 +99,8 @@ class Layer:
     def distance(self) -> float:
         """From running to batch statistics, in standard deviations of the output.
 
-        Root mean square over the channels of both what the mean is off by, and of the logarithm of
-        the ratio of the standard deviations.
+        The root mean square over the channels of the distance of the means and the logarithm of
+        the ratio of standard deviations.
         """
         if not self.compared:
             return 0.0
@@ -103,7 +110,7 @@ class Layer:
 
     @property
     def spread(self) -> float:
-        """From the statistics of one batch to those of the next, measured alike."""
+        """The same from one batch to the next."""
         square = (self.mean_spread / self.std) ** 2 + (self.var_spread / 2) ** 2
         return float(np.sqrt(np.mean(square))) if self.seen else 0.0
 
@@ -114,8 +121,9 @@ class Measured:
 
     layers: tuple[Layer, ...]  # those that keep statistics
     untracked: tuple[str, ...]  # paths of those that keep none
-    by_batch: tuple[str, ...]  # of those that keep some and do without them in evaluation
-    training: tuple[str, ...]  # of those of an nnx model that `.eval()` has not reached
+    by_batch: tuple[str, ...]  # paths of those that keep some but do not use them in evaluation
+    by_policy: Mapping[str, str]  # policies, by path, that take the batch in evaluation
+    training: tuple[str, ...]  # paths of those in an nnx model that are in training mode
     batches: int
     examples: int  # in the largest batch
     moved: tuple[str, ...]  # paths of statistics that an evaluation changed
@@ -124,11 +132,11 @@ class Measured:
     gap: float
     mates: float
     losses: dict[str, dict[str, float]]  # means in "train" and "eval"; empty without a loss_fn
-    strangers: Mapping[str, str]  # classes, by path, of what keeps statistics and is not known
-    unequal: dict[str, float]  # how many deviations the statistics of devices differ, by path
+    strangers: Mapping[str, str]  # classes, by path, of unknown modules that keep statistics
+    unequal: dict[str, float]  # by how many deviations the statistics of devices differ, by path
     params_norm: float  # of all parameters together
     nnx: bool
-    kwargs: Mapping[str, Any]  # what the model was called with besides the input
+    kwargs: Mapping[str, Any]  # the extra arguments of the model's call
 
 
 def measured(
@@ -139,7 +147,7 @@ def measured(
     layout: Layout,
     kwargs: Mapping[str, Any],
 ) -> Measured:
-    """Run the batches through the model, and one of them once more with other batch mates."""
+    """Run the batches through the model, and one of them again with other batch mates."""
     checks.several_batches(batches)
     run = None
     for batch in map(layout.named, batches):
@@ -159,7 +167,7 @@ def _training(model: Any) -> set[str]:
 def _fitting(
     model: Any, variables: Any, batch: Any, loss_fn: LossFn | None, layout: Layout, kwargs: Any
 ) -> tuple[Passes, Any, dict[str, float]]:
-    """The variables that fit the model, among them those of one device of several."""
+    """The passes and the variables that fit the model, possibly merged from several devices."""
     checks.flax_model(model)
     failures = []
     for reading in readings(model, variables):
@@ -181,7 +189,7 @@ class _Run:
 
     def __init__(self, passes: Passes, variables: Any, unequal: dict[str, float]) -> None:
         self.passes, self.variables, self.unequal = passes, variables, unequal
-        self.sums: dict[Path, _Sums] = {}
+        self.sums: dict[Part, _Sums] = {}
         self.kinds: dict[Path, Kind] = {}
         self.moved: set[str] = set()
         self.gaps = np.zeros(2)
@@ -203,13 +211,16 @@ class _Run:
         for path, changed in jax.tree.leaves_with_path(found["moved"]):
             if changed:
                 self.moved.add(jax.tree_util.keystr(path[:-1], simple=True, separator="/"))
-        layers = found["layers"]
-        for path in layers.keys() - self.sums:
-            self.sums[path] = _Sums(self.kinds[path].correction)
-        if any([self.sums[path].lost_in(seen) for path, seen in layers.items()]):
-            return  # what other layers made of this batch says nothing about them
-        for path, seen in layers.items():
-            self.sums[path].add(seen)
+        layers: dict[Part, Seen] = {}
+        for path, seen in found["layers"].items():
+            for bank in _banks(self.kinds[path]):
+                layers[path, bank] = seen if bank is None else Seen(*(part[bank] for part in seen))
+        for path, bank in layers.keys() - self.sums:
+            self.sums[path, bank] = _Sums(self.kinds[path].correction)
+        if any([self.sums[part].lost_in(seen) for part, seen in layers.items()]):
+            return  # this batch says nothing about the other layers
+        for part, seen in layers.items():
+            self.sums[part].add(seen)
         self.gaps += found["gap"]
         self.used += counts
         losses = jax.tree.map(lambda mean: float(mean) * counts, found["losses"])
@@ -221,9 +232,15 @@ class _Run:
         kinds = {"/".join(path): kind for path, kind in self.kinds.items()}
         losses = self.losses or {"train": {}, "eval": {}}
         return Measured(
-            layers=tuple(self._layer(path) for path in self.kinds if path in self.sums),
+            layers=tuple(
+                self._layer(path, bank)
+                for path, kind in self.kinds.items()
+                for bank in _banks(kind)
+                if (path, bank) in self.sums
+            ),
             untracked=tuple(path for path, kind in kinds.items() if not kind.tracked),
             by_batch=tuple(p for p, kind in kinds.items() if kind.tracked and not kind.running),
+            by_policy={p: repr(kind.using) for p, kind in kinds.items() if _asked(kind)},
             training=tuple(p for p, kind in kinds.items() if p in training and kind.has_mode),
             batches=self.batches,
             examples=self.examples,
@@ -238,7 +255,7 @@ class _Run:
             kwargs=self.passes.kwargs,
         )
 
-    def _layer(self, path: Path) -> Layer:
+    def _layer(self, path: Path, bank: int | None) -> Layer:
         def held(collection: str) -> Mapping[str, Any]:
             tree = self.variables.get(collection, {})
             for name in path:
@@ -248,19 +265,22 @@ class _Run:
         def wide(array: np.ndarray) -> np.ndarray:
             return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64).ravel()
 
-        stats, scale = held("batch_stats"), held("params").get("scale")
+        stats, scale, kind = held("batch_stats"), held("params").get("scale"), self.kinds[path]
+        if bank is not None:
+            scale = scale[bank] if scale is not None and scale.ndim == stats["mean"].ndim else scale
+            stats = {name: value[bank] for name, value in stats.items()}
         return Layer(
-            path="/".join(path),
-            kind=self.kinds[path],
+            path="/".join(path) + _label(kind, bank),
+            kind=kind,
             dtype=stats["var"].dtype,
             mean=wide(stats["mean"]),
             var=wide(stats["var"]),
             scale=None if scale is None else wide(scale),
-            **self.sums[path].statistics(),
+            **self.sums[path, bank].statistics(),
         )
 
     def _mates(self) -> float:
-        """How the outputs of the first half of a batch change with the other half."""
+        """How much the outputs of the first half of a batch depend on the other half."""
         if self.first is None:
             return 0.0
         batch, outputs = self.first
@@ -285,17 +305,18 @@ class _Run:
 
 
 class _Sums:
-    """Averages, by count, of what a layer saw, per channel, in float64 (Welford 1962)."""
+    """Averages by count of what a layer saw, per channel, in float64 (Welford 1962)."""
 
     def __init__(self, correction: int) -> None:
         self.correction, self.values, self.total = correction, 0.0, 0.0
         self.batches: Any = 0
         self.lost: Any = 0
+        self.limited: Any = 0
         self.mean: Any = 0.0
         self.var = self.biased = self.log = self.between = self.log_between = self.mean
 
     def lost_in(self, seen: Seen) -> bool:
-        """Note channels whose statistics in a batch are not finite; whether there is one."""
+        """Record channels with statistics that are not finite; return whether there are any."""
         values = np.asarray(seen.values).ravel()
         self.values = max(self.values, float(values.max(initial=0)))
         fine = np.isfinite(seen.mean) & np.isfinite(seen.var)
@@ -304,13 +325,14 @@ class _Sums:
         return bool(lost.any())
 
     def add(self, seen: Seen) -> None:
-        """Add one batch, in whose channels all is finite or nothing counts."""
-        calls, mean, var, between, values = (
+        """Add a batch in which each channel is finite or has no values."""
+        calls, mean, var, between, values, limited = (
             np.asarray(part, np.result_type(part, np.float64)).ravel() for part in seen
         )
         fine = (calls > 0) & (values > 0)
         mean, var, between = (np.where(fine, part, 0) for part in (mean, var, between))
         self.batches = self.batches + fine
+        self.limited = self.limited + np.where(fine, limited / np.maximum(calls, 1), 0)
         added = np.where(fine, values, 0)
         self.total = self.total + added
         weight = added / np.maximum(self.total, 1)
@@ -327,7 +349,7 @@ class _Sums:
 
     def statistics(self) -> dict[str, Any]:
         """The fields of a `Layer` that are measured."""
-        # A smaller batch scatters more and counts less: both together as the largest would.
+        # Smaller batches vary more and count less; together, as much as the largest would.
         freedom = np.maximum(self.batches - 1, 1) * max(self.values, 1.0)
         return {
             "batch_mean": self.mean,
@@ -337,8 +359,25 @@ class _Sums:
             "var_spread": np.sqrt(self.log_between / freedom),
             "values": self.values,
             "lost": self.lost,
+            "limited": self.limited / np.maximum(self.batches, 1),
             "seen": bool(np.any(self.batches > 0)),
         }
+
+
+def _asked(kind: Kind) -> bool:
+    return kind.using is not None and kind.using.by_batch(False)
+
+
+def _banks(kind: Kind) -> Sequence[int | None]:
+    """The banks of a layer by number, each of which is diagnosed by itself."""
+    return range(*rows(kind)) if kind.banks is not None else (None,)
+
+
+def _label(kind: Kind, bank: int | None) -> str:
+    """What the path of a bank has at its end."""
+    if bank is None:
+        return ""
+    return f"[{bank if isinstance(kind.banks, int | None) else kind.banks[bank]}]"
 
 
 def _ratio(squares: float, scale: float) -> float:

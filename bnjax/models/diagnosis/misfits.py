@@ -1,10 +1,10 @@
-"""Why running statistics are not those of the batches: one cause for each layer, surest first.
+"""Why running statistics differ from those of the batches: one cause per layer, surest first.
 
-In training each layer is normalized by the batch, so the layer after it sees what it saw in the
-training whatever the data's brightness or scale: shifted data show in the first layer above all.
-Weights that are not those of the statistics show in every layer, and in the first least: of data of
-mean zero no weights make another mean. Statistics on their way from mean 0 and variance 1 show the
-same part of the way in each layer, in means as in variances.
+In training mode each layer is normalized by the batch, so the next layer sees what it saw during
+training, whatever the brightness or scale of the data. So shifted data show in the first layer
+above all. Weights that do not belong to the statistics show in every layer, and least in the first:
+whatever the weights, data with mean zero keep it. Statistics on their way from mean 0 and variance
+1 have come the same fraction of the way in each layer, in means as in variances.
 """
 
 import math
@@ -27,37 +27,37 @@ from bnjax.models.diagnosis.evidence import (
 )
 from bnjax.models.diagnosis.measuring import Layer
 
-# The initial values are gone when they weigh 1%; above 5% the variance is off by more than chance.
+# Initial values are gone when they weigh 1%. Above 5% the variance is off by more than chance.
 GONE, LAGGING = 0.01, 0.05
-# How far the parts of the way may differ between layers, the longer ways counting more. They differ
-# by 0.1 at most where weights move during the training; where something else is wrong, by more, or
+# How much the fraction of the way may differ between layers, long ways weighing more. It differs by
+# 0.1 at most where weights move during training. If something else is wrong, it differs by more, or
 # the lag explains little.
 CONSISTENT = 0.12
-# How much of the squared distance the lag must explain. It explains 0.6 of its own and more, though
-# the weights move fast, and less than 0.5 of what other weights make, whose layers may agree.
+# How much of the squared distance the lag must explain. A real lag explains 0.6 and more, even with
+# fast weights; with other weights, whose layers may agree, it explains less than 0.5.
 EXPLAINED = 0.6
-# What says how far along the statistics are: targets this far from their start, in deviations.
+# Targets at least this far from the start, in deviations, show how far statistics have come.
 INFORMATIVE = 0.1
-# Statistics trail the weights by 1/momentum steps, so the first weights, five deviations away at
-# most, still count by what is left of the initial values. Then even good weights move a layer by
-# 0.2 (learning rates up to 0.01, trained for 6/momentum steps) to 0.4 (3/momentum).
+# Statistics trail the weights by 1/momentum steps. The first weights, five deviations away at most,
+# still weigh as much as the initial values. So even good weights move a layer by 0.2 (learning
+# rates up to 0.01, trained for 6/momentum steps) to 0.4 (3/momentum).
 TRAILING, FIRST_WEIGHTS = 0.25, 5.0
-# Shifted data move the layer they meet first 1.6 times as far as any after it (noise) to 30 times;
-# with other weights the first layer is at 0.1 to 0.9 of the farthest, and the second may be at 1.4.
+# Shifted data move the first layer they reach 1.6 (noise) to 30 times as far as any later one. With
+# other weights the first layer is at 0.1 to 0.9 of the farthest, and the second may be at 1.4.
 DOMINANT = 1.5
-# How much of the distance the last batches on record must have had, to be of the same data.
+# Fraction of the distance that the last recorded batch must show, too, to count as the same data.
 SAME_DATA = 0.5
-# A running value stands still where its step is below half a unit in its last place.
+# A running value stops moving when its step is below half a unit in the last place.
 STALLED = 0.5
 
 
 def misfits(evidence: Evidence) -> list[Finding]:
-    """What explains the layers whose running statistics are far from those of the batches."""
+    """Explain the layers whose running statistics are far from those of the batches."""
     layers = evidence.measured.layers
     fresh = [x for x in layers if x.fresh]
     others = [x for x in evidence.layers if x not in fresh]
-    # Statistics merged from devices that disagree are an estimate, and fit nobody's data exactly;
-    # batches that are not alike change what each layer after the first normalizes.
+    # Statistics merged from devices that disagree are estimates and fit no data exactly. Batches of
+    # different kinds change what each layer after the first normalizes.
     apart = max(evidence.measured.unequal.values(), default=0) > APART
     blurred = apart or bool(evidence.unlike)
     far = [x for x in others if evidence.is_far(x) and not blurred]
@@ -87,7 +87,7 @@ def misfits(evidence: Evidence) -> list[Finding]:
 
 
 def stands_still(still: Sequence[Layer]) -> Finding:
-    """Statistics of a momentum at which a new batch has no weight."""
+    """Statistics with a momentum that gives new batches no weight."""
     kind, worst = still[0].kind, farthest(still)
     written, usual = (1.0, 0.99) if kind.flax else (0.0, 0.1)
     return Finding(
@@ -98,26 +98,26 @@ def stands_still(still: Sequence[Layer]) -> Finding:
         f"momentum={written} in {count_of(still)}; the statistics are {worst.distance:.2g} "
         f"standard deviations from those of these data.",
         {"momentum": written, "layers": len(still), "distance": worst.distance},
-        f"With momentum={written} a new batch has no weight, so no training moves the statistics.",
+        f"With momentum={written} a new batch has no weight, so statistics never move in training.",
         f"{kind.layer}(..., momentum={usual})  # then bnjax.recalibrate",
     )
 
 
 def never_updated(evidence: Evidence, fresh: Sequence[Layer], alone: bool) -> Finding:
-    """Statistics that are what initialization made them, in all layers or beside others."""
+    """Statistics that still have their initial values, in all layers or in some."""
     worst, repairs, total = farthest(fresh), evidence.repairs, len(evidence.measured.layers)
     lost = f"the updates were thrown away: {repairs.thrown_away}."
     if alone and _seen_to_evaluate(evidence, fresh):
-        cause = "These layers evaluate while the model trains: its mode is not handed on to them."
+        cause = "These layers evaluate while the model trains: its mode is not passed on to them."
     elif alone:
         cause = (
-            "These layers evaluate while the model trains, as its mode is not handed on to them,"
+            "These layers evaluate while the model trains, as its mode is not passed on to them,"
         )
-        cause += " or they are new. Pass `history=` of the training to tell."
+        cause += " or they are new. Pass `history=` of the training to find out."
     elif evidence.has_trained:
         cause = lost[0].upper() + lost[1:]
     else:
-        cause = f"The model is new, or {lost} Pass `steps=` of the training to tell."
+        cause = f"The model is new, or {lost} Pass `steps=` of the training to find out."
     return Finding(
         "left in evaluation" if alone else "never updated",
         "error",
@@ -132,14 +132,14 @@ def never_updated(evidence: Evidence, fresh: Sequence[Layer], alone: bool) -> Fi
 
 
 def _seen_to_evaluate(evidence: Evidence, fresh: Sequence[Layer]) -> bool:
-    """Whether they stood still on the record, while others moved."""
+    """Whether the record shows that these layers stood still while others moved."""
     kept = {x.path: evidence.recorded(x).get("mean") for x in evidence.measured.layers}
     moved = any(rows and rows[0] != rows[-1] for rows in kept.values())
     return evidence.record_fits and moved and all(kept[x.path] for x in fresh)
 
 
 def half_precision(evidence: Evidence, half: Sequence[Layer], stalled: Sequence[Layer]) -> Finding:
-    """Statistics in a dtype that an average with a small momentum does not move in."""
+    """Statistics in a dtype that is too coarse for a small momentum to move them."""
     worst = farthest(stalled or half)
     unit = float(jnp.finfo(worst.dtype).eps)
     stop = STALLED * unit / (worst.kind.weight or 1.0)
@@ -160,14 +160,14 @@ def half_precision(evidence: Evidence, half: Sequence[Layer], stalled: Sequence[
 def lagging_behind(
     evidence: Evidence, lagging: Sequence[Layer], parts: Mapping[str, float]
 ) -> Finding:
-    """Statistics that have not arrived since the training began."""
+    """Statistics that have not caught up since training began."""
     layer = farthest(lagging)
     momentum = layer.kind.weight
     assert momentum is not None
     left, steps = parts[layer.path], evidence.steps
     if steps is None:
         steps = math.log(max(left, 1e-9)) / math.log1p(-momentum)
-        seen, sure = f"look as after {steps:.0f} steps", " Pass `steps=` to be sure."
+        seen, sure = f"look like after {steps:.0f} steps", " Pass `steps=` to be sure."
     else:
         seen, sure = f"have seen {number_of(steps, 'step')}", ""
     needed = math.ceil(math.log(GONE) / math.log1p(-momentum))
@@ -188,7 +188,7 @@ def lagging_behind(
 
 
 def data_differ(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer]) -> Finding:
-    """Data that are not like those of the training."""
+    """Data that differ from those of the training."""
     start = far[0]
     ratio, mean = start.var_off, start.mean_off
     most = len(layers) > 1 and start is farthest(layers)
@@ -199,12 +199,12 @@ def data_differ(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer
         paths_of(far),
         f"It starts in '{start.path}': its means are {mean:.2g} standard deviations away, and its "
         f"running variance is {ratio:.2g} times that of these data"
-        + (f"; among {len(layers)} layers it is the farthest." if most else "."),
+        + (f"; it is the farthest of {len(layers)} layers." if most else "."),
         {"mean_distance": mean, "var_ratio": ratio, "distance": start.distance},
-        "These inputs have another mean, scale or content than those of the training."
+        "These inputs differ in mean, scale or content from those of the training."
         if evidence.same_weights
-        else "These inputs have another mean, scale or content than those of the training, if the "
-        "weights are those of the statistics: pass `history=` to be sure.",
+        else "These inputs differ in mean, scale or content from those of the training, if the "
+        "weights belong to the statistics: pass `history=` to be sure.",
         "x = (x - train_mean) / train_std"
         f"  # as in the training; if the data are new: {evidence.repairs.recalibrate}",
     )
@@ -215,10 +215,10 @@ def other_weights(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Lay
     worst, first = farthest(far), layers[0].distance
     causes = {
         True: "The weights moved faster than the statistics follow.",
-        False: "Of weights and statistics one is not that of the record's end: the weights are an "
-        "average (EMA, SWA), or both are of different steps.",
+        False: "Either weights or statistics are not those at the end of the record: the weights "
+        "are an average (EMA, SWA), or the two are of different steps.",
         None: "The weights are an average (EMA, SWA), of another step, or moved faster than the "
-        "statistics follow. Pass `history=` of the training to tell.",
+        "statistics follow. Pass `history=` of the training to find out.",
     }
     return Finding(
         "statistics belong to other weights",
@@ -226,7 +226,7 @@ def other_weights(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Lay
         worst.path,
         paths_of(far),
         f"{len(far)} of {len(layers)} layers are off, by up to {worst.distance:.2g} standard "
-        f"deviations at '{worst.path}', and the first, which sees the data themselves, by "
+        f"deviations at '{worst.path}', and the first, which sees the data directly, by "
         f"{first:.2g}; outputs differ by {part(evidence.measured.gap)} their deviation.",
         {"layers": len(far), "distance": worst.distance, "first": first},
         causes[evidence.same_weights],
@@ -237,9 +237,9 @@ def other_weights(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Lay
 def _data_are_to_blame(
     evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer], left: Mapping[str, float]
 ) -> bool:
-    """Whether the data, rather than the weights, are not those of the statistics."""
+    """Whether the data, rather than the weights, do not belong to the statistics."""
     start, same = far[0], evidence.same_weights
-    # What trails in so few steps as are known is no sign of other data.
+    # A distance that trailing explains, given the known steps, is no sign of other data.
     reach = FAR if evidence.steps is None else _reach(left[start.path])
     if same is False or start.distance <= reach:
         return False
@@ -253,7 +253,7 @@ def _data_are_to_blame(
 
 
 def _trailed(evidence: Evidence, layer: Layer) -> bool | None:
-    """Whether the statistics were as far from the training's last batch; None if not on record."""
+    """Whether they were as far from the training's last batch; None if that is not recorded."""
     kept = evidence.recorded(layer)
     if not kept.get("batch_mean"):
         return None
@@ -268,18 +268,18 @@ def _trailed(evidence: Evidence, layer: Layer) -> bool | None:
 
 
 def _reach(left: float) -> float:
-    """How far statistics may trail the weights of a good training, in deviations."""
+    """How far statistics may trail the weights in a healthy training, in deviations."""
     return TRAILING + FIRST_WEIGHTS * min(left, LAGGING)
 
 
 def _left(evidence: Evidence, layer: Layer, layers: Sequence[Layer]) -> float:
-    """Which part of the initial values is left, by the steps or by what all layers agree on."""
+    """The fraction of the initial values that is left, by the steps or as all layers agree."""
     pace = layer.kind.weight
     if not pace or pace >= 1:
         return 0.0
     if evidence.steps is not None:
         return float((1 - pace) ** evidence.steps)
-    # Those that have arrived count as well: what lags, lags in all layers of a momentum.
+    # Layers that have caught up count, too: a lag affects all layers of the same momentum.
     shares = [share for x in layers if x.kind.weight == pace for share in _shares(x)]
     if len(shares) < 2:
         return 0.0
@@ -292,14 +292,14 @@ def _left(evidence: Evidence, layer: Layer, layers: Sequence[Layer]) -> float:
 def _lagging(
     evidence: Evidence, far: Sequence[Layer], left: Mapping[str, float]
 ) -> tuple[list[Layer], list[Layer]]:
-    """The layers that still hold a part of their initial values, and those far for other reasons.
+    """The layers that still hold some of their initial values, and those far for other reasons.
 
-    In neither are those that hold a small part, which explains their distance, unless the loss says
-    that it is not small enough.
+    Layers that hold only a little, which explains their distance, are in neither, unless the loss
+    shows that it matters.
     """
     explained = {x.path: _explained(x, 1 - left[x.path]) for x in far}
     lagging = [x for x in far if left[x.path] > LAGGING]
-    # Without the steps, the distances themselves must say so.
+    # If the steps are unknown, the distances themselves must show it.
     doubtful = evidence.steps is None and lagging
     if doubtful and np.median([explained[x.path] for x in lagging]) <= EXPLAINED:
         lagging = []
@@ -311,9 +311,9 @@ def _lagging(
 
 
 def _shares(layer: Layer) -> list[tuple[float, float]]:
-    """Which parts of the way from 0 and 1 to the batches' mean and variance they have come.
+    """Fractions of the way from 0 and 1 to the batches' mean and variance that they have come.
 
-    Each with its weight: the longer the way, the surer the part.
+    Each has a weight: the longer the way, the surer the fraction.
     """
     return [
         (float(done @ way / (way @ way)), float(np.mean(way**2)))
@@ -323,9 +323,10 @@ def _shares(layer: Layer) -> list[tuple[float, float]]:
 
 
 def _explained(layer: Layer, share: float) -> float:
-    """Which part of the squared distance goes away if they had come this part of the way.
+    """The fraction of the squared distance that a lag of this share explains.
 
-    And of what they have moved: where the data are far away, any statistics look like none.
+    It is relative to how far they have moved, too, because statistics far from the data all look
+    like initial ones.
     """
     way, done = (np.concatenate(parts) for parts in zip(*_ways(layer), strict=True))
     left, moved = np.sum((done - share * way) ** 2), max(np.sum(done**2), 1e-30)
@@ -333,7 +334,7 @@ def _explained(layer: Layer, share: float) -> float:
 
 
 def _ways(layer: Layer) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """From 0 and 1 to the batches' mean and variance, and to the running ones; in deviations."""
+    """The ways from 0 and 1 to the batches' statistics, and to the running ones; in deviations."""
     fine = ~layer.poisoned
     std = layer.std[fine]
     return (
@@ -343,10 +344,10 @@ def _ways(layer: Layer) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
 
 
 def _stalls(layer: Layer) -> bool:
-    """Whether the running values are as near as their dtype lets them come."""
+    """Whether the running values are as close as their dtype allows."""
     stop = STALLED * float(jnp.finfo(layer.dtype).eps) / (layer.kind.weight or 1.0)
     off = np.abs(layer.mean - layer.batch_mean), np.abs(layer.var - layer.batch_var)
     reach = np.abs(layer.mean), np.abs(layer.var)
-    # Twice, for a batch is not the target itself, and neighbours of the layer stall as well.
+    # Twice, because a batch is not the target itself, and neighbouring layers stall as well.
     near = [np.mean(a <= 2 * stop * b + 0.1 * layer.std) for a, b in zip(off, reach, strict=True)]
     return bool(min(near) > 0.8)

@@ -1,6 +1,6 @@
-"""A model in evaluation and in training on one batch, and what its batch norms see in training.
+"""Run a model on a batch in evaluation and in training, and record what its batch norms see.
 
-It is one compiled step for each kind of batch, and no activation leaves it.
+It is one compiled step per kind of batch, and no activation leaves it.
 """
 
 import dataclasses
@@ -13,7 +13,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import unfreeze
 
+from bnjax.core.banks import totals
 from bnjax.core.moments import working_dtype
+from bnjax.core.policies import Renorm
+from bnjax.layers.conventions import rows
 from bnjax.models import checks
 from bnjax.models.batches import Batch, Layout, LossFn
 from bnjax.models.compat import in_filter, union_filters
@@ -27,36 +30,37 @@ from bnjax.models.visits import Visit, visiting
 
 @dataclasses.dataclass(frozen=True)
 class Kind(Facts):
-    """What a batch norm is, as its calls tell it: `running` is what it uses in evaluation."""
+    """The facts of a batch norm as seen in its calls; `running` is its mode in evaluation."""
 
     frozen: bool  # whether it uses its running statistics in training, too
-    given: bool | None  # what its call in evaluation said
+    given: bool | None  # the mode that its call in evaluation gave
     dtype: Any  # of its input
 
     @property
     def has_mode(self) -> bool:
-        """Whether the mode of the layer, and not its call, says what it normalizes with."""
+        """Whether the layer's mode, rather than its call, decides what it normalizes with."""
         return self.tracked and self.given is None
 
 
 class Seen(NamedTuple):
-    """What a layer saw in one pass, each (C,): the average over its calls."""
+    """What a layer saw in one pass, averaged over its calls; each (C,)."""
 
     calls: Any  # how often it was called and measured
-    mean: Any  # NaN where that of a call was not finite
+    mean: Any  # NaN if that of a call was not finite
     var: Any  # with the layer's correction
     between: Any  # the sum of squared deviations of the calls' means
     values: Any  # per channel, in the last call
+    limited: Any  # in how many calls batch renormalization was at its limits
 
 
 _ROOM = tuple(f"seen_{name}" for name in Seen._fields)
 
 
 class Passes:
-    """The passes of a linen model, or of the copy of an nnx model, which is in evaluation.
+    """The passes of a linen model, or of a copy of an nnx model in evaluation mode.
 
-    `step` is compiled, and its notes have the `kinds` of the batch norms, by path; `strangers` are
-    the classes, by path, of modules that keep a mean and a variance and are not known.
+    `step` is compiled, and its notes have the `kinds` of the batch norms by path. `strangers` are
+    the classes, by path, of unknown modules that keep a mean and a variance.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class Passes:
         self.step = Program(self._step)
 
     def _step(self, notes: dict[str, Any], variables: Any, batch: Batch) -> dict[str, Any]:
-        """Outputs in evaluation, what the layers saw in training, and how the two compare."""
+        """The outputs in evaluation, what the layers saw in training, and how both compare."""
         variables, kinds = unfreeze(variables), notes.setdefault("kinds", {})
         before = variables.get("batch_stats", {})
 
@@ -122,7 +126,7 @@ class Passes:
         return y, updates.get("batch_stats", {})
 
     def _means(self, outputs: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Loss and metrics, over the examples that count."""
+        """Means of loss and metrics over the examples that count."""
         if self.loss_fn is None:
             return {}
         _, totals = self.layout.totals(self.loss_fn, outputs, batch)
@@ -132,7 +136,7 @@ class Passes:
 def passes_of(
     model: nn.Module | Copy, loss_fn: LossFn | None, batches: Layout, kwargs: Mapping[str, Any]
 ) -> Passes:
-    """The passes, those of the last diagnoses where they were the same: they are compiled."""
+    """The passes; cached, because they are compiled."""
     key = "diagnosis", loss_fn, batches, tuple(kwargs.items()), settings_key()
     if isinstance(model, Copy):
         make = lambda: Passes(model.abstract(), loss_fn, batches, kwargs)  # noqa: E731
@@ -153,9 +157,10 @@ def _evaluated(visit: Visit, kind: Kind, moves: bool) -> Any:
         kept = ("mean", "var", "count")
         held = {name: value for name, value in visit.statistics.items() if name in kept}
         if registered_class(visit.layer) is None:  # whose statistics may have more axes
-            checks.shapes("batch_stats", held, shape)
+            banks = rows(visit.facts)
+            checks.shapes("batch_stats", held, (*banks, *shape), banks)
         if not kind.running and not moves:
-            return visit.by_batch()  # by the user's own word nothing is mutable
+            return visit.by_batch()  # the user has made nothing mutable
     return visit.run(running=kind.running, here=True)
 
 
@@ -168,8 +173,9 @@ def _trained(visit: Visit, kind: Kind) -> Any:
     room = room._replace(values=jnp.zeros_like(room.values) + values)
     if not isinstance(values, jax.Array) and values <= kind.correction:
         visit.put(dict(zip(_ROOM, room, strict=True)))
-        return visit.run(running=True, here=True)  # it can't train on this, as PyTorch's can't
+        return visit.run(running=True, here=True)  # too few values to train on, as in PyTorch
     new = visit.seen()
+    limited = _at_limits(visit, new)
     y = visit.run(running=False, here=True)
     calls, delta = room.calls + 1, new["mean"] - room.mean
     average = room.mean + delta / calls
@@ -178,13 +184,31 @@ def _trained(visit: Visit, kind: Kind) -> Any:
         mean=average,
         var=room.var + (new["var"] - room.var) / calls,
         between=room.between + jnp.real(jnp.conj(delta) * (new["mean"] - average)),
+        limited=room.limited + limited,
     )
     visit.put({**before, **dict(zip(_ROOM, room, strict=True))})
     return y
 
 
+def _at_limits(visit: Visit, batch: Mapping[str, jax.Array]) -> Any:
+    """Where batch renormalization limits what it would do; nowhere while it is batch norm."""
+    policy, stats = visit.facts.using, visit.statistics
+    if not isinstance(policy, Renorm):
+        return 0
+    policy, eps = policy.at(stats.get("count")), visit.facts.eps
+    deviation = jnp.sqrt(stats["var"] + eps)
+    ratio = jnp.abs(jnp.log(jnp.sqrt(batch["var"] + eps) / deviation))
+    distance = jnp.abs((batch["mean"] - stats["mean"]) / deviation)
+    r_max, d_max = (
+        jnp.reshape(jnp.asarray(each), (*jnp.shape(each), *(1,) * len(visit.axes)))
+        for each in (policy.r_max, policy.d_max)
+    )
+    limited = (r_max > 1) & (ratio > jnp.log(r_max)) | (d_max > 0) & (distance > d_max)
+    return limited.astype(ratio.dtype)
+
+
 def compare(a: Any, b: Any, size: int, examples: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Sums of the squared differences of two outputs, and of b's deviations over the examples."""
+    """Sums of squared differences of two outputs, and of b's squared deviations over examples."""
     differences, deviations = jnp.zeros(()), jnp.zeros(())
     for one, other in zip(*map(jax.tree.leaves, (a, b)), strict=True):
         if not jnp.issubdtype(other.dtype, jnp.inexact):
@@ -203,12 +227,18 @@ def compare(a: Any, b: Any, size: int, examples: Any = None) -> tuple[jax.Array,
 
 
 def _values(visit: Visit) -> Any:
-    """How many values per channel a layer normalizes with; of a virtual batch in the smallest."""
+    """How many values per channel a layer normalizes with; those of the smallest virtual batch."""
     shape = jnp.shape(visit.x)
     reduced = [axis for axis in range(len(shape)) if axis not in visit.axes]
-    if visit.mask is not None:
-        mask = checks.mask(jnp.asarray(visit.mask, bool), shape)
-        return jnp.sum(jnp.broadcast_to(mask, shape), reduced, dtype=jnp.float32)
+    if visit.mask is not None or visit.bank is not None:
+        mask = True if visit.mask is None else checks.mask(jnp.asarray(visit.mask, bool), shape)
+        mask = jnp.broadcast_to(mask, shape)
+        if visit.bank is None:
+            return jnp.sum(mask, reduced, dtype=jnp.float32)
+        each = jnp.moveaxis(mask, reduced[0], 0)
+        axes = tuple(axis + (axis < reduced[0]) for axis in reduced[1:])
+        bank = jnp.broadcast_to(jnp.asarray(visit.bank), len(each))
+        return totals(jnp.sum(each, axes, dtype=jnp.float32), bank, *rows(visit.facts))
     values, group = math.prod(shape[axis] for axis in reduced), visit.facts.virtual_batch_size
     if group is None or not values:
         return values
@@ -217,9 +247,9 @@ def _values(visit: Visit) -> Any:
 
 
 def _with_room(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The statistics of a layer in float32 at least, with room for what it sees."""
+    """The statistics of a layer in float32 or wider, with room for what it sees."""
     wide = {name: jnp.asarray(stats[name]) for name in ("mean", "var")}
     wide = {name: value.astype(working_dtype(value.dtype)) for name, value in wide.items()}
     mean, real = jnp.zeros_like(wide["mean"]), jnp.zeros_like(wide["var"])
-    room = Seen(calls=real, mean=mean, var=real, between=real, values=real)
+    room = Seen(calls=real, mean=mean, var=real, between=real, values=real, limited=real)
     return {**stats, **wide, **dict(zip(_ROOM, room, strict=True))}

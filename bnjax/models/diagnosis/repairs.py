@@ -1,34 +1,34 @@
-"""The lines of code that mend statistics, in linen and in nnx."""
+"""Lines of code that fix a model's statistics, in linen and in nnx."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Repairs(NamedTuple):
-    """What to write for linen; `model`, `variables`, `batches` and `batch` are the user's own."""
+    """Lines for linen; `model`, `variables`, `batches` and `batch` are the user's own."""
 
-    # Trains so that updates are kept.
+    # Train and keep the updates.
     train: str = (
         "logits, updates = model.apply(variables, x, mutable=['batch_stats'])"
         "; variables = {**variables, **updates}"
     )
-    # Trains each layer where the model trains.
+    # Pass the mode of the model to each layer.
     hand_on: str = "norm(x, use_running_average=not train)  # the mode of the model, in each layer"
-    # Evaluates by running statistics, where the batch norms say so.
+    # Evaluate with running statistics.
     evaluate: str = "model.apply(variables, x, train=False)"
-    # Evaluates so that no statistic moves.
+    # Evaluate without moving the statistics.
     stay: str = "model.apply(variables, x)  # without mutable, without train=True"
-    # Measures the statistics anew.
+    # Recompute the statistics.
     recalibrate: str = "variables = bnjax.recalibrate(model, variables, batches)"
-    # Makes them float32.
+    # Convert them to float32.
     widen: str = "variables['batch_stats'] = jax.tree.map(jnp.float32, variables['batch_stats'])"
-    # Makes one set of those of several devices.
+    # Merge those of several devices.
     merge: str = "variables['batch_stats'] = bnjax.merge_batch_stats(variables['batch_stats'])"
-    # Shows which arrays are not finite.
+    # Show which arrays are not finite.
     finite: str = "jax.tree.map(lambda a: bool(jnp.isfinite(a).all()), (variables, batch))"
-    # Normalizes by running statistics in training, too.
+    # Normalize by running statistics in training, too.
     freeze: str = "with bnjax.freeze('**'):"
-    # How a model comes to train while it is evaluated, and how updates are lost.
+    # How a model ends up training while it is evaluated, and how updates get lost.
     left_on: str = "with mutable statistics"
     thrown_away: str = "`mutable` was not given, or its result not kept"
 
@@ -49,7 +49,7 @@ NNX = Repairs(
 
 
 def repairs(nnx: bool, kwargs: Mapping[str, Any]) -> Repairs:
-    """Those for a model that is evaluated with these arguments, such as `train=False`."""
+    """The lines for a model that is evaluated with these arguments, such as `train=False`."""
     if nnx:
         return NNX
     flags = {name: value for name, value in kwargs.items() if isinstance(value, bool)}

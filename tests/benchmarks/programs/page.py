@@ -1,4 +1,4 @@
-"""The numbers of the guide to scale, written anew.
+"""Rewrite the numbers in the guide to scale.
 
 Run it as `python -m tests.benchmarks.programs.page RUN.json`, with the file that
 `python -m tests.benchmarks --only scale --json RUN.json` wrote.

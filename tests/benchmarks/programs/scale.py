@@ -30,7 +30,7 @@ LAYERS = len(CHANNELS)
 # of NVLink 4's 900 GB/s inside a host of eight H100, one 400 Gb/s InfiniBand adapter for each GPU
 # between hosts, and half of the 1,600, 2,400 or 4,800 Gb/s of all of a TPU's links.
 LINKS = {
-    "H100": (("NVLink", 8, 450e9), ("InfiniBand NDR", 4096, 50e9)),
+    "H100": (("NVLink", 8, 450e9), ("InfiniBand", 4096, 50e9)),
     "TPU v5e": (("ICI", 256, 100e9),),
     "TPU v4": (("ICI", 4096, 150e9),),
     "TPU v5p": (("ICI", 4096, 300e9),),
@@ -100,7 +100,7 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
     return {
         "devices": f"{row['devices']:,}",
         "": " ".join(_way(row)),
-        "forward, a layer": f"{forward['collectives'] / LAYERS:.3g} {', '.join(forward['kinds'])}",
+        "forward": f"{forward['collectives'] / LAYERS:.3g} {', '.join(forward['kinds'])}",
         "backward": f"{back / LAYERS:.3g}",
         "in a branch": f"{both['in a branch'] / LAYERS:.3g}",
         "MB forward": f"{forward['bytes'] / 1e6:,.2f}",
