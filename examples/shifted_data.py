@@ -105,9 +105,6 @@ def tent(apply: Callable[..., Any], lr: float) -> Callable[..., jax.Array]:
     return run
 
 
-Results = dict[tuple[str, str, int], list[float]]  # by corruption, way and size: of all seeds
-
-
 class Network:
     """A trained network, in all ways, each compiled once for a size of batches.
 

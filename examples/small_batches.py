@@ -116,7 +116,8 @@ class Trainer:
     def evaluate(self, variables: Any) -> tuple[float, float]:
         """Accuracy and loss in evaluation, on the test digits."""
         test = self.splits.test
-        loss, metrics = loss_fn(self.model.apply(variables, test.x), {"x": test.x, "y": test.y})
+        logits: Any = self.model.apply(variables, test.x)
+        loss, metrics = loss_fn(logits, {"x": test.x, "y": test.y})
         return float(metrics["accuracy"].mean()), float(loss.mean())
 
     def recalibrated(self, variables: Any) -> Any:
