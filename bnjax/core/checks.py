@@ -198,7 +198,8 @@ def momentum(value: Any, *, cumulative: bool = True) -> None:
 
 def limit(name: str, value: Any, least: float) -> None:
     """A limit of batch renormalization; `least` is the one that makes it batch norm."""
-    if isinstance(value, str | list | tuple) or (isinstance(value, _NUMBER) and not value >= least):
+    kinds = str | list | tuple | None
+    if isinstance(value, kinds) or (isinstance(value, _NUMBER) and not value >= least):
         raise ValueError(
             f"`{name}` must be a number, at least {least}, or a function of the number of steps, "
             f"got {value!r}. Renorm(r_max=1, d_max=0) is batch norm."
@@ -225,7 +226,7 @@ def not_negative(name: str, value: Any) -> None:
 def weight(name: str, value: Any) -> None:
     """A share, of a batch or an example."""
     wrong = isinstance(value, _NUMBER) and not 0 <= value <= 1
-    if wrong or isinstance(value, str | list | tuple):
+    if wrong or isinstance(value, str | list | tuple | None):
         raise ValueError(f"`{name}` must lie between 0 and 1, got {value!r}.")
 
 
