@@ -73,12 +73,7 @@ def of_names(
             for k, v in lost.items()
         ],
         [_Lost(name.in_torch, leaves[name].path, shape(name)) for name in others],
-        [
-            f". It equals {same[key]}: leave it out with `ignore`, or `rename` both to one"
-            if key in same
-            else ""
-            for key in lost
-        ],
+        [_note(key, same) for key in lost],
     )
     wanted = lost or {key: key for key in found.pairs if key in torch}
     lines += _only_in(
@@ -103,6 +98,14 @@ class _Lost(NamedTuple):
 
 def _looked_for(key: str, name: str) -> str:
     return "" if key == name else f", looked for as {name}"
+
+
+def _note(key: str, same: Mapping[str, str]) -> str:
+    if "weight_hr" in key:
+        return ". It is the projection of an LSTM (proj_size), which Flax's cells do not have"
+    if key in same:
+        return f". It equals {same[key]}: leave it out with `ignore`, or `rename` both to one"
+    return ""
 
 
 def equal_ones(
