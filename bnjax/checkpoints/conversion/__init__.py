@@ -18,6 +18,7 @@ from bnjax.checkpoints.conversion.plan import Plan, exported, plan, state_arrays
 from bnjax.checkpoints.conversion.problems import counted, is_count
 from bnjax.checkpoints.conversion.rules import Options
 from bnjax.checkpoints.conversion.trees import Leaf, tree
+from bnjax.checkpoints.conversion.words import few
 from bnjax.checkpoints.tensors import as_tensor
 from bnjax.core.moments import working_dtype
 from bnjax.models.banks import with_own_affine
@@ -229,7 +230,15 @@ def to_torch(
     planned.check(arrays)
     if like is not None:
         _suspects(planned, flatten)
-    arrays = planned.join(arrays, old) if like is not None else arrays
+        arrays = planned.join(arrays, old)
+        if stale := planned.stale(arrays, old):
+            warnings.warn(
+                f"`like` holds {few([*stale.values()])} as {few([*stale])} too, and what is "
+                "ignored keeps its old values. If each is one array in PyTorch, `rename` both to "
+                "one name instead: they are written alike.",
+                UserWarning,
+                stacklevel=2,
+            )
     for name in leaves if like is None else ():
         if name.statistic and name.leaf == "mean":
             arrays.setdefault(name._replace(leaf="count").exported, np.zeros((), np.int64))
