@@ -158,7 +158,7 @@ class Folded:
         if visit.path not in self._edits.norms:
             return visit.run()
         dtype = _result(visit.x, self._edits.norms[visit.path])
-        return visit.x if visit.x.dtype == dtype else visit.x.astype(dtype)
+        return jnp.asarray(visit.x, dtype)
 
     def _linear(self, layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         path = path_of(layer)
