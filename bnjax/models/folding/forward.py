@@ -124,8 +124,8 @@ class _After:
             reason = (
                 f"its channels are axis {axes} of the input of {name}, which is not summed over"
             )
-        elif reason is None and abs(flow.weight - 1) > 1e-6:
-            reason = f"its output is multiplied by {flow.weight:.3g} before {name}"
+        elif reason is None and flow.scaled:
+            reason = f"its output is {flow.scaled} before {name}"
         if reason is None:
             edit = Forward(norm.call, layer.call, _channel(layer, flow))
             self.found[layer.start] = edit

@@ -158,8 +158,8 @@ def _channel(flow: Flow, norm: Place) -> tuple[np.ndarray, str | None]:
     channel[outputs] = channels
     if (channel[outputs] != channels).any():
         return channel, where
-    if abs(flow.weight - 1) > 1e-6:
-        return channel, f"its output is multiplied by {flow.weight:.3g} before the batch norm"
+    if flow.scaled:
+        return channel, f"its output is {flow.scaled} before the batch norm"
     return channel, None
 
 
