@@ -1,9 +1,12 @@
 """Globs over module paths, as in "encoder/**" or "**/bn*"."""
 
+import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 Paths = str | Sequence[str]
+
+_MANY = 8  # paths in a message
 
 
 def as_tuple(paths: Paths) -> tuple[str, ...]:
@@ -63,15 +66,25 @@ def check_fits(
     if fits:
         return
     there = sorted(paths)
-    are = f"there are {there}" if there else "none was called or given"
+    are = f"there are {_listed(pattern, there)}" if there else "none was called or given"
     if what == "batch norm" and not there:
         are += " (of nnx models, bnjax.nnx.freeze freezes them)"
     if unknown:
         are += f"; {strangers(unknown)}"
-    raise ValueError(
-        f"The pattern {pattern!r} fits the path of no {what}: {are}. `*` is a part of one name, "
-        "`**` any number of names, as in 'encoder/**'."
-    )
+    hint = "`*` is a part of one name, `**` any number of names, as in 'encoder/**'."
+    for meant in (f"{pattern}/**", f"**/{pattern}", f"**/{pattern}/**"):
+        if any(map(matcher(meant), there)):
+            hint = f"Did you mean {meant!r}?"
+            break
+    raise ValueError(f"The pattern {pattern!r} fits the path of no {what}: {are}. {hint}")
+
+
+def _listed(pattern: str, paths: Sequence[str]) -> str:
+    """All paths, or of many those that look most like the pattern."""
+    if len(paths) <= _MANY:
+        return f"{paths}" if [*paths] != [""] else "[''], the top of the model"
+    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0) or paths[:3]
+    return f"{len(paths)}, such as {near}"
 
 
 def strangers(unknown: Mapping[str, str]) -> str:

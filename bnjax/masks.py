@@ -1,16 +1,20 @@
 """Masks and labels of parameters for optax: weight decay, and frozen parts."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
 from bnjax import globs
+from bnjax._names import front
 
 __all__ = ["decay_mask", "trainable_labels"]
 
-_WITHOUT_DECAY = (("scale",), ("bias",))
+if not TYPE_CHECKING:  # else every name would seem to exist
+    __getattr__, __dir__ = front(__name__, __all__)
+
+_WITHOUT_DECAY = (("scale",), ("bias",), ("bank_scale",), ("bank_bias",))
 
 
 def decay_mask(params: Any) -> Any:

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-_NAMED = 6  # so many names can be read below a picture of any number of layers
+_FITS, _FAR, _AFTER = "C0", "C3", "C1"  # colours of layers, and of lines
+_BATCH, _RUNNING = "batch statistic", "running statistic"
+_NAMED = 6  # how many names are legible below a picture, whatever the number of layers
 
 
 def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
@@ -26,15 +28,19 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path) -> Non
             if quantity == panel:
                 values = [epoch[name] for epoch in history]
                 axis.plot(range(1, len(values) + 1), values, label=line)
-        axis.set(title=panel, xlabel="epoch")
-        axis.legend()
+        axis.set(xlabel="epoch", ylabel=panel)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     if "loss" in panels:
         axes.flat[panels.index("loss")].set_yscale("log")
     figure.savefig(path)
 
 
 def plot_statistics(
-    record: Mapping[str, Mapping[str, Sequence[Any]]], path: str | Path, channel: int = 0
+    record: Mapping[str, Mapping[str, Sequence[Any]]],
+    path: str | Path,
+    channel: int = 0,
+    steps: Sequence[int] | None = None,
 ) -> None:
     """Draw running against batch statistics over the steps, for one channel of each layer.
 
@@ -43,18 +49,23 @@ def plot_statistics(
             arrays (C,), one for each step.
         path: where the picture goes; its suffix chooses the format.
         channel: which channel to draw.
+        steps: the numbers of the steps; 1, 2 and so on by default.
     """
     figure, axes = _figure(len(record), 2)
     for row, (layer, values) in zip(axes, record.items(), strict=True):
         for axis, name, title in zip(row, ("mean", "var"), ("mean", "variance"), strict=True):
             batch = np.asarray(values[f"batch_{name}"])[:, channel]
-            axis.plot(batch, ".", color="0.7", markersize=3, label="this batch")
-            axis.plot(np.asarray(values[name])[:, channel], color="C3", label="running")
-            axis.set(title=f"{layer}, channel {channel}: {title}", xlabel="step")
-            # A few wild batches at the start must not flatten the rest.
-            low, high = np.nanquantile(batch, [0.005, 0.995])
-            axis.set_ylim(low - 0.2 * (high - low), high + 0.2 * (high - low))
-            axis.legend(loc="upper right")
+            running = np.asarray(values[name])[:, channel]
+            at = np.arange(1, len(batch) + 1) if steps is None else steps
+            axis.plot(at, batch, ".", color="0.7", markersize=4, label=f"{_BATCH} of each step")
+            axis.plot(at, running, color=_FAR, linewidth=2, label=_RUNNING)
+            axis.set(title=layer, xlabel="training step", ylabel=f"{title} of channel {channel}")
+            # A few wild batches must not flatten the rest, but the running line is seen whole.
+            low, high = np.nanquantile(np.concatenate([batch, batch, running]), [0.005, 0.995])
+            low, high = np.nanmin([low, *running]), np.nanmax([high, *running])
+            axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
@@ -63,6 +74,7 @@ def plot_layers(
     path: str | Path,
     title: str,
     modes: Sequence[tuple[str, float, float]] = (),
+    subtitle: str = "",
 ) -> None:
     """Draw how far each layer's running statistics are from those of the batches.
 
@@ -71,66 +83,91 @@ def plot_layers(
             running minus batch mean in standard deviations; `var`, those of running by batch
             variance; `mean_spread` and `var_spread`, the standard deviations of mean and of the
             logarithm of the variance between batches; `distance`, which ranks the layers; and
-            `found`, whether something is wrong with it.
+            `found`, whether something is wrong with it, and `starts`, whether a fault starts there.
         path: where the picture goes; its suffix chooses the format.
         title: what was found.
         modes: name, value in training and value in evaluation of loss and metrics.
+        subtitle: what it does to the outputs.
     """
     from matplotlib.figure import Figure
 
-    width, narrow = min(max(7.0, 0.24 * len(rows) + 2), 16.0), 2.4 if modes else 0.0
-    figure = Figure(figsize=(width + narrow, 6.4), dpi=120, layout="constrained")
+    width, narrow = min(max(6.0, 0.17 * len(rows) + 1), 10.0), 2.2 if modes else 0.0
+    figure = Figure(figsize=(width + narrow, 6.6), dpi=120, layout="constrained")
     ratios = [width, narrow] if modes else [width]
     wide, *right = figure.subfigures(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
-    figure.suptitle(textwrap.fill(title, int(9 * (width + narrow))))
+    lines = [textwrap.fill(title, int(11 * (width + narrow))), subtitle]
+    figure.suptitle("\n".join(filter(None, lines)), fontsize="large")
     means, variances = wide.subplots(2, 1, sharex=True)
     _draw_layers(means, rows, "mean")
     _draw_layers(variances, rows, "var")
-    means.set_ylabel("running - batch mean\n(standard deviations)")
-    variances.set_ylabel("running / batch variance")
+    means.set_ylabel("running mean - batch mean\n(standard deviations)")
+    variances.set_ylabel("running variance /\nbatch variance")
     _ratio_axis(variances)
     limit = max(0.3, *np.abs(means.get_ylim()))
-    means.set_ylim(-limit, 1.3 * limit)  # with room for the legend
-    means.legend(loc="upper right", ncols=2, frameon=False, fontsize="small")
-    farthest = sorted(range(len(rows)), key=lambda i: -rows[i]["distance"])
-    shown = farthest if len(rows) <= 2 * _NAMED else _apart(farthest, len(rows) // 20)
-    names = [rows[i]["name"] or "top" for i in shown]
-    variances.set_xticks(shown, names, rotation=40, ha="right", rotation_mode="anchor")
-    variances.set_xticks(range(len(rows)), minor=True)
-    variances.set_xlim(-0.7, len(rows) - 0.3)
-    for tick, i in zip(variances.get_xticklabels(), shown, strict=True):
-        tick.set_color(_color(rows[i]["found"]))
-    rest = "" if len(shown) == len(rows) else "; the farthest are named"
-    variances.set_xlabel(f"{len(rows)} layers, input at the left, output at the right{rest}")
-    wrong = any(row["found"] for row in rows)
+    means.set_ylim(-limit, limit)
+    _name_layers(variances, rows)
+    handles = _layer_legend(rows)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     for side in right:
-        panels = side.subplots(len(modes), 1, squeeze=False)[:, 0]
-        for panel, (name, *values) in zip(panels, modes, strict=True):
-            colors = ["0.6", _color(wrong)]
-            heights = [value if np.isfinite(value) else 0 for value in values]
-            bars = panel.bar(["training", "evaluation"], heights, color=colors)
-            panel.bar_label(bars, [f"{value:.3g}".replace("nan", "NaN") for value in values])
-            panel.margins(y=0.12 * (1 + len(modes)))  # room for the numbers
-            panel.set(yticks=[])
-            panel.set_title(textwrap.fill(f"{name}, by mode", 28), fontsize="medium")
+        _draw_modes(side, modes)
     figure.savefig(path)
 
 
+def _name_layers(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The names of all layers, or of many those where a fault starts and the farthest."""
+    farthest = sorted(range(len(rows)), key=lambda i: (not _starts(rows[i]), -rows[i]["distance"]))
+    shown = farthest if len(rows) <= 2 * _NAMED else _apart(farthest, len(rows) // 12)
+    names = [rows[i]["name"] or "top" for i in shown]
+    axis.set_xticks(shown, names, rotation=40, ha="right", rotation_mode="anchor")
+    axis.set_xticks(range(len(rows)), minor=True)
+    axis.set_xlim(-0.7, len(rows) - 0.3)
+    for tick, i in zip(axis.get_xticklabels(), shown, strict=True):
+        tick.set_color(_FAR if _starts(rows[i]) else "0.2")
+    rest = "" if len(shown) == len(rows) else " (a few are named)"
+    axis.set_xlabel(f"{len(rows)} batch norms{rest}, from the input to the output")
+
+
+def _draw_modes(side: Any, modes: Sequence[tuple[str, float, float]]) -> None:
+    """Loss and metrics, a bar for each mode."""
+    panels = side.subplots(len(modes), 1, squeeze=False)[:, 0]
+    for panel, (name, *values) in zip(panels, modes, strict=True):
+        heights = [value if np.isfinite(value) else 0 for value in values]
+        bars = panel.bar(["training", "evaluation"], heights, color=["0.75", "0.4"])
+        panel.bar_label(bars, [f"{value:.3g}".replace("nan", "NaN") for value in values])
+        panel.margins(y=0.12 * (1 + len(modes)))  # room for the numbers
+        panel.set(yticks=[])
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.set_title(textwrap.fill(name, 24), fontsize="medium")
+
+
 def _draw_layers(axis: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    """What runs against what batches scatter by: a bar and a line with a dot for each layer."""
-    at, colors = range(len(rows)), [_color(row["found"]) for row in rows]
+    """Draw each layer's running statistics, as a line with a dot, over the spread of batches."""
+    at, colors = range(len(rows)), [_color(row) for row in rows]
     low, middle, high = np.array([row[name] for row in rows]).reshape(-1, 3).T
     spread = np.array([row[f"{name}_spread"] for row in rows])
     below, above = (-spread, spread) if name == "mean" else (np.exp(-spread), np.exp(spread))
-    axis.bar(at, above - below, 0.8, below, color="0.85", label="one batch to the next (1 std)")
+    axis.bar(at, above - below, 0.8, below, color="0.87")
+    axis.axhline(0 if name == "mean" else 1, color="0.5", linewidth=1, zorder=0)
     axis.vlines(at, low, high, colors, linewidth=3)
     axis.scatter(at, middle, 24, colors, zorder=3)
-    axis.plot([], [], "o-", color="0.3", linewidth=3, label="running, 80% of the channels")
-    axis.axhline(0 if name == "mean" else 1, color="0.5", linewidth=1, zorder=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _layer_legend(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What dots, lines, bars and colours stand for, as far as they are there."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    there = {_color(row) for row in rows}
+    words = {_FITS: "fits the data", _FAR: "off: it starts here, or is worst", _AFTER: "off, too"}
+    dot = {"marker": "o", "linewidth": 3, "markersize": 5}
+    lines = [Line2D([], [], color=c, label=text, **dot) for c, text in words.items() if c in there]
+    channels = Line2D([], [], color="0.4", label="median, and 80% of the channels", **dot)
+    return [*lines, channels, Patch(color="0.87", label="from batch to batch (1 std)")]
 
 
 def _apart(order: Sequence[int], gap: int) -> list[int]:
-    """The first few, but none whose name would be written over another."""
+    """The first few, skipping those whose names would overlap."""
     shown: list[int] = []
     for index in order:
         if len(shown) < _NAMED and all(abs(index - other) > gap for other in shown):
@@ -138,8 +175,14 @@ def _apart(order: Sequence[int], gap: int) -> list[int]:
     return shown
 
 
-def _color(found: bool) -> str:
-    return "C3" if found else "C0"
+def _starts(row: Mapping[str, Any]) -> bool:
+    return bool(row["found"] and row.get("starts", True))
+
+
+def _color(row: Mapping[str, Any]) -> str:
+    if not row["found"]:
+        return _FITS
+    return _FAR if _starts(row) else _AFTER
 
 
 def _ratio_axis(axis: Any) -> None:
@@ -156,8 +199,8 @@ def _ratio_axis(axis: Any) -> None:
 
 
 def _figure(rows: int, columns: int) -> tuple[Any, np.ndarray]:
-    # The object interface, without pyplot: no global state, and no window wanted.
+    # The object interface instead of pyplot: no global state, and no window.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * columns, 3 * rows), dpi=120, layout="constrained")
+    figure = Figure(figsize=(4.5 * columns, 2.7 * rows + 0.3), dpi=120, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)

@@ -171,14 +171,14 @@ def main(
 
 def draw(histories: dict[str, list[float]], path: Path) -> None:
     """model_A's accuracy on clean digits while model_B trains."""
-    figure = Figure(figsize=(7, 3.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 3.6), dpi=120, layout="constrained")
     axis = figure.subplots()
     for what, values in histories.items():
-        axis.plot(values, "o-", markersize=3, label=f"frozen: {what}")
-    axis.set(title="model_A on clean digits, while model_B trains", xlabel="epoch")
-    axis.set_ylabel("accuracy in eval mode")
+        axis.plot(values, "o-", markersize=3, label=f"model_A frozen: {what}")
+    axis.set(xlabel="epoch of training model_B", ylabel="accuracy of model_A\non clean digits")
     axis.set_ylim(0, 1.03)
-    axis.legend()
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(histories), frameon=False)
     figure.savefig(path)
 
 

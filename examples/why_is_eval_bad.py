@@ -54,6 +54,7 @@ class Trainer:
         self.splits, self.epochs, self.seed = splits, epochs, seed
         self.model = ResNet(splits.classes, (8, 16, 32))
         self.record: dict[str, Any] = {}
+        self.every = 10
         self.step = train_step(loss_fn, donate=False)
 
     def __call__(
@@ -70,7 +71,7 @@ class Trainer:
         count = len(data) // 64 * self.epochs
         tx = optax.adam(optax.cosine_decay_schedule(lr, count))
         state = init_state(model or self.model, tx, jax.random.key(self.seed), data.x[:2])
-        step = history(self.step, self.record, every=10)
+        step = history(self.step, self.record, every=self.every)
         shown = 0
         for epoch in range(self.epochs):
             for batch in batches(data, size, self.seed + epoch):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, serialization
 
 import bnjax
 from bnjax.checkpoints import inspection
@@ -98,6 +98,7 @@ def test_json_has_the_same_for_programs(tmp_path):
         "nearly_dead": 0,
         "not_finite": 1,
         "problems": [PROBLEMS[0].removeprefix("bn1: ")],
+        "notes": [],
     }
     assert (last["dead"], last["nearly_dead"]) == (1, 1)
 
@@ -146,7 +147,6 @@ def test_a_checkpoint_without_statistics_is_a_problem(tmp_path):
     "arrays",
     [
         layer("bn", running_var=np.ones(2, F32)),
-        {"bn.running_mean": np.ones(3, F32)},
         layer("bn", num_batches_tracked=np.ones(3), running_mean=np.ones((), F32)),
         layer("bn", running_mean=np.zeros(0, F32)),
     ],
@@ -241,7 +241,111 @@ def test_a_conversion_that_cannot_be_done_writes_nothing(tmp_path, monkeypatch, 
     assert not (tmp_path / "out.msgpack").exists()
 
 
+def test_a_conversion_leaves_out_and_names_what_is_no_array(tmp_path):
+    tree = {
+        "state_dict": FINE,
+        "step": 3,
+        "arch": "resnet",
+        "char2idx": {"a": 0, ".": 1},
+        "callbacks": {"best": {"/runs/a.ckpt": 0.2}, "seen": 7, "mode": "min"},
+    }
+    (tmp_path / "m.msgpack").write_bytes(serialization.msgpack_serialize(tree))
+    for suffix in ("safetensors", "msgpack"):
+        code, output = run("convert", tmp_path / "m.msgpack", tmp_path / f"o.{suffix}")
+        assert (code, output) == (
+            0,
+            "left out, as they are no arrays: arch, callbacks/best (1 entry), callbacks/mode, "
+            f"char2idx (2 entries)\nwrote {tmp_path / f'o.{suffix}'}\n",
+        )
+        expected = {"state_dict": FINE, "step": np.array(3), "callbacks": {"seen": np.array(7)}}
+        chex.assert_trees_all_equal(bnjax.load(tmp_path / f"o.{suffix}"), expected)
+
+
+def test_a_model_inside_is_taken_and_said(tmp_path):
+    like, there = tmp_path / "like.msgpack", tmp_path / "there.msgpack"
+    ones = np.ones(3, F32)
+    variables = {
+        "params": {"bn1": {"scale": ones, "bias": ones}},
+        "batch_stats": {"bn1": {"mean": ones, "var": ones}},
+    }
+    bnjax.save(like, {"state": variables, "epoch": 3})
+    source = tmp_path / "m.msgpack"
+    groups = {"param_groups": {"0": {"params": {"0": 0}, "lr": 0.1}}}
+    optimizer = {"state": {"0": {"exp_avg": ones}}, **groups}
+    bnjax.save(source, {"net": layer("bn1"), "optimizer": optimizer})
+    code, output = run("convert", source, there, "--like", like)
+    assert (code, output) == (
+        0,
+        f"took net of {source}\ntook state of {like}\nwrote {there}\n",
+    )
+    chex.assert_trees_all_equal(bnjax.load(there), bnjax.from_torch(layer("bn1"), None, variables))
+    bnjax.save(source, {"net": layer("bn1"), "net_ema": layer("bn1")})
+    code, output = run("convert", source, there, "--like", like)
+    message = f"Of {source}, it holds several models: net, net_ema. Choose one by --key.\n"
+    assert (code, output) == (1, message)
+    code, output = run("convert", source, there, "--like", like, "--key", "net_ema")
+    assert (code, output) == (0, f"took state of {like}\nwrote {there}\n")
+    code, output = run("convert", source, there, "--key", "ema")
+    assert (code, output) == (
+        2,
+        f"Cannot read {source} as Flax's msgpack: `key` is 'ema', but it has no part 'ema'. Its "
+        "parts are 'net', 'net_ema'.\n",
+    )
+
+
+def test_a_conversion_does_not_overwrite_what_it_reads(tmp_path):
+    source, link = tmp_path / "m.msgpack", tmp_path / "link.msgpack"
+    bnjax.save(source, FINE)
+    link.symlink_to(source)
+    before = source.read_bytes()
+    for arguments in ((source, source), (link, source), (source, link), (tmp_path, source)):
+        code, output = run("convert", *arguments)
+        read, written = arguments
+        message = f"To write {written} would destroy {read}, which is read. Give it another name.\n"
+        assert (code, output) == (1, message)
+    bnjax.save(tmp_path / "other.msgpack", moved())
+    code, output = run("convert", tmp_path / "other.msgpack", source, "--like", source)
+    assert code == 1
+    assert source.read_bytes() == before
+
+
+def test_a_suffix_that_is_not_written_is_told(tmp_path):
+    bnjax.save(tmp_path / "m.msgpack", FINE)
+    code, output = run("convert", tmp_path / "m.msgpack", tmp_path / "m.h5")
+    message = (
+        f"Cannot save to {tmp_path / 'm.h5'}: '.h5' is the suffix of no format that is written "
+        "here. Formats are .safetensors, .pth and .pt (PyTorch), .msgpack (Flax), and a folder "
+        "without a suffix (orbax).\n"
+    )
+    assert (code, output) == (1, message)
+
+
 # As a program
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spared"),
+    [
+        (["--help"], {"jax", "numpy", "torch", "flax"}),
+        (["convert", "--help"], {"jax", "numpy", "torch", "flax"}),
+        (["--version"], {"jax", "numpy", "torch", "flax"}),
+        (["inspect", "m.safetensors"], {"jax", "torch", "flax"}),
+        (["inspect", "m.pth"], {"jax", "flax"}),
+    ],
+)
+def test_a_command_loads_what_it_needs(tmp_path, monkeypatch, arguments, spared):
+    monkeypatch.chdir(tmp_path)
+    if arguments[-1].startswith("m."):
+        bnjax.save(arguments[-1], FINE)
+    script = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print('loaded', sorted({spared!r} & {{*sys.modules}})))\n"
+        "from bnjax.__main__ import main\nmain()"
+    )
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("loaded []\n"), done.stdout
 
 
 def test_the_module_and_its_exit_codes(tmp_path):

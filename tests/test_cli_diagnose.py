@@ -47,6 +47,20 @@ def test_diagnose_prints_a_report_and_says_by_its_code_whether_all_is_well(tmp_p
     assert json.loads(output)["healthy"] is healthy
 
 
+def test_diagnose_takes_one_model_of_several(tmp_path):
+    x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
+    model = trained_dense()
+    variables = bnjax.recalibrate(model, model.init(jax.random.key(0), x), [x])
+    files.save(tmp_path / "model.msgpack", {"ema": variables, "net": variables})
+    np.save(tmp_path / "x.npy", x)
+    arguments = ("diagnose", f"{__name__}:trained_dense", "--variables", tmp_path / "model.msgpack")
+    arguments = (*arguments, "--data", tmp_path / "x.npy")
+    message = "`variables` hold those of several models, at ['ema', 'net']: pass one of them.\n"
+    assert run(*arguments) == (2, message)
+    code, output = run(*arguments, "--key", "ema")
+    assert (code, "All is well: 1 batch norm fits" in output) == (0, True)
+
+
 def trained_nnx() -> nnx.Module:
     rngs = nnx.Rngs(0)
     return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), bnjax.nnx.BatchNorm1d(4, rngs=rngs))

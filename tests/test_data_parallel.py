@@ -130,6 +130,87 @@ def test_merging_takes_any_axis_and_keeps_the_count():
     assert_close(merged, wanted, rtol=1e-6)
 
 
+def sets(*sizes: int) -> tuple[Any, np.ndarray]:
+    """The exact statistics of so many examples of each client, stacked, and all the examples."""
+    rng = np.random.default_rng(0)
+    xs = [rng.normal(10 * i, 1 + i, (size, 2)) for i, size in enumerate(sizes)]
+    stats = {
+        "mean": np.stack([x.mean(0) for x in xs]),
+        "var": np.stack([x.var(0) for x in xs]),
+    }
+    return {"block": {"bn": stats}}, np.concatenate(xs)
+
+
+@pytest.mark.parametrize("sizes", [(400, 20), (400, 100, 20), (5, 5), (7,)])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_statistics_of_clients_merge_by_their_numbers_of_examples(sizes, axis):
+    stats, x = sets(*sizes)
+    moved = jax.tree.map(lambda array: np.moveaxis(array, 0, axis), stats)
+    wanted = {"block": {"bn": {"mean": x.mean(0), "var": x.var(0)}}}
+    assert_close(bnjax.merge_batch_stats(moved, axis, weights=sizes), wanted, rtol=1e-5)
+    merge = jax.jit(lambda stats, weights: bnjax.merge_batch_stats(stats, axis, weights=weights))
+    shares = np.array(sizes) / sum(sizes)
+    assert_close(merge(moved, shares), wanted, rtol=1e-5)
+
+
+def test_a_client_of_weight_0_has_no_effect():
+    stats, x = sets(30, 20)
+    lost = jax.tree.map(lambda array: np.concatenate([array, np.full((1, 2), np.nan)]), stats)
+    merged = bnjax.merge_batch_stats(lost, weights=[30, 20, 0])
+    assert_close(merged, {"block": {"bn": {"mean": x.mean(0), "var": x.var(0)}}}, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (
+            [1, 2, 3],
+            "`weights` must hold one number for each of the 2 sets of statistics, got shape (3,). "
+            "They go along the axis in which the sets are stacked.",
+        ),
+        *(
+            (
+                given,
+                "`weights` must be finite, 0 or more and not all 0, such as numbers of examples, "
+                f"got {given}.",
+            )
+            for given in ([1.0, -1.0], [0.0, 0.0], [1.0, np.inf], [1.0, np.nan])
+        ),
+    ],
+)
+def test_weights_that_are_none_are_an_error(weights, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        bnjax.merge_batch_stats(sets(3, 4)[0], weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("tree", "axis", "message"),
+    [
+        (
+            {"params": {"w": np.ones(3)}},
+            0,
+            "`batch_stats` must hold `mean` and `var` of batch norms, but there are none. Pass "
+            "`variables['batch_stats']`, stacked.",
+        ),
+        (
+            {"bn": {"mean": np.ones((2, 3)), "var": np.ones((2, 3))}},
+            2,
+            "`batch_stats` must hold several sets, stacked along axis 2, but the mean at 'bn' has "
+            "shape (2, 3). One set needs no merging.",
+        ),
+        (
+            {"bn": {"mean": np.ones((2, 3)), "var": np.ones(3)}},
+            0,
+            "`batch_stats` must have means and variances of one shape, but at 'bn' they have "
+            "(2, 3) and (3,). Stack the sets of all clients alike.",
+        ),
+    ],
+)
+def test_what_is_not_stacked_is_not_merged(tree, axis, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        bnjax.merge_batch_stats(tree, axis)
+
+
 @pytest.mark.parametrize(
     ("size", "microbatches", "mesh", "by"),
     [

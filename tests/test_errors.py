@@ -10,6 +10,7 @@ import bnjax
 from tests.support.mistakes import (
     AXIS,
     CHANNELS,
+    COUNT,
     FLAX,
     IMMUTABLE,
     KEY,
@@ -19,6 +20,7 @@ from tests.support.mistakes import (
     NC,
     NEGATIVE,
     NHWC,
+    NUM_FEATURES,
     ONES,
     PARAM_KEYS,
     PARAMS,
@@ -93,12 +95,12 @@ CHANNEL_COUNT = (
     Mistake(
         "negative",
         lambda: bnjax.init(-2),
-        "`num_features` must be an integer and not negative, got -2.",
+        NUM_FEATURES.format(-2),
     ),
     Mistake(
         "no whole number",
         lambda: bnjax.init(untyped(2.5)),
-        "`num_features` must be an integer and not negative, got 2.5.",
+        NUM_FEATURES.format(2.5),
     ),
     Mistake(
         "in params",
@@ -229,7 +231,8 @@ KEYS = (
     Mistake(
         "misspelt params",
         core({"weight": STATS["var"], "bias": STATS["mean"]}),
-        PARAM_KEYS.format("['bias', 'weight']: missing ['scale'] and unknown ['weight']") + MADE,
+        PARAM_KEYS.format("['bias', 'weight']: missing ['scale'] and unknown ['weight']")
+        + "PyTorch's `weight` is `scale` here; bnjax.from_torch converts a state dict.",
     ),
     Mistake(
         "swapped trees",
@@ -241,7 +244,7 @@ KEYS = (
         "torch statistics",
         core(batch_stats={"running_mean": STATS["mean"], "var": STATS["var"]}),
         STAT_KEYS.format("['running_mean', 'var']: missing ['mean'] and unknown ['running_mean']")
-        + MADE,
+        + "PyTorch's `running_mean` is `mean` here; bnjax.from_torch converts a state dict.",
     ),
     Mistake(
         "half the statistics",
@@ -252,7 +255,7 @@ KEYS = (
         "no count",
         core(momentum=None),
         "`batch_stats` must have the keys {mean, var, count}, got ['mean', 'var']: missing "
-        "['count']. The cumulative average needs the count: bnjax.init(..., momentum=None).",
+        "['count']. " + COUNT,
     ),
     Mistake(
         "params of another kind",

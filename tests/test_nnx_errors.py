@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import bnjax
+from tests.support.mistakes import NUM_FEATURES
 from tests.support.nnx_layers import KINDS, ROW, ROWS, X, make
 
 pytestmark = pytest.mark.quick_compile
@@ -19,15 +20,15 @@ RANGE = (
 MISTAKES = {
     "no channels": (
         lambda: make(num_features=-2),
-        "`num_features` must be an integer and not negative, got -2.",
+        NUM_FEATURES.format(-2),
     ),
     "channels in a string": (
         lambda: make(**{"num_features": "3"}),  # pyright: ignore[reportArgumentType] - the mistake
-        "`num_features` must be an integer and not negative, got '3'.",
+        NUM_FEATURES.format("'3'"),
     ),
     "channels that are a flag": (
         lambda: make(bnjax.nnx.BatchNorm, num_features=True),
-        "`num_features` must be an integer and not negative, got True.",
+        NUM_FEATURES.format(True),
     ),
     "rank": (
         lambda: make(bnjax.nnx.BatchNorm1d)(X),

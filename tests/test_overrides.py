@@ -237,7 +237,8 @@ def test_an_unknown_field_is_an_error(x):
     with (
         pytest.raises(
             TypeError,
-            match=r"^An override takes fields of batch norm .*\], got \['use_running'\]\.$",
+            match=r"^`override` takes settings of batch norm layers, got `use_running`\. "
+            r"Did you mean `use_running_average`\?$",
         ),
         bnjax.override("**", use_running=True),
     ):

@@ -14,7 +14,8 @@ from flax import nnx, serialization
 
 import bnjax
 from bnjax.checkpoints import inspection
-from bnjax.models.saved import variables_in, variables_of_model
+from bnjax.models.saved import variables_of_model
+from bnjax.models.variables import variables_in
 from bnjax.training import init_state
 from tests.support.nnx_layers import WithDropout
 

@@ -1,108 +1,68 @@
-"""Folders with checkpoints in them, and those that orbax reads and writes."""
+"""Folders with checkpoints in them, and the one that is meant."""
 
-import contextlib
-import glob
-import logging
 import re
-import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-from flax import traverse_util
+from bnjax.checkpoints.contents import ContentError
+from bnjax.checkpoints.formats import is_read
+from bnjax.checkpoints.formats.orbax import is_orbax, is_step
 
-from bnjax.checkpoints.nested import ContentError
-
-# A file that `flax.training.checkpoints` wrote in its old way: msgpack without a suffix.
-LEGACY = re.compile(r"checkpoint_\d+")
 # The usual names of what a manager of orbax saves beside records and data iterators.
 _ITEMS = ("default", "state", "pytree")
+# The model in a folder of Hugging Face, beside its optimizer and tokenizer; the first one counts.
+_HUB = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 
 
-def found_in(path: Path, suffixes: Sequence[str]) -> Path:
+def found_in(path: Path) -> Path:
     """The checkpoint at a path: the path itself, or the only or the newest one inside.
 
     Raises:
         ContentError: there is none, or several that are not steps of one training.
     """
-    if not path.is_dir() or _is_orbax(path):
+    if not path.is_dir() or is_orbax(path):
         return path
-    inside = [each for each in sorted(path.iterdir()) if _holds(each, suffixes)]
-    steps = {int(m[1]): each for each in inside if (m := re.fullmatch(r"(?:.*_)?(\d+)", each.name))}
+    if (model := _hub_model(path)) is not None:
+        return model
+    inside = _inside(path)
+    steps = {
+        int(m[1]): each for each in inside if (m := re.fullmatch(r"(?:.*[_-])?(\d+)", each.name))
+    }
     if steps and len(steps) == len(inside):
-        return found_in(steps[max(steps)], suffixes)
+        return found_in(steps[max(steps)])
     items = [each for each in inside if each.name in _ITEMS]
+    if is_step(path) and len(inside) > 1 and not items:
+        return path
     if len(inside) != 1 and len(items) != 1:
         there = f"These are some: {', '.join(map(str, inside))}." if inside else "None is inside."
         raise ContentError(f"the folder itself is no checkpoint. {there}")
-    return found_in((items if len(inside) > 1 else inside)[0], suffixes)
+    return found_in((items if len(inside) > 1 else inside)[0])
 
 
-def read_orbax(path: Path) -> Any:
-    """What orbax has saved, as NumPy arrays."""
-    with _quiet():
-        import orbax.checkpoint as ocp
-
-        as_array = ocp.RestoreArgs(restore_type=np.ndarray)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            found: Any = checkpointer.metadata(path.absolute())
-            arguments = jax.tree.map(
-                lambda leaf: as_array if hasattr(leaf, "shape") else ocp.RestoreArgs(),
-                found.item_metadata.tree,
-            )
-            return checkpointer.restore(path.absolute(), restore_args=arguments)
+def _hub_model(path: Path) -> Path | None:
+    """The file of the model in a folder of Hugging Face; the index where it is in shards."""
+    names = (name for file in _HUB for name in (f"{file}.index.json", file))
+    usual = next((path / name for name in names if is_read(path / name)), None)
+    others = [each for each in sorted(path.glob("*.index.json")) if is_read(each)]
+    return usual or (others[0] if len(others) == 1 else None)
 
 
-def write_orbax(path: Path, tree: dict[str, Any]) -> None:
-    """Save a tree with orbax."""
-    if path.exists():
-        raise FileExistsError(
-            f"There is a folder at {path}, and a folder can't be replaced in one moment. Choose "
-            "another name, or remove it first."
-        )
-    written: dict[str, tuple[str, ...]] = {}
-    for names in traverse_util.flatten_dict(tree):
-        file = ".".join(names).replace("/", ".")
-        if file in written:
-            raise ValueError(
-                f"Cannot save to {path}: orbax writes {written[file]} and {names} to the same "
-                f"file, {file}. Rename one, or save as .msgpack."
-            )
-        written[file] = names
-    with _quiet():
-        import orbax.checkpoint as ocp
-
-        try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                checkpointer.save(path.absolute(), tree)
-        except Exception:
-            for unfinished in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+def _inside(path: Path) -> list[Path]:
+    """What in a folder is a checkpoint or has one, each once, however many links lead to it."""
+    found: dict[Path, Path] = {}
+    for each in sorted(path.iterdir()):
+        if _holds(each):
+            there = each.resolve()
+            if there not in found or found[there].is_symlink():
+                found[there] = each
+    return list(found.values())
 
 
-def _is_orbax(path: Path) -> bool:
-    return (path / "_METADATA").is_file()
-
-
-def _holds(path: Path, suffixes: Sequence[str]) -> bool:
+def _holds(path: Path) -> bool:
     """Whether a file is a checkpoint, or a folder has one; what orbax has not finished is none."""
     if ".orbax-checkpoint-tmp" in path.name or path.name.startswith("."):
         return False
     if not path.is_dir():
-        return path.suffix.lower() in suffixes or LEGACY.fullmatch(path.name) is not None
-    return _is_orbax(path) or any(_holds(each, suffixes) for each in path.iterdir())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A context in which orbax reports errors alone, as a user of bnjax can't follow its hints."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+        return is_read(path)
+    if path.is_symlink() and path.resolve() in path.absolute().parents:
+        return False
+    return is_orbax(path) or any(_holds(each) for each in path.iterdir())

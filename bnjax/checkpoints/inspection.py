@@ -1,20 +1,27 @@
 """The batch norms in a checkpoint, by their numbers alone: inspect."""
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from bnjax.checkpoints.nested import as_dicts
-from bnjax.checkpoints.tensors import as_numpy
-from bnjax.models.saved import variables_in
+from bnjax.checkpoints import contents
+from bnjax.checkpoints.tensors import SHARED, as_numpy
+from bnjax.models.variables import variables_in
 
 # Below this standard deviation, where others have about 1, a channel says next to nothing.
 NEARLY_DEAD = 1e-2
 _EPS = 1e-5
+# Negative variances down to this are those of an eps that was taken off at loading.
+_EPS_TAKEN_OFF = -1e-3
+_FROZEN = (
+    "the statistics are 0 and 1, but scale and bias are trained and no batches were counted. That "
+    "is right for a frozen batch norm whose statistics are folded into them (FrozenBatchNorm2d of "
+    "a Caffe2 backbone), and wrong if the statistics were lost"
+)
 
 _NAMES = {
     "weight": "scale",
@@ -45,6 +52,7 @@ class Layer(NamedTuple):
     nearly_dead: int
     not_finite: int  # values that are NaN or infinite, in parameters and statistics
     problems: tuple[str, ...]  # what is wrong with it, in words
+    notes: tuple[str, ...] = ()  # what is unusual, and may be meant
 
 
 def inspect(tree: Any) -> list[Layer]:
@@ -64,12 +72,15 @@ def inspect(tree: Any) -> list[Layer]:
     ('bn', 2, ('the statistics were never updated: all means are 0 and all variances 1',))
     """
     modules: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    for module, leaf, array in _arrays(as_dicts(variables_in(tree), _as_numpy), ()):
+    tracking = set()
+    for module, leaf, array, is_statistic in _arrays(_opened(variables_in(tree)), ()):
         modules[module].setdefault(leaf, array)
+        if is_statistic:
+            tracking.add(module)
     return [
-        _layer(module, {_NAMES[leaf]: array for leaf, array in arrays.items()})
+        _layer(module, {_NAMES[leaf]: array for leaf, array in arrays.items()}, {*arrays})
         for module, arrays in modules.items()
-        if {"running_mean", "running_var"} & {*arrays} or {"mean", "var"} <= {*arrays}
+        if module in tracking or {"mean", "var"} <= {*arrays}
     ]
 
 
@@ -89,28 +100,58 @@ def problems(layers: Sequence[Layer]) -> list[str]:
     return [f"{layer.name or 'top'}: {problem}" for layer in layers for problem in layer.problems]
 
 
+def notes(layers: Sequence[Layer]) -> list[str]:
+    """What is unusual in a checkpoint, each once, with the layers."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for layer in layers:
+        for note in layer.notes:
+            found[note].append(layer.name or "top")
+    return [
+        f"{names[0]}{f' and {len(names) - 1} others' if names[1:] else ''}: {note}"
+        for note, names in found.items()
+    ]
+
+
+def _opened(tree: Any) -> dict[str, Any]:
+    """Nested dicts of arrays; what a file held is of plain containers, and needs no JAX."""
+    if "jax" not in sys.modules:
+        return contents.as_dicts(tree, _as_numpy)
+    from bnjax.checkpoints.nested import as_dicts
+
+    return as_dicts(tree, _as_numpy)
+
+
 def _as_numpy(value: Any, _: str) -> Any:
     array = as_numpy(value)
     return value if array is None else array
 
 
-def _arrays(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, np.ndarray]]:
-    """The arrays that may be of a batch norm: the name of its module, its own, and the array."""
+def _arrays(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, np.ndarray, bool]]:
+    """The arrays that may be of a batch norm.
+
+    Yields:
+        The name of its module, its own, the array, and whether it can only be a statistic.
+    """
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             # Of an nnx variable, orbax saves {"value": array}.
             yield from _arrays(value, path if key == "value" else (*path, key))
-    elif isinstance(tree, np.ndarray) and path and jnp.issubdtype(tree.dtype, jnp.number):
-        inner, _, leaf = path[-1].rpartition(".")
-        parts = [part for part in path[:-1] if part not in ("params", "batch_stats")]
+    elif isinstance(tree, np.ndarray) and path and _is_number(tree.dtype):
+        *above, last = "/".join(path).split("/")
+        inner, _, leaf = last.rpartition(".")
+        parts = [part for part in above if part not in ("params", "batch_stats")]
         if leaf in _NAMES:
-            yield "/".join([*parts, inner] if inner else parts), leaf, tree
+            module = "/".join([*parts, inner] if inner else parts)
+            flax = "batch_stats" in above and leaf in ("mean", "var")
+            yield module, leaf, tree, flax or leaf in ("running_mean", "running_var")
 
 
-def _layer(name: str, arrays: Mapping[str, np.ndarray]) -> Layer:
+def _is_number(dtype: np.dtype) -> bool:
+    return dtype.kind in "iufc" or dtype.name in SHARED
+
+
+def _layer(name: str, arrays: Mapping[str, np.ndarray], leaves: set[str]) -> Layer:
     """The row of a batch norm that has one of the running statistics at least."""
-    count = arrays.get("count")
-    updates = int(count) if count is not None and count.size == 1 else None
     values = {
         leaf: array.astype(np.float64)
         for leaf, array in arrays.items()
@@ -119,21 +160,19 @@ def _layer(name: str, arrays: Mapping[str, np.ndarray]) -> Layer:
     not_finite = {leaf: int((~np.isfinite(array)).sum()) for leaf, array in values.items()}
     shapes = {leaf: array.shape for leaf, array in values.items()}
     fits = len(set(shapes.values())) == 1 and {"mean", "var"} <= {*values}
-    mean, var = values.get("mean", np.zeros(0)), values.get("var", np.zeros(0))
     dead, nearly_dead = _quiet(values) if fits else (0, 0)
-    found = [
+    updates = _updates(arrays.get("count"))
+    problems = [
         f"{number} values of the {_WORDS[leaf]} are NaN or infinite"
         for leaf, number in not_finite.items()
         if number
     ]
-    if not fits:
-        found.append(f"running mean, variance, scale and bias do not fit together: {shapes}")
-    if negative := int((var < 0).sum()):
-        found.append(f"{negative} running variances are negative")
-    if fits and mean.size and not mean.any() and (var == 1).all():
-        found.append("the statistics were never updated: all means are 0 and all variances 1")
-    if fits and dead and dead == mean.size:
-        found.append("all channels are dead: their output does not vary")
+    problems += _misfits(values, shapes) if not fits else []
+    problems += _negative(values.get("var"))
+    unmoved, frozen = _unmoved(values, leaves) if fits else ([], [])
+    problems += unmoved
+    if fits and dead and dead == values["mean"].size:
+        problems.append("all channels are dead: their output does not vary")
     return Layer(
         name,
         max((shape[-1] for shape in shapes.values() if shape), default=1),
@@ -144,8 +183,52 @@ def _layer(name: str, arrays: Mapping[str, np.ndarray]) -> Layer:
         dead,
         nearly_dead,
         sum(not_finite.values()),
-        tuple(found),
+        tuple(problems),
+        tuple(frozen),
     )
+
+
+def _updates(count: np.ndarray | None) -> int | None:
+    """How many batches were counted, also by a counter that was averaged or made a float."""
+    if count is None or count.size != 1 or np.iscomplexobj(count):
+        return None
+    number = float(count.astype(np.float64).reshape(()))
+    return round(number) if np.isfinite(number) else None
+
+
+def _misfits(values: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> list[str]:
+    missing = [_WORDS[leaf] for leaf in ("mean", "var") if leaf not in values]
+    if missing and len(set(shapes.values())) == 1:
+        return [f"the {word} is missing" for word in missing]
+    return [f"running mean, variance, scale and bias do not fit together: {dict(shapes)}"]
+
+
+def _negative(var: np.ndarray | None) -> list[str]:
+    if var is None or not (number := int((var < 0).sum())):
+        return []
+    lowest = float(var[var < 0].min())
+    start = f"{number} running variances are negative"
+    if lowest < _EPS_TAKEN_OFF:
+        return [start]
+    return [
+        f"{start}, down to {lowest:.2g}, as where an eps was taken off at loading: add it "
+        "again, or clip them to 0"
+    ]
+
+
+def _unmoved(values: Mapping[str, np.ndarray], leaves: set[str]) -> tuple[list[str], list[str]]:
+    """What is wrong, and what may be meant, with statistics that are those of a new layer."""
+    mean, var = values["mean"], values["var"]
+    if not mean.size or mean.any() or not (var == 1).all():
+        return [], []
+    scale, bias = values.get("scale", np.ones(1)), values.get("bias", np.zeros(1))
+    is_trained = bias.any() or not ((scale == 1).all() or not scale.any())
+    if is_trained and "running_mean" in leaves and "num_batches_tracked" not in leaves:
+        return [], [_FROZEN]
+    hint = ""
+    if is_trained and "mean" in leaves and "count" not in leaves:
+        hint = ". Scale and bias are trained: were `batch_stats` lost, or is the layer frozen?"
+    return [f"the statistics were never updated: all means are 0 and all variances 1{hint}"], []
 
 
 def _quiet(values: Mapping[str, np.ndarray]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Trees of any kind as nested dicts of arrays, and back."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,45 +10,22 @@ from flax import nnx
 from flax.core import meta
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from bnjax.checkpoints import contents
+from bnjax.checkpoints.contents import ContentError, Leaf, Node, joined, leaves
 from bnjax.checkpoints.tensors import is_key
-from bnjax.models.saved import of_variable
+from bnjax.models.variables import of_variable
 
-Leaf = Callable[[Any, str], Any]
-UNWANTED = object()  # what a leaf becomes that is left out
 _NUMBERS = (bool, int, float, complex)
-
-
-class ContentError(Exception):
-    """What is wrong with the contents, in a sentence."""
-
-
-class _Node(NamedTuple):
-    """One level of a tree: its parts by name, and what makes it of other parts."""
-
-    parts: dict[Any, Any]
-    made: Callable[[list[Any]], Any]
-    is_box: bool = False  # its one part has no name of its own
 
 
 def as_dicts(value: Any, leaf: Leaf, *, paths: bool = False) -> dict[str, Any]:
     """Nested dicts with all leaves as `leaf(value, name)` gives them.
 
-    Sequences are dicts by "0", "1" and so on, dataclasses and named tuples by their fields. Of nnx
-    models and optimizers it is their state, and boxes, such as `nnx.Variable`, are taken off.
-
-    Args:
-        value: the tree.
-        leaf: what its leaves become; `UNWANTED` leaves one out.
-        paths: whether all names must be those of paths, as what is written needs them; or those
-            above arrays alone, and a vocabulary or a table of scores by file may have any.
+    It is that of plain containers for any tree: dataclasses and named tuples are dicts by their
+    fields. Of nnx models and optimizers it is their state, and boxes, such as `nnx.Variable`, are
+    taken off.
     """
-    found = _dicts(value, leaf, "", paths)
-    if not isinstance(found, dict):
-        raise ContentError(
-            f"it holds a {type(value).__name__} where a dict of names and arrays is expected. Save "
-            "the `state_dict()`, the variables or the training state of a model."
-        )
-    return found
+    return contents.as_dicts(value, leaf, paths=paths, opened=_opened)
 
 
 def filled(like: Any, checkpoint: Mapping[str, Any]) -> Any:
@@ -77,30 +54,6 @@ def filled(like: Any, checkpoint: Mapping[str, Any]) -> Any:
     return _mapped(like, lambda leaf, name: None if leaf is None else _as(arrays[name], leaf), "")
 
 
-def joined(parent: str, name: Any) -> str:
-    """The name of a part."""
-    return f"{parent}/{name}" if parent else str(name)
-
-
-def _dicts(value: Any, leaf: Leaf, name: str, paths: bool) -> Any:
-    node = _opened(value)
-    if node is None:
-        return leaf(value, name)
-    if node.is_box:
-        (inside,) = node.parts.values()
-        return _dicts(inside, leaf, name, paths)
-    items = {str(k): _dicts(part, leaf, joined(name, k), paths) for k, part in node.parts.items()}
-    for key in node.parts:
-        is_path = isinstance(key, (str, int)) and not set(str(key).split("/")) & {"", ".", ".."}
-        if not is_path and (paths or any(map(np.ndim, jax.tree.leaves(items[str(key)])))):
-            raise ContentError(
-                f"it has the name {key!r} in {name or 'it'}, and a name is no such path."
-            )
-    if len(items) < len(node.parts):
-        raise ContentError(f"two names in {name or 'it'} differ by their type only.")
-    return {key: item for key, item in items.items() if item is not UNWANTED}
-
-
 def _mapped(value: Any, leaf: Leaf, name: str) -> Any:
     """The same tree with other leaves."""
     node = _opened(value)
@@ -111,22 +64,22 @@ def _mapped(value: Any, leaf: Leaf, name: str) -> Any:
     return node.made([_mapped(part, leaf, inner) for inner, part in pairs])
 
 
-def _opened(value: Any) -> _Node | None:
+def _opened(value: Any) -> Node | None:
     """A tree, opened by one level; None for a leaf."""
     if isinstance(value, nnx.Variable):
-        return _Node({"": value.get_raw_value()}, lambda new: value.replace(new[0]), is_box=True)
+        return Node({"": value.get_raw_value()}, lambda new: value.replace(new[0]), is_box=True)
     if isinstance(value, nnx.Pytree):
         graph, state = nnx.split(value)
-        return _Node({"": state}, lambda new: nnx.merge(graph, new[0]), is_box=True)
+        return Node({"": state}, lambda new: nnx.merge(graph, new[0]), is_box=True)
     if isinstance(value, meta.AxisMetadata):
         made = lambda new: meta.replace_boxed(value, new[0])  # noqa: E731 - as the others
-        return _Node({"": meta.unbox(value)}, made, is_box=True)
+        return Node({"": meta.unbox(value)}, made, is_box=True)
     if type(value) is dict:
-        return _Node(value, lambda new: dict(zip(value, new, strict=True)))
+        return Node(value, lambda new: dict(zip(value, new, strict=True)))
     pairs, structure = tree_flatten_with_path(value, is_leaf=lambda part: part is not value)
     if value is None or (pairs and not pairs[0][0]):
         return _opened(dict(value)) if isinstance(value, Mapping) else None  # JAX knows it not
-    return _Node({_key(path): part for path, part in pairs}, structure.unflatten)
+    return Node({_key(path): part for path, part in pairs}, structure.unflatten)
 
 
 def _key(path: tuple[Any, ...]) -> Any:
@@ -145,13 +98,10 @@ def _note(wanted: dict[str, Any], leaf: Any, name: str) -> Any:
 def _by_name(checkpoint: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays by full name."""
     found: dict[str, Any] = {}
-
-    def note(leaf: Any, name: str) -> None:
+    for name, leaf in leaves(checkpoint):
         if leaf is not None:
             outer = "/".join(of_variable(tuple(name.split("/"))))
             found[name if name in wanted else outer] = leaf
-
-    _dicts(checkpoint, note, "", False)
     return found
 
 

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 - registers JAX's dtypes with NumPy
 import numpy as np
 
 # The dtypes of PyTorch that NumPy has from JAX, under the same names.
@@ -13,7 +12,12 @@ SHARED = ("bfloat16", *(f"float8_{kind}" for kind in _FLOAT8))
 
 def is_key(value: Any) -> bool:
     """Whether a value holds typed random keys, as `jax.random.key` makes them."""
-    return jnp.issubdtype(getattr(value, "dtype", np.dtype(bool)), jax.dtypes.prng_key)
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or isinstance(dtype, np.dtype):
+        return False
+    import jax
+
+    return jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def as_numpy(value: Any) -> np.ndarray | None:
@@ -32,7 +36,10 @@ def as_numpy(value: Any) -> np.ndarray | None:
                 bits = torch.int16 if value.element_size() == 2 else torch.uint8
                 return value.contiguous().view(bits).numpy().view(name)
             return value.numpy()
-        value = jax.random.key_data(value) if is_key(value) else value
+        if is_key(value):
+            import jax
+
+            value = jax.random.key_data(value)
         array = np.asarray(value) if hasattr(value, "dtype") else None
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return None

@@ -13,6 +13,23 @@ from bnjax.core.partition import Parts
 from bnjax.core.sums import spread
 
 
+def composed(dtype: jax.typing.DTypeLike, *maps: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """One affine map for several, one after another; each has `scale`, `bias`, both or neither."""
+    maps = tuple(each for each in maps if each)
+    if len(maps) < 2:
+        return maps[0] if maps else {}
+    scale, bias = None, None
+    for each in maps:
+        wide = {key: at_least(dtype, value) for key, value in each.items()}
+        if (factor := wide.get("scale")) is not None:
+            scale = factor if scale is None else scale * factor
+            bias = None if bias is None else bias * factor
+        if (shift := wide.get("bias")) is not None:
+            bias = shift if bias is None else bias + shift
+    named = {"scale": scale, "bias": bias}
+    return {key: value for key, value in named.items() if value is not None}
+
+
 def normalize(
     parts: Parts,
     moments: Moments,
@@ -21,7 +38,9 @@ def normalize(
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """`(x - mean) / sqrt(var + eps) * scale + bias` as `dtype`, by these moments."""
-    scale, shift = _scale_and_shift(params, moments, eps, parts.group)
+    scale, shift = _scale_and_shift(params, moments, eps)
+    if parts.group is not None:  # some may be the same for all parts
+        scale, shift = (jnp.broadcast_to(each, parts.features) for each in (scale, shift))
     new = compat.varying_axes(parts.x) - compat.varying_axes(scale) - compat.varying_axes(shift)
     if new:  # alike on all devices, used where x differs: one sum in a backward pass
         scale, shift = lax.pcast(jnp.stack([scale, shift]), tuple(sorted(new)), to="varying")
@@ -30,14 +49,12 @@ def normalize(
 
 
 # What is compiled by itself is traced, differentiated and lowered once for all layers of a shape.
-@functools.partial(jax.jit, static_argnums=3)
+@jax.jit
 def _scale_and_shift(
-    params: dict[str, jax.Array], moments: Moments, eps: chex.Numeric, group: int | None
+    params: dict[str, jax.Array], moments: Moments, eps: chex.Numeric
 ) -> tuple[jax.Array, jax.Array]:
     """What x minus the origin is multiplied by, and what is added."""
     params = {key: at_least(moments.m2.dtype, value) for key, value in params.items()}
-    if group is not None:
-        params = {key: jnp.expand_dims(value, group) for key, value in params.items()}
     if moments.offset is None:
         var = moments.m2  # of one value, as it were
     else:  # a batch without values is normalized as if it had mean 0 and variance 1

@@ -1,19 +1,23 @@
 """Batch normalization as pure functions: plain dicts in, plain dicts out."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from bnjax.core import banks as bank_rows
 from bnjax.core import checks, compat, partition
 from bnjax.core.affine import normalize
+from bnjax.core.banks import Bank
+from bnjax.core.choosing import applied, choose
 from bnjax.core.devices import AxisName, Groups, names, pool, table
 from bnjax.core.measuring import moments_of
 from bnjax.core.moments import working_dtype
-from bnjax.core.policies import choose
-from bnjax.core.running import update
-from bnjax.core.settings import Settings
+from bnjax.core.policies import Policy
+from bnjax.core.running import pooled_from, update
+from bnjax.core.settings import Momentum, Settings, at, counts
 from bnjax.core.sharding import on_auto_axes
 
 Params = dict[str, jax.Array]
@@ -23,9 +27,11 @@ BatchStats = dict[str, jax.Array]
 def init(
     num_features: int,
     *,
-    affine: bool = True,
+    affine: bool | Literal["own", "both"] = True,
     track_running_stats: bool = True,
-    momentum: float | None = 0.1,
+    momentum: Momentum = 0.1,
+    using: Policy | None = None,
+    banks: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[Params, BatchStats]:
     """Parameters and running statistics of a new batch norm.
@@ -34,11 +40,16 @@ def init(
 
     Args:
         num_features: number of channels, C.
-        affine: learn a scale (ones) and a bias (zeros); otherwise `params` is `{}`.
+        affine: learn a scale (ones) and a bias (zeros); otherwise `params` is `{}`. With banks,
+            True has one of each for all of them, "own" one for each bank, and "both" has both:
+            `bank_scale` and `bank_bias`, which start at 0, are added.
         track_running_stats: keep a running mean (zeros) and variance (ones); otherwise
             `batch_stats` is `{}` and each batch is normalized by its own statistics, in
             evaluation too.
-        momentum: None, for the cumulative average, adds the `count` of batches seen that it needs.
+        momentum: as for `batch_norm`. None or a function of the number of training steps adds
+            their `count`; "pooled" adds the number of `values`, and low-order digits.
+        using: as for `batch_norm`. A policy that goes by the number of training steps adds `count`.
+        banks: keep this many sets of statistics; each array has one more axis in front.
         dtype: dtype of the parameters. The statistics are float32 at least.
 
     Returns:
@@ -53,14 +64,22 @@ def init(
     [1.0, 1.0, 1.0]
     """
     checks.num_features(num_features)
+    checks.number_of_banks(banks, affine)
     params, batch_stats = {}, {}
+    rows = () if banks is None else (banks,)
     if affine:
-        params = {"scale": jnp.ones(num_features, dtype), "bias": jnp.zeros(num_features, dtype)}
+        shape = (*rows * (affine == "own"), num_features)
+        params = {"scale": jnp.ones(shape, dtype), "bias": jnp.zeros(shape, dtype)}
+    if affine == "both":
+        zeros = jnp.zeros((*rows, num_features), dtype)
+        params |= {"bank_scale": zeros, "bank_bias": zeros}
     if track_running_stats:
-        mean = jnp.zeros(num_features, working_dtype(dtype))
+        mean = jnp.zeros((*rows, num_features), working_dtype(dtype))
         batch_stats = {"mean": mean, "var": jnp.ones_like(jnp.real(mean))}
-        if momentum is None:
-            batch_stats["count"] = jnp.zeros((), jnp.int32)
+        if counts(momentum, using):
+            batch_stats["count"] = jnp.zeros(rows, jnp.int32)
+        if isinstance(momentum, str):
+            batch_stats |= pooled_from(mean, batch_stats["var"])
     return params, batch_stats
 
 
@@ -72,9 +91,13 @@ def batch_norm(
     mutable: bool,
     axis: int | Sequence[int] = -1,
     eps: chex.Numeric = 1e-5,
-    momentum: chex.Numeric | None = 0.1,
+    momentum: Momentum = 0.1,
     correction: int = 1,
+    using: Policy | None = None,
     mask: chex.Array | None = None,
+    bank: Bank | None = None,
+    scale: chex.Array | None = None,
+    bias: chex.Array | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
     virtual_batch_size: int | None = None,
@@ -97,11 +120,23 @@ def batch_norm(
         axis: the channel axis, or axes.
         eps: added to the variance; positive in training.
         momentum: weight of the new batch in the running statistics (PyTorch's convention; one
-            minus Flax's). None is the cumulative average over all batches, and needs `count`.
+            minus Flax's). A function is called with the number of training steps before this one,
+            such as a schedule of optax. None is the cumulative average over all batches. "pooled"
+            keeps mean and biased variance of all values ever seen as one set, exactly. All but
+            numbers need what `init` adds for them to `batch_stats`.
         correction: the batch variance enters the running one times `n / (n - correction)`: 1 is
             PyTorch's unbiased variance, 0 Flax's biased one.
+        using: what normalizes, a policy of `bnjax.policies`; by default the batch if `mutable`, and
+            otherwise the running statistics. What moves is up to `mutable` all the same.
         mask: bool, broadcastable to `x`: statistics are over the True positions only. What stands
             at the others (NaN too) reaches neither the other outputs nor any gradient.
+        bank: which of several sets of statistics, kept as arrays of K rows, this batch is
+            normalized by and moves: a number, or one for each example, int32 (N,). Then the
+            examples of a bank share their statistics, and a bank without examples keeps its own.
+            Where a traced number is none of 0 to K - 1, the output is NaN, and nothing moves.
+        scale: for each example, (N, C) or broadcastable: multiplied after the learned scale and
+            bias, as in class-conditional batch norm and FiLM.
+        bias: for each example, likewise: added last.
         axis_name: name of a mapped axis (`pmap`, `shard_map`, `vmap`), or several: statistics are
             those of all its devices together, by count. Under plain `jit` a sharded batch needs no
             name. An evaluation communicates nothing.
@@ -130,41 +165,56 @@ def batch_norm(
     >>> round(float(batch_stats["mean"][0]), 4)  # 0.9 * 0 + 0.1 * 2
     0.2
     """
+    checks.static("mutable", mutable)
     x = checks.floating(x)
+    axes = checks.feature_axes(axis, x.ndim)
+    features = tuple(x.shape[a] for a in axes)
+    bank, banks = checks.bank(bank, batch_stats, x.shape, axes)
+    checks.trees(params, batch_stats, features, momentum, banks)
+    stats = dict(batch_stats)
+    weight, using = at(stats.get("count"), momentum, using)
     settings = Settings(
-        axes=checks.feature_axes(axis, x.ndim),
-        by_batch=mutable or not batch_stats,
-        moves=mutable and bool(batch_stats),
+        axes=axes,
+        mutable=mutable,
+        tracked=bool(stats),
         eps=eps,
-        momentum=momentum,
+        momentum=None if isinstance(weight, str) else weight,
+        pooled=isinstance(weight, str),
         correction=correction,
         axis_name=None if axis_name is None else names(axis_name),
         axis_index_groups=table(axis_index_groups),
         virtual_batch_size=virtual_batch_size,
         dtype=checks.output_dtype(dtype, x),
+        using=using,
+        banks=banks,
     ).checked(x)
-    checks.trees(params, batch_stats, tuple(x.shape[a] for a in settings.axes), momentum)
     mask = None if mask is None else checks.mask(mask, x.shape)
-    stats = dict(batch_stats)
+    given = checks.affine_of_examples(scale, bias, x.shape, axes)
+    arrays = dict(params), stats, x, mask, bank, given
     with compat.plain_for(x):
-        return on_auto_axes(_steps, (dict(params), stats, x, mask, settings), x, like=(x, stats))
+        return on_auto_axes(_steps, (*arrays, settings), x, like=(x, stats))
 
 
 def _steps(
-    params: Params, batch_stats: BatchStats, x: jax.Array, mask: jax.Array | None, told: Settings
+    params: Params,
+    batch_stats: BatchStats,
+    x: jax.Array,
+    mask: jax.Array | None,
+    bank: Bank | None,
+    given: Params,
+    told: Settings,
 ) -> tuple[jax.Array, BatchStats]:
-    """Partition, measure, pool, choose, move, affine."""
-    size, batch, shape = told.virtual_batch_size, None, x.shape
-    if size is None or not told.by_batch:
-        parts = partition.whole(x, mask, told.axes)
-    else:
-        parts = partition.virtual(x, mask, told.axes, size)
-    if told.by_batch:
-        batch = moments_of(parts, batch_stats.get("mean"))
-        if told.axis_name is not None and parts.group is None:
+    """Partition, measure, pool, move, choose, affine."""
+    sharing, batch = partition.share(x, mask, bank, told), None
+    stats, learned = bank_rows.held(batch_stats, params, bank, told.banks)
+    moved = stats
+    if told.measures:
+        batch = sharing.merged(moments_of(sharing.parts, sharing.near(stats.get("mean"))))
+        if told.axis_name is not None and sharing.group is None:
             batch = pool(batch, told.axis_name, told.axis_index_groups)
-    chosen = choose(batch, batch_stats, parts)
-    if batch is not None and told.moves:
-        batch_stats = update(batch_stats, batch, parts.group, told)
-    y = normalize(parts, chosen, params, told.eps, told.dtype)
-    return partition.join(y, parts, shape), batch_stats
+        if told.moves:
+            moved = update(stats, batch, sharing.group, told)
+    chosen, first = choose(batch, stats, moved, sharing, told)
+    parts, chosen, affine = applied(chosen, first, learned, given, sharing, told)
+    y = normalize(parts, chosen, affine, told.eps, told.dtype)
+    return partition.join(y, parts, x.shape), bank_rows.put(batch_stats, bank, moved)

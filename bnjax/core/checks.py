@@ -13,9 +13,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax.core import compat
+from bnjax.core.repairs import COUNT, other_keys
+
 _INTEGER, _NUMBER = (int, np.integer), (int, float, np.number)
 _PARAMS = (("scale", "bias"), ("scale",), ("bias",), ())
-_BATCH_STATS = (("mean", "var"), ("mean", "var", "count"), ())
+_BANK_PARAMS = tuple(  # beside a scale or bias that banks share, those of each bank
+    (*names, *(f"bank_{name}" for name in own))
+    for names in _PARAMS
+    for own in _PARAMS
+    if {*own} <= {*names}
+)
+# What is kept beside mean and variance: the number of training steps, and of a momentum that pools
+# all values ever seen their number, and the low-order digits of all three.
+POOLED = ("values", "values_low", "mean_low", "var_low")
+_BATCH_STATS = (
+    ("mean", "var"),
+    ("mean", "var", "count"),
+    (),
+    ("mean", "var", *POOLED),
+    ("mean", "var", "count", *POOLED),
+)
 # Between the caller's code and a warning there are frames of these alone.
 _OURS = ("bnjax", "flax", "jax", "contextlib", "functools")
 
@@ -160,7 +178,14 @@ def _scalar(name: str, value: Any) -> Any:
 
 
 def momentum(value: Any, *, cumulative: bool = True) -> None:
-    """A momentum is a weight, or None if `cumulative`. Traced values are taken as they are."""
+    """A momentum is a weight, a schedule, "pooled", or None if `cumulative`; or it is traced."""
+    if callable(value) or isinstance(value, str):
+        if value != "pooled" and isinstance(value, str):
+            raise ValueError(
+                f"`momentum` must be a number, a function of the number of steps, None or "
+                f"'pooled', got {value!r}."
+            )
+        return
     value = _scalar("momentum", value)
     if (value is None and cumulative) or isinstance(value, jax.Array):
         return
@@ -168,6 +193,68 @@ def momentum(value: Any, *, cumulative: bool = True) -> None:
         raise ValueError(
             f"`momentum` must lie between 0 and 1, got {value!r}. In PyTorch's convention it is "
             "the weight of the new batch (0.1), in Flax's the weight of the old statistics (0.9)."
+        )
+
+
+def limit(name: str, value: Any, least: float) -> None:
+    """A limit of batch renormalization; `least` is the one that makes it batch norm."""
+    if isinstance(value, str | list | tuple) or (isinstance(value, _NUMBER) and not value >= least):
+        raise ValueError(
+            f"`{name}` must be a number, at least {least}, or a function of the number of steps, "
+            f"got {value!r}. Renorm(r_max=1, d_max=0) is batch norm."
+        )
+
+
+def one_of(policy: str, **values: Any) -> None:
+    """Exactly one of several numbers is given."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if len(given) != 1:
+        first, second = values
+        raise ValueError(
+            f"`{policy}` takes `{first}` or `{second}`, got {given or 'neither'}. Write "
+            f"{policy}({first}=16), or {policy}({second}=0.1)."
+        )
+
+
+def not_negative(name: str, value: Any) -> None:
+    """A number of examples."""
+    if isinstance(value, str | list | tuple) or (isinstance(value, _NUMBER) and not value >= 0):
+        raise ValueError(f"`{name}` must be a number of examples and not negative, got {value!r}.")
+
+
+def weight(name: str, value: Any) -> None:
+    """A share, of a batch or an example."""
+    wrong = isinstance(value, _NUMBER) and not 0 <= value <= 1
+    if wrong or isinstance(value, str | list | tuple):
+        raise ValueError(f"`{name}` must lie between 0 and 1, got {value!r}.")
+
+
+def policy(value: Any, kind: type) -> None:
+    """What normalizes is said by a policy, an instance."""
+    if value is not None and not isinstance(value, kind):
+        repair = f"Write {value.__name__}()." if isinstance(value, type) else ""
+        raise TypeError(
+            f"`using` must be a policy, such as bnjax.policies.Renorm(), or None, got {value!r}. "
+            f"{repair}".rstrip()
+        )
+
+
+def has_running(some: bool, policy: Any) -> None:
+    """A policy that looks at running statistics has some."""
+    if not some:
+        raise ValueError(
+            f"using={policy} needs running statistics, but none are kept. Keep them "
+            "(track_running_stats=True), or leave `using` out."
+        )
+
+
+def has_count(some: bool, what: str) -> None:
+    """A setting that goes by the number of steps knows it."""
+    if not some:
+        raise ValueError(
+            f"{what} goes by the number of training steps, but `batch_stats` has no `count`. "
+            "bnjax.init with the same `momentum` and `using` makes it; in old statistics, add "
+            '{"count": jnp.zeros((), jnp.int32)}.'
         )
 
 
@@ -199,7 +286,10 @@ def correction(value: Any) -> None:
 def num_features(value: Any) -> None:
     """A number of channels."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"`num_features` must be an integer and not negative, got {value!r}.")
+        raise ValueError(
+            f"`num_features` must be an integer and not negative, got {value!r}. It is the number "
+            "of channels, such as 64."
+        )
 
 
 def devices(axis_name: str | Sequence[str] | None, groups: Sequence[Sequence[int]] | None) -> int:
@@ -294,20 +384,171 @@ def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def trees(params: Any, batch_stats: Any, features: tuple[int, ...], momentum: Any) -> None:
+def trees(
+    params: Any, batch_stats: Any, features: tuple[int, ...], momentum: Any, banks: int | None
+) -> None:
     """What `batch_norm` is given has the keys and shapes that it needs."""
-    repair = "bnjax.init makes it."
-    _keys("params", params, _PARAMS, repair)
-    _keys("batch_stats", batch_stats, _BATCH_STATS, repair)
-    if momentum is None and batch_stats:
-        repair = "The cumulative average needs the count: bnjax.init(..., momentum=None)."
-        _keys("batch_stats", batch_stats, _BATCH_STATS[1:2], repair)
-    shapes("params", params, features)
-    shapes("batch_stats", batch_stats, features)
+    _keys("params", params, _BANK_PARAMS if banks else _PARAMS)
+    _keys("batch_stats", batch_stats, _BATCH_STATS)
+    if momentum is None and batch_stats and "count" not in batch_stats:
+        _keys("batch_stats", batch_stats, _BATCH_STATS[1:2], COUNT)
+    if isinstance(momentum, str) and batch_stats and "values" not in batch_stats:
+        repair = 'To pool all values, start with bnjax.init(..., momentum="pooled").'
+        _keys("batch_stats", batch_stats, _BATCH_STATS[3:], repair)
+    rows = () if banks is None else (banks,)
+    own = {key: jnp.shape(value) == (*rows, *features) for key, value in params.items()}
+    shared = {key: value for key, value in params.items() if not (banks and own[key])}
+    shapes("params", shared, features)
+    shapes("batch_stats", batch_stats, (*rows, *features), rows)
 
 
-def _keys(name: str, value: Any, allowed: Sequence[tuple[str, ...]], repair: str) -> None:
+def number_of_banks(banks: Any, *affine: Any) -> None:
+    """How many sets of statistics there are, and which affine maps they have."""
+    integer = isinstance(banks, _INTEGER) and not isinstance(banks, bool)
+    if banks is not None and not (integer and banks >= 1):
+        raise ValueError(
+            f"`banks` must be the number of sets of statistics, an integer and at least 1, got "
+            f"{banks!r}. None keeps one set without banks."
+        )
+    allowed = (True, False) if banks is None else (True, False, "own", "both")
+    if wrong := [each for each in affine if each not in allowed]:
+        raise ValueError(
+            f"A scale and a bias are learned (True) or not (False), got {wrong[0]!r}. With "
+            "`banks`, 'own' has one for each bank, and 'both' adds them."
+        )
+
+
+def bank_names(banks: Any, tracked: bool) -> None:
+    """Banks have different names, or there are so many; and each keeps statistics."""
+    if banks is None:
+        return
+    names = isinstance(banks, list | tuple) and all(isinstance(name, str) for name in banks)
+    if not isinstance(banks, _INTEGER) and not (names and banks and len({*banks}) == len(banks)):
+        raise ValueError(
+            "`banks` must be the number of sets of statistics or their names, all different, as in "
+            f"banks=('clean', 'adversarial'), got {banks!r}."
+        )
+    if not tracked:
+        raise ValueError(
+            "`banks` are sets of running statistics, but track_running_stats=False keeps none."
+        )
+
+
+def no_bank(given: Any) -> None:
+    """A layer without banks is not told one."""
+    if given is not None:
+        raise ValueError(
+            f"The call has bank={given!r}, but the layer has no banks. Make it with "
+            "banks=('source', 'target'), or leave `bank` out."
+        )
+
+
+def bank_by_name(given: Any, banks: int | Sequence[str]) -> Any:
+    """A bank as a number, or numbers for each example."""
+    names = tuple(map(str, range(banks))) if isinstance(banks, int) else tuple(banks)
+    if given is None:
+        raise ValueError(
+            f"The layer has the banks {list(names)}, and the call must say which one: pass `bank`, "
+            'or write `with bnjax.bank("' + names[0] + '"):` around the call of the model.'
+        )
+    if isinstance(given, str):
+        if given not in names:
+            raise ValueError(f"There is no bank {given!r}; the banks are {list(names)}.")
+        return names.index(given)
+    return given
+
+
+def bank(
+    value: Any, batch_stats: Any, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> tuple[Any, int | None]:
+    """Which bank a call has, as an int or an array of int32, and how many there are."""
+    mean = batch_stats.get("mean") if isinstance(batch_stats, Mapping) else None
+    banks = len(mean) if mean is not None and jnp.ndim(mean) == len(axes) + 1 else None
+    if value is None and banks is None:
+        return None, None
+    if value is None:
+        raise ValueError(
+            f"`batch_stats` keeps {banks} banks, so the call must say which one: pass `bank`, a "
+            "number, or one for each example."
+        )
+    if banks is None:
+        raise ValueError(
+            f"`bank` chooses among several sets of statistics, got {value!r}, but `batch_stats` "
+            "keeps one set, or none. Make it by bnjax.init(..., banks=2), or leave `bank` out."
+        )
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"`bank` must be an integer or an array of integers, got {array.dtype}. Convert it "
+            "first, as in `bank.astype(jnp.int32)`."
+        )
+    others = [size for axis, size in enumerate(shape) if axis not in axes]
+    size = others[0] if others else 1
+    if array.shape not in ((), (size,)):
+        raise ValueError(
+            f"`bank` must be one number, or one for each of the {size} examples, got shape "
+            f"{array.shape}."
+        )
+    if not compat.is_traced(array):
+        wrong = sorted({int(n) for n in np.ravel(array) if not 0 <= n < banks})
+        if wrong:
+            raise ValueError(f"`bank` must lie between 0 and {banks - 1}, got {wrong}.")
+    if array.shape == () and not isinstance(array, jax.Array):
+        return int(array), banks
+    return jnp.asarray(array, jnp.int32), banks
+
+
+def classes(value: Any, size: int, number: int) -> jax.Array:
+    """Each example has a class."""
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"`classes` must be integers, got {array.dtype}. For a scale and bias of your own for "
+            "each example, call a batch norm as in norm(x, scale=g, bias=b)."
+        )
+    if array.shape != (size,):
+        raise ValueError(
+            f"`classes` must hold one class for each of the {size} examples, of shape ({size},), "
+            f"got shape {array.shape}."
+        )
+    if not compat.is_traced(array):
+        wrong = sorted({int(n) for n in np.ravel(array) if not 0 <= n < number})
+        if wrong:
+            raise ValueError(f"`classes` must lie between 0 and {number - 1}, got {wrong}.")
+    return jnp.asarray(array)
+
+
+def affine_of_examples(
+    scale: Any, bias: Any, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> dict[str, jax.Array]:
+    """A scale and a bias for each example, brought to (N, C)."""
+    found = {}
+    for name, value in (("scale", scale), ("bias", bias)):
+        if value is None:
+            continue
+        others = [a for a in range(len(shape)) if a not in axes]
+        array, features = jnp.asarray(value), tuple(shape[a] for a in axes)
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            array = array.astype(jnp.float32)
+        expected = (*(shape[a] for a in others[:1]), *features)
+        if array.ndim == len(shape) and all(array.shape[a] == 1 for a in others[1:]):
+            array = jnp.moveaxis(jnp.squeeze(array, others[1:]), others[0] if others else 0, 0)
+        array = array.reshape((1,) * (len(expected) - array.ndim) + array.shape)
+        sizes = zip(array.shape, expected, strict=False)
+        if array.ndim != len(expected) or any(n not in (1, m) for n, m in sizes) or not others:
+            raise ValueError(
+                f"`{name}` at the call must have an entry for each example and channel, of shape "
+                f"{expected}, or broadcast to it, got shape {jnp.shape(value)}."
+            )
+        found[name] = array
+    return found
+
+
+def _keys(
+    name: str, value: Any, allowed: Sequence[tuple[str, ...]], repair: str | None = None
+) -> None:
     """A flat dict of arrays has exactly the keys of one of the allowed sets."""
+    repair = repair or other_keys(name, value)
     if not isinstance(value, Mapping):
         raise TypeError(f"`{name}` must be a dict of arrays, got {type(value).__name__}. {repair}")
     if any(set(value) == set(keys) for keys in allowed):
@@ -321,10 +562,12 @@ def _keys(name: str, value: Any, allowed: Sequence[tuple[str, ...]], repair: str
     )
 
 
-def shapes(name: str, value: Mapping[str, Any], expected: tuple[int, ...]) -> None:
-    """All per-channel arrays of a tree have the shape of the channels."""
+def shapes(
+    name: str, value: Mapping[str, Any], expected: tuple[int, ...], rows: tuple[int, ...] = ()
+) -> None:
+    """All per-channel arrays of a tree have the shape of the channels; a count has that of rows."""
     got = {key: jnp.shape(leaf) for key, leaf in value.items()}
-    wrong = {key: n for key, n in got.items() if n != (() if key == "count" else expected)}
+    wrong = {key: n for key, n in got.items() if n != (rows if key == "count" else expected)}
     if wrong:
         raise ValueError(
             f"`{name}` must hold arrays of shape {expected}, one entry for each channel of the "
@@ -335,6 +578,15 @@ def shapes(name: str, value: Mapping[str, Any], expected: tuple[int, ...]) -> No
 def where(path: Sequence[str]) -> str:
     """A module path as the user would write it."""
     return f"'{'/'.join(path)}'" if any(path) else "the top of the model"
+
+
+def static(name: str, value: Any) -> None:
+    """What decides between two programs is known before either is compiled."""
+    if compat.is_traced(value):
+        raise TypeError(
+            f"`{name}` must be a Python bool, got a traced value: it decides which program is "
+            f"compiled. Make it static, as in jax.jit(f, static_argnames={name!r})."
+        )
 
 
 def mutable_statistics(mutable: bool, path: Sequence[str]) -> None:
@@ -353,10 +605,13 @@ def held(
     """A collection of a layer holds what the layer is about to use."""
     missing = sorted(set(expected) - set(given))
     if missing:
+        repair = (
+            "Pass the collection as `model.init` made it or training updated it, as in "
+            "`model.apply({'params': params, 'batch_stats': batch_stats}, x)`."
+        )
         raise ValueError(
             f"The batch norm at {where(path)} misses {missing} in `{collection}`: it has "
-            f"{sorted(given) or 'none'}. Pass the collection as `model.init` made it or training "
-            "updated it, as in `model.apply({'params': params, 'batch_stats': batch_stats}, x)`."
+            f"{sorted(given) or 'none'}. {COUNT if missing == ['count'] else repair}"
         )
 
 

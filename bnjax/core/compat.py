@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, partial_eval
 
@@ -27,6 +28,11 @@ def plain_for(x: jax.Array) -> Any:
     """A context in which batch norm is plain where x is a Taylor series of `jet`."""
     jet = sys.modules.get("jax.experimental.jet")
     return plain(plain.value or (jet is not None and isinstance(x, jet.JetTracer)))
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value stands for one in a program that is being traced."""
+    return isinstance(value, Tracer)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

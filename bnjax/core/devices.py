@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,14 @@ def pool(local: Moments, axis_name: AxisName, groups: Groups | None = None) -> M
         groups: lists of indices of that axis; the devices of each pool among themselves.
     """
     return _pool(local, _steps(names(axis_name)), table(groups))
+
+
+def total(count: chex.Numeric, axis_name: AxisName, groups: Groups | None = None) -> jax.Array:
+    """The sum over the devices that pool their moments."""
+    count = jnp.asarray(count, jnp.float32)
+    if groups is None:
+        return lax.psum(count, names(axis_name))
+    return _rows(count, _steps(names(axis_name)), table(groups)).sum(0)
 
 
 def names(axis_name: AxisName) -> tuple[str, ...]:

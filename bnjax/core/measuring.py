@@ -1,5 +1,6 @@
 """Count, mean and variance of each part of a batch, without cancellation at any mean."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,11 +10,17 @@ import jax.numpy as jnp
 
 from bnjax.core import compat, origins
 from bnjax.core.moments import Axes, Moments, deviations, kept, where, working_dtype
-from bnjax.core.partition import Parts, whole
+from bnjax.core.partition import Parts, Sharing, whole
 from bnjax.core.sums import sums
 
 
-def measure(x: chex.Array, axes: Axes, mask: chex.Array | None = None) -> Moments:
+def measure(
+    x: chex.Array,
+    axes: Axes,
+    mask: chex.Array | None = None,
+    bank: chex.Numeric | None = None,
+    banks: int | None = None,
+) -> Moments:
     """Moments of `x` over all axes but the feature axes.
 
     It reads x once; where nothing but a running mean could be its origin, as under a mask, twice
@@ -23,11 +30,20 @@ def measure(x: chex.Array, axes: Axes, mask: chex.Array | None = None) -> Moment
         x: values of any shape and dtype; integers and half precision are taken as float32.
         axes: the feature axes, non-negative and sorted.
         mask: bool, of x's rank (sizes 1 broadcast); only True positions are seen.
+        bank: the bank of x, or of each example.
+        banks: how many there are, each of which has moments of its own.
 
     Returns:
-        Moments in float32 at least, of the shape of the feature axes; zeros if no value is seen.
+        Moments in float32 at least, of the shape of the feature axes, after one axis of the banks
+        if there are any; zeros where no value is seen.
     """
-    return moments_of(whole(jnp.asarray(x), None if mask is None else jnp.asarray(mask), axes))
+    parts = whole(jnp.asarray(x), None if mask is None else jnp.asarray(mask), axes)
+    if banks is None:
+        return moments_of(parts)
+    sharing = Sharing(parts, banks=banks)
+    bank = jnp.broadcast_to(jnp.asarray(bank, jnp.int32), x.shape[sharing.batch])
+    sharing = dataclasses.replace(sharing, bank=bank)
+    return sharing.merged(moments_of(sharing.parts))
 
 
 def moments_of(parts: Parts, running: jax.Array | None = None) -> Moments:

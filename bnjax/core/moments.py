@@ -71,7 +71,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(count, origin, offset, a.m2 + b.m2 + abs2(delta) * a.count * weight)
 
 
-def remat_policy() -> Callable[..., bool]:
+def remat_policy(*applied: Any, **to: Any) -> Callable[..., bool]:
     """A policy for `jax.checkpoint` and `nn.remat`: keep what is dear, recompute what is cheap.
 
     Guide: examples/guides/numerics_and_speed.md
@@ -80,9 +80,17 @@ def remat_policy() -> Callable[..., bool]:
     backward pass reduces nothing again, and devices do not talk again. Normalization, activations
     and sums are recomputed. Between the passes stays about half of what stays without it.
 
+    Raises:
+        TypeError: it is passed on as a policy itself, without `()`.
+
     >>> from flax import linen as nn
     >>> Block = nn.remat(nn.Sequential, policy=remat_policy())
     """
+    if applied or to:
+        raise TypeError(
+            "`policy` must be what bnjax.remat_policy() returns, got the function itself. Call it, "
+            "as in nn.remat(Block, policy=bnjax.remat_policy())."
+        )
     return jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_saveable,
         jax.checkpoint_policies.save_only_these_names(_STATISTICS),

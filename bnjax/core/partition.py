@@ -1,14 +1,17 @@
-"""Who shares statistics: the whole batch, or virtual batches (ghost batch norm)."""
+"""Who shares statistics: the whole batch, virtual batches (ghost batch norm), or banks."""
 
 import dataclasses
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax.core.moments import Axes, other_axes, working_dtype
+from bnjax.core import banks
+from bnjax.core.moments import Axes, Moments, other_axes, working_dtype
+from bnjax.core.settings import Settings
 
 
 @functools.partial(
@@ -49,6 +52,19 @@ class Parts:
         """The shape of the statistics."""
         return tuple(self.x.shape[axis] for axis in self.axes)
 
+    def examples(self) -> chex.Numeric:
+        """How many examples with a value that counts each part has, beside its statistics."""
+        if not self.reduced:
+            return 1
+        axis = self.reduced[0]
+        if self.mask is None:
+            return self.x.shape[axis]
+        others = tuple(a for a in range(self.x.ndim) if a not in (axis, self.group))
+        some = jnp.any(self.mask, others, keepdims=True)
+        unseen = self.x.shape[axis] if self.mask.shape[axis] == 1 else 1
+        some = jnp.sum(some, axis, keepdims=True, dtype=jnp.float32) * unseen
+        return jnp.squeeze(some, self.reduced)
+
 
 def whole(x: jax.Array, mask: jax.Array | None, axes: Axes, group: int | None = None) -> Parts:
     """All values of a channel share its statistics."""
@@ -66,7 +82,7 @@ def virtual(x: jax.Array, mask: jax.Array | None, axes: Axes, size: int) -> Part
     known = isinstance(n, int)  # not if the shape is symbolic
     size = min(size, max(n, 1)) if known else size
     groups = (n + size - 1) // size
-    ragged = not known or n % size
+    ragged = size > 1 and (not known or n % size)
 
     def divide(array: jax.Array) -> jax.Array:
         if ragged:
@@ -88,3 +104,92 @@ def join(y: jax.Array, parts: Parts, shape: Axes) -> jax.Array:
     axis = parts.group
     merged = y.reshape(*y.shape[:axis], y.shape[axis] * y.shape[axis + 1], *y.shape[axis + 2 :])
     return merged if merged.shape == shape else lax.slice_in_dim(merged, 0, shape[axis], axis=axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """Who shares statistics in a call, and the way from those who share to each example.
+
+    Attributes:
+        whole: the values, not divided.
+        size: how many examples share, by their places; None for all.
+        bank: the bank of each example, (N,), instead; of `banks`.
+        banks: how many there are.
+    """
+
+    whole: Parts
+    size: int | None = None
+    bank: jax.Array | None = None
+    banks: int = 0
+
+    @functools.cached_property
+    def parts(self) -> Parts:
+        """The values, divided as they are measured."""
+        size = 1 if self.bank is not None else self.size
+        return self.whole if size is None else self._virtual(size)
+
+    @functools.cached_property
+    def each(self) -> Parts:
+        """The values, each example by itself."""
+        return self._virtual(1) if self.bank is None else self.parts
+
+    def _virtual(self, size: int) -> Parts:
+        return virtual(self.whole.x, self.whole.mask, self.whole.axes, size)
+
+    @property
+    def batch(self) -> int:
+        """The axis of the examples."""
+        return self.whole.reduced[0]
+
+    @property
+    def group(self) -> int | None:
+        """The axis of virtual batches in the moments; banks come first, as in their statistics."""
+        return None if self.bank is not None else self.parts.group
+
+    def near(self, running: jax.Array | None) -> jax.Array | None:
+        """The running mean where it says where the means of the parts will be."""
+        return running if self.group is None and self.bank is None else None
+
+    def merged(self, moments: Moments) -> Moments:
+        """The moments of those who share, from those of the parts."""
+        if self.bank is None:
+            return moments
+        first = jax.tree.map(lambda a: jnp.moveaxis(a, self.batch, 0) if a.ndim else a, moments)
+        return banks.merged(first, self.bank, self.banks)
+
+    def beside(self, values: jax.Array) -> jax.Array:
+        """Running statistics or parameters beside the moments of those who share."""
+        if self.bank is not None and jnp.ndim(values) == len(self.whole.axes):
+            return jnp.expand_dims(values, 0)  # one for all banks
+        return values if self.group is None else jnp.expand_dims(values, self.group)
+
+    def to_each(self, values: jax.Array) -> jax.Array:
+        """What those who share have in common, for each example; of size 1 if all share."""
+        if not jnp.ndim(values):
+            return values
+        if self.bank is not None:
+            rows = values if len(values) == 1 else banks.to_examples(values, self.bank)
+            return jnp.moveaxis(rows, 0, self.batch)
+        if self.group is None:
+            return jnp.expand_dims(values, self.batch)
+        if values.shape[self.batch] > 1:
+            values = jnp.repeat(values, self.parts.x.shape[self.batch + 1], self.batch)
+            return lax.slice_in_dim(values, 0, self.whole.x.shape[self.batch], axis=self.batch)
+        return values
+
+    def examples(self) -> chex.Numeric:
+        """How many examples those who share are, beside their statistics."""
+        found = self.parts.examples()
+        if self.bank is None:
+            return found
+        counted = jnp.broadcast_to(jnp.ravel(jnp.asarray(found, jnp.float32)), self.bank.shape)
+        totals = banks.totals(counted, self.bank, self.banks)
+        return totals.reshape(-1, *(1,) * len(self.whole.axes))
+
+
+def share(x: jax.Array, mask: jax.Array | None, bank: Any, told: Settings) -> Sharing:
+    """Who shares statistics in a call."""
+    parts = whole(x, mask, told.axes)
+    if banks.by_example(bank):
+        return Sharing(parts, bank=bank, banks=told.banks or 0)
+    return Sharing(parts, size=told.virtual_batch_size if told.measures else None)

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax.core.moments import Moments, at_least
-from bnjax.core.settings import Settings
+from bnjax.core.checks import POOLED
+from bnjax.core.devices import pool
+from bnjax.core.moments import Moments, abs2, at_least
+from bnjax.core.settings import Momentum, Settings, at
 
 Shares = tuple[chex.Numeric, chex.Numeric] | None
 
@@ -18,8 +20,35 @@ def update(
     batch_stats: dict[str, jax.Array], batch: Moments, group: int | None, settings: Settings
 ) -> dict[str, jax.Array]:
     """The running statistics, moved by those of the batch; of virtual ones by their average."""
+    if settings.pooled:
+        if group is not None:
+            batch = _united(batch, group)
+            if settings.axis_name is not None:
+                batch = pool(batch, settings.axis_name)
+        return move(batch_stats, batch, "pooled")
     shares = weights(settings.momentum)
     return _update(batch_stats, batch, shares, settings.correction, group, settings.axis_name)
+
+
+def move(
+    batch_stats: Mapping[str, jax.Array],
+    batch: Moments,
+    momentum: Momentum,
+    correction: chex.Numeric = 0,
+) -> dict[str, jax.Array]:
+    """The running statistics after one more batch, of these moments.
+
+    Args:
+        batch_stats: those before.
+        batch: the moments of the batch.
+        momentum: as for `batch_norm`.
+        correction: taken off the count in the variance, unless all values are pooled.
+    """
+    if isinstance(momentum, str):
+        return _pooled(dict(batch_stats), batch)
+    weight, _ = at(batch_stats.get("count"), momentum, None)
+    counts = batch.count > correction
+    return _decayed(batch_stats, batch.mean, batch.variance(correction), counts, weights(weight))
 
 
 def weights(momentum: chex.Numeric | None) -> Shares:
@@ -46,10 +75,10 @@ def _update(
         total = jnp.real(sums[0])
         some, counts = jnp.maximum(total, 1), total > 0
         mean, var = sums[1] / some, jnp.real(sums[2]) / some
-    return move(batch_stats, mean, var, counts, shares)
+    return _decayed(batch_stats, mean, var, counts, shares)
 
 
-def move(
+def _decayed(
     batch_stats: Mapping[str, jax.Array],
     mean: jax.Array,
     var: jax.Array,
@@ -62,19 +91,95 @@ def move(
     has seen nothing yet: its first batch counts fully, however many came before.
     """
     counts = counts & jnp.isfinite(mean) & jnp.isfinite(var)
-    updated = {}
+    updated = dict(batch_stats)
     if "count" in batch_stats:
-        # The statistics of several layers may be stacked, as by nn.scan: one count for each.
-        channels = tuple(range(jnp.ndim(batch_stats["count"]), counts.ndim))
-        updated["count"] = batch_stats["count"] + jnp.any(counts, channels).astype("int32")
+        updated["count"], channels = _counted(batch_stats, counts)
         if shares is None:
             new = (batch_stats["mean"] == 0) & (batch_stats["var"] == 1)
             seen = jnp.where(new, 1, jnp.expand_dims(jnp.maximum(updated["count"], 1), channels))
             share = 1 / seen.astype(at_least(var.dtype, batch_stats["var"]).dtype)
             shares = 1 - share, share
+        elif jnp.ndim(shares[1]):  # a schedule, by several counts
+            old, new = (jnp.expand_dims(share, channels) for share in shares)
+            shares = old, new
     assert shares is not None, "checks.trees: without a momentum there is a count"
     for key, new in (("mean", mean), ("var", var)):
         old = at_least(new.dtype if jnp.iscomplexobj(new) else jnp.float32, batch_stats[key])
         of_old, of_new = (jnp.asarray(share, old.dtype) for share in shares)
         updated[key] = jnp.where(counts, of_old * old + of_new * new.astype(old.dtype), old)
-    return {key: updated[key] for key in batch_stats}
+    return updated
+
+
+def _counted(
+    batch_stats: Mapping[str, jax.Array], counts: jax.Array
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """The number of steps after one that some channel counts, and the axes of the channels.
+
+    The statistics of several layers or banks may be stacked, as by nn.scan: one number for each.
+    """
+    channels = tuple(range(jnp.ndim(batch_stats["count"]), counts.ndim))
+    return batch_stats["count"] + jnp.any(counts, channels).astype("int32"), channels
+
+
+@jax.jit
+def _pooled(batch_stats: dict[str, jax.Array], batch: Moments) -> dict[str, jax.Array]:
+    """Mean and biased variance of all values ever seen (Chan et al. 1983).
+
+    What each batch adds is soon smaller than the last digit of a float32. So there are two of them
+    for each number, the second for the digits that the first has no room for.
+    """
+    mean, var, old = batch_stats["mean"], batch_stats["var"], batch_stats["values"]
+    count = jnp.broadcast_to(batch.count, old.shape).astype(old.dtype)
+    counts = (count > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(batch.m2)
+    share = jnp.where(counts, count / jnp.maximum(old + count, 1), 0)
+    first = old == 0
+    from_old = (batch.origin - mean) + (batch.offset - batch_stats["mean_low"])
+    from_old = jnp.where(counts, from_old, 0)
+    within = jnp.where(counts, batch.variance() - var - batch_stats["var_low"], 0)
+    between = share * (1 - share) * abs2(from_old)
+    steps = {
+        "mean": share * from_old,
+        "var": share * within + between,
+        "values": jnp.where(counts, count, 0),
+    }
+    new = dict(batch_stats)
+    if "count" in batch_stats:
+        new["count"], _ = _counted(batch_stats, counts)
+    for name, step in steps.items():
+        low = batch_stats[f"{name}_low"]
+        total, rest = _two_sum(batch_stats[name], (low + step).astype(low.dtype))
+        new[name], new[f"{name}_low"] = total, rest
+    # Of nothing and the first batch, the latter, to the last digit.
+    alone = {"mean": batch.origin + batch.offset, "var": batch.variance()}
+    alone |= {"mean_low": (batch.origin - alone["mean"]) + batch.offset, "var_low": 0 * var}
+    for name, value in alone.items():
+        new[name] = jnp.where(first & counts, value.astype(new[name].dtype), new[name])
+    return new
+
+
+def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rounded sum, and what rounding has lost (Knuth)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+def _united(batch: Moments, group: int) -> Moments:
+    """The moments of all virtual batches together."""
+    shape = batch.m2.shape
+    count = jnp.broadcast_to(batch.count, shape)
+    most = jnp.argmax(count, group, keepdims=True)
+    origin = jnp.take_along_axis(batch.origin, most, group)
+    total = jnp.sum(count, group)
+    mean = jnp.where(count > 0, (batch.origin - origin) + batch.offset, 0)
+    offset = jnp.sum(count * mean, group) / jnp.maximum(total, 1)
+    between = count * abs2(mean - jnp.expand_dims(offset, group))
+    m2 = jnp.sum(batch.m2 + between, group)
+    return Moments(total, jnp.squeeze(origin, group), offset, m2)
+
+
+def pooled_from(mean: jax.Array, var: jax.Array) -> dict[str, jax.Array]:
+    """What is kept beside mean and variance to pool all values, before the first has come."""
+    values = {"values": var, "values_low": var, "mean_low": mean, "var_low": var}
+    assert tuple(values) == POOLED
+    return {name: jnp.zeros_like(value) for name, value in values.items()}

@@ -2,19 +2,26 @@
 
 import dataclasses
 import functools
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import chex
 import jax
 
 from bnjax.core import checks
 from bnjax.core.moments import Axes
+from bnjax.core.policies import Policy
+
+Momentum = chex.Numeric | Callable[[Any], chex.Numeric] | Literal["pooled"] | None
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["eps", "momentum", "correction"],
-    meta_fields="axes by_batch moves axis_name axis_index_groups virtual_batch_size dtype".split(),
+    data_fields=["eps", "momentum", "correction", "using"],
+    meta_fields=(
+        "axes mutable tracked pooled axis_name axis_index_groups virtual_batch_size dtype"
+        " banks".split()
+    ),
 )
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -22,36 +29,81 @@ class Settings:
 
     Attributes:
         axes: the feature axes, sorted and not negative.
-        by_batch: the statistics of the batch are taken.
-        moves: the running statistics move.
+        mutable: whether the call trains.
+        tracked: whether there are running statistics.
         eps: added to the variance.
-        momentum: the weight of the new batch; None for the cumulative average.
+        momentum: the weight of the new batch, a number; None for the cumulative average.
+        pooled: instead, the running statistics are those of all values ever seen.
         correction: taken off the count in the running variance.
         axis_name: of the devices that pool their statistics; None for this one alone.
         axis_index_groups: those of them that pool among themselves; None for all.
         virtual_batch_size: how many examples share statistics; None for all.
         dtype: of the output.
+        using: the policy, with numbers in its fields; None for the default.
+        banks: how many sets of statistics there are, of which the call has one or one for each
+            example; None where there is just one.
     """
 
     axes: Axes
-    by_batch: bool
-    moves: bool
+    mutable: bool
+    tracked: bool
     eps: chex.Numeric
     momentum: chex.Numeric | None
+    pooled: bool
     correction: chex.Numeric
     axis_name: tuple[str, ...] | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
     virtual_batch_size: int | None
     dtype: jax.typing.DTypeLike
+    using: Policy | None
+    banks: int | None
+
+    @property
+    def moves(self) -> bool:
+        """Whether the running statistics move."""
+        return self.mutable and self.tracked
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether the statistics of the batch normalize, alone or with others."""
+        if self.using is not None:
+            return self.using.by_batch(self.mutable)
+        return self.mutable or not self.tracked
+
+    @property
+    def measures(self) -> bool:
+        """Whether the statistics of the batch are taken."""
+        return self.by_batch or self.moves
 
     def checked(self, x: jax.Array) -> Self:
         """The same, if it makes sense together, for this input."""
-        checks.momentum(self.momentum)
-        checks.eps(self.eps, training=self.by_batch)
+        checks.policy(self.using, Policy)
+        checks.has_running(self.tracked or self.using is None, self.using)
+        checks.eps(self.eps, training=self.measures)
         checks.correction(self.correction)
         checks.virtual_batch_size(self.virtual_batch_size, self.axis_index_groups)
-        if self.by_batch:
+        if self.measures:
             devices = checks.devices(self.axis_name, self.axis_index_groups)
-            size = self.virtual_batch_size
-            checks.several_values(x, self.axes, devices, self.correction, size)
+            if self.moves or self.using is None:
+                size = self.virtual_batch_size
+                checks.several_values(x, self.axes, devices, self.correction, size)
         return self
+
+
+def counts(momentum: Momentum, using: Policy | None) -> bool:
+    """Whether a setting goes by the number of training steps, which is then kept."""
+    scheduled = momentum is None or callable(momentum)
+    return scheduled or (using is not None and using.counts)
+
+
+def at(count: Any, momentum: Momentum, using: Policy | None) -> tuple[Any, Policy | None]:
+    """Momentum and policy after so many training steps: numbers where they were functions."""
+    checks.momentum(momentum)
+    checks.policy(using, Policy)
+    if callable(momentum):
+        checks.has_count(count is not None, f"momentum={momentum}")
+        momentum = momentum(count)
+    if using is not None and using.counts:
+        checks.has_count(count is not None, f"using={using}")
+        using = using.at(count)
+    return momentum, using

@@ -1,7 +1,8 @@
 """Flax linen layers: PyTorch's `BatchNorm1d/2d/3d`, and a drop-in for `flax.linen.BatchNorm`."""
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import chex
 import jax
@@ -13,7 +14,9 @@ from jax.nn.initializers import ones, zeros
 
 from bnjax.core import checks
 from bnjax.core.devices import AxisName, Groups
-from bnjax.layers import conventions, modes
+from bnjax.core.policies import Policy
+from bnjax.core.settings import Momentum
+from bnjax.layers import arguments, conventions, modes
 
 _COLLECTION = "batch_stats"
 
@@ -21,9 +24,16 @@ _COLLECTION = "batch_stats"
 class _Layer(nn.Module):
     """What both conventions share: it owns variables and calls the core."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A layer, if it has these arguments."""
+        if kwargs:
+            arguments.constructed(cls, args, kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        conventions.check(self)
         super().__post_init__()
+        with conventions.naming(self, _place(self)):
+            conventions.check(self)
 
     @nn.compact
     def __call__(
@@ -32,6 +42,9 @@ class _Layer(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: chex.Array | None = None,
+        bank: int | str | chex.Array | None = None,
+        scale: chex.Array | None = None,
+        bias: chex.Array | None = None,
     ) -> jax.Array:
         """Normalize `x` per channel, and move the running statistics unless they are used.
 
@@ -41,6 +54,11 @@ class _Layer(nn.Module):
             use_running_average: as the attribute; give it here or there.
             mask: bool, broadcastable to `x`: statistics are over the True positions only.
                 `BatchNorm` takes numbers too: those that are not zero count.
+            bank: of a layer with `banks`: the name or number of one, or an int32 array of shape
+                (N,), one for each example.
+            scale: of each example, (N, C) or broadcastable: multiplied after the learned scale and
+                bias.
+            bias: of each example, likewise: added last.
 
         Returns:
             The normalized input, of x's shape, and of x's dtype unless `dtype` says otherwise.
@@ -51,12 +69,29 @@ class _Layer(nn.Module):
                 PyTorch's convention, one value per channel in training.
             TypeError: in PyTorch's convention, an integer or complex input.
         """
-        with conventions.naming(self, f"at {checks.where(self.path)}"):
-            return _normalize(self, jnp.asarray(x), use_running_average, mask)
+        with conventions.naming(self, _place(self)):
+            given = {"bank": bank, "scale": scale, "bias": bias}
+            return _normalize(self, jnp.asarray(x), use_running_average, mask, given)
+
+
+def _place(layer: Any) -> str:
+    """Where the layer is; nowhere unless it is in a model or is one that is applied."""
+    if layer.scope is not None and layer.name is not None:
+        return f"at {checks.where(layer.path)}"
+    parent = getattr(layer.parent, "scope", None)
+    if layer.scope is not None or parent is None:
+        return f"at {checks.where(())}" if layer.scope is not None else ""
+    return f"in {checks.where(layer.parent.path)}"
+
+
+# Around what Flax has wrapped around it, which refuses a layer without variables.
+_Layer.__call__ = arguments.checked(_Layer.__call__, _place)
 
 
 # Functions, not methods: what Flax calls a method, it tabulates as a call of its own.
-def _normalize(layer: Any, x: jax.Array, at_call: bool | None, mask: Any) -> jax.Array:
+def _normalize(
+    layer: Any, x: jax.Array, at_call: bool | None, mask: Any, given: dict[str, Any]
+) -> jax.Array:
     """Normalize x with the variables of the layer, and move them unless it evaluates."""
     conventions.check_input(layer, x, any_rank="bnjax.linen.BatchNorm")
     running = _uses_running(layer, at_call)
@@ -67,6 +102,7 @@ def _normalize(layer: Any, x: jax.Array, at_call: bool | None, mask: Any) -> jax
         held = layer.variables.get(collection, {})
         if not new and (held or not layer.is_mutable_collection(collection)):
             checks.held(collection, held, expected, layer.path)
+            names[collection] = conventions.with_kept(expected, held)
     stats = {
         name: layer.variable(
             _COLLECTION,
@@ -76,17 +112,24 @@ def _normalize(layer: Any, x: jax.Array, at_call: bool | None, mask: Any) -> jax
         for name in names[_COLLECTION]
     }
     params = {
-        name: layer.param(name, getattr(layer, f"{name}_init"), shape, layer.param_dtype)
+        name: layer.param(
+            name,
+            conventions.initializer(layer, name),
+            conventions.parameter_shape(layer, name, shape),
+            layer.param_dtype,
+        )
         for name in names["params"]
     }
     values = {name: stat.value for name, stat in stats.items()}
-    settings: dict[str, Any] = {"dtype": layer.dtype, "mask": mask}
+    settings: dict[str, Any] = {"dtype": layer.dtype, "mask": mask, **given}
     if not conventions.is_torch(layer):
         typed = (jnp.zeros((), layer.param_dtype) for _ in params)
         settings["dtype"] = canonicalize_dtype(x, *typed, dtype=layer.dtype)
         settings["mask"] = None if mask is None else jnp.asarray(mask, bool)
     if new:
-        settings |= {"axis_name": None, "axis_index_groups": None}
+        settings |= {"axis_name": None, "axis_index_groups": None, "using": None}
+        if layer.banks is not None and given["bank"] is None:
+            settings["bank"] = 0
         if running and not values:
             values = {"mean": jnp.zeros(shape), "var": jnp.ones(shape), "count": jnp.array(0)}
     y, moved = conventions.normalize(layer, params, values, x, mutable=not running, **settings)
@@ -100,6 +143,7 @@ def _uses_running(layer: Any, at_call: bool | None) -> bool:
     """The mode: as given to the constructor or the call, or what `mutable` says of it."""
     checks.given_once(layer.use_running_average, at_call)
     running = layer.use_running_average if at_call is None else at_call
+    checks.static("use_running_average", running)
     new, torch = layer.is_initializing(), conventions.is_torch(layer)
     if running is False and (layer.track_running_stats if torch else not new):
         checks.mutable_statistics(layer.is_mutable_collection(_COLLECTION), layer.path)
@@ -116,8 +160,8 @@ class TorchBatchNorm(_Layer):
 
     num_features: int | None = None
     eps: float = 1e-5
-    momentum: float | None = 0.1
-    affine: bool = True
+    momentum: Momentum = 0.1
+    affine: bool | Literal["own", "both"] = True
     track_running_stats: bool = True
     _: dataclasses.KW_ONLY
     axis: int = -1
@@ -125,6 +169,8 @@ class TorchBatchNorm(_Layer):
     axis_name: AxisName | None = None
     axis_index_groups: Groups | None = None
     virtual_batch_size: int | None = None
+    using: Policy | None = None
+    banks: int | Sequence[str] | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     scale_init: Initializer = ones
@@ -158,8 +204,11 @@ class BatchNorm2d(TorchBatchNorm):
         num_features: number of channels, C; None takes it from the first input.
         eps: added to the variance.
         momentum: weight of the new batch in the running statistics (PyTorch's convention: one
-            minus Flax's); None for the cumulative average over all batches.
-        affine: learn `scale` and `bias`, in the collection `params`.
+            minus Flax's); None for the cumulative average over all batches; a function of the
+            number of training steps, such as a schedule of optax, or `bnjax.policies.Debiased`;
+            "pooled" for mean and variance of all values ever seen, as one set.
+        affine: learn `scale` and `bias`, in the collection `params`. With banks, True shares them,
+            "own" has one of each for each bank, and "both" adds `bank_scale` and `bank_bias`.
         track_running_stats: keep `mean` and `var` in `batch_stats`. Without them each batch is
             normalized by its own statistics, in evaluation too.
         axis: the channel axis: -1 for channels last, 1 for NCHW.
@@ -168,6 +217,10 @@ class BatchNorm2d(TorchBatchNorm):
         axis_name: name of a mapped axis, or several: statistics of all its devices together.
         axis_index_groups: lists of indices of that axis: statistics pooled within each.
         virtual_batch_size: groups of this many examples, each normalized by itself in training.
+        using: what normalizes, if it is neither the batch in training nor the running statistics in
+            evaluation: a policy of `bnjax.policies`, such as `Renorm()`.
+        banks: keep several sets of statistics, by number or by names, such as
+            `("source", "target")`, of which each call, or each example, uses and moves one.
         dtype: dtype of the output; that of the input if None.
         param_dtype: dtype of `scale` and `bias`; the statistics are float32 at least.
         scale_init: initializer of `scale`.
@@ -212,16 +265,19 @@ class BatchNorm(_Layer):
         force_float32_reductions: False keeps the running statistics in `param_dtype`, otherwise
             they are float32 at least; the batch's are taken in float32 at least all the same.
         virtual_batch_size: bnjax's own: groups of this many examples, each normalized by itself.
+        using: bnjax's own, as for `BatchNorm2d`.
+        banks: bnjax's own, as for `BatchNorm2d`; then `use_bias` and `use_scale` may be "own" or
+            "both".
     """
 
     use_running_average: bool | None = None
     axis: Axes = -1
-    momentum: float = 0.99
+    momentum: Momentum = 0.99
     epsilon: float = 1e-5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
+    use_bias: bool | Literal["own", "both"] = True
+    use_scale: bool | Literal["own", "both"] = True
     bias_init: Initializer = zeros
     scale_init: Initializer = ones
     axis_name: AxisName | None = None
@@ -230,3 +286,5 @@ class BatchNorm(_Layer):
     force_float32_reductions: bool = True
     _: dataclasses.KW_ONLY
     virtual_batch_size: int | None = None
+    using: Policy | None = None
+    banks: int | Sequence[str] | None = None

@@ -1,8 +1,10 @@
 """Flax nnx layers: PyTorch's `BatchNorm1d/2d/3d`, a drop-in for `flax.nnx.BatchNorm`."""
 
+import functools
+import sys
 import types
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import chex
 import jax
@@ -15,7 +17,9 @@ from jax.nn.initializers import ones, zeros
 
 from bnjax.core import checks
 from bnjax.core.devices import AxisName, Groups
-from bnjax.layers import conventions, modes
+from bnjax.core.policies import Policy
+from bnjax.core.settings import Momentum
+from bnjax.layers import arguments, conventions, modes
 
 
 class _Layer(nnx.Module):
@@ -29,12 +33,21 @@ class _Layer(nnx.Module):
     scale: Any
     bias: Any
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A layer, if it has these arguments."""
+        if args or kwargs:  # there are none when it is copied
+            arguments.constructed(cls, args, kwargs)
+        return super().__new__(cls)
+
     def __call__(
         self,
         x: chex.Array,
         use_running_average: bool | None = None,
         *,
         mask: chex.Array | None = None,
+        bank: int | str | chex.Array | None = None,
+        scale: chex.Array | None = None,
+        bias: chex.Array | None = None,
     ) -> jax.Array:
         """Normalize `x` per channel, and move the running statistics unless they are used.
 
@@ -43,6 +56,11 @@ class _Layer(nnx.Module):
                 rank and dtype for `BatchNorm`.
             use_running_average: the mode of this call; it wins over that of the layer.
             mask: bool, broadcastable to `x`: statistics are over the True positions only.
+            bank: of a layer with `banks`: the name or number of one, or an int32 array of shape
+                (N,), one for each example.
+            scale: of each example, (N, C) or broadcastable: multiplied after the learned scale and
+                bias.
+            bias: of each example, likewise: added last.
 
         Returns:
             The normalized input, of x's shape.
@@ -53,11 +71,11 @@ class _Layer(nnx.Module):
                 channel in training.
             TypeError: a mask that is not boolean, or, in PyTorch's convention, integer input.
         """
-        with conventions.naming(self, f"of {self.num_features} features"):
+        with conventions.naming(self, functools.partial(_place, self)):
+            given = {"mask": mask, "bank": bank, "scale": scale, "bias": bias}
             at_call = use_running_average
-            return _normalize(
-                self, jnp.asarray(x), self.use_running_average if at_call is None else at_call, mask
-            )
+            running = self.use_running_average if at_call is None else at_call
+            return _normalize(self, jnp.asarray(x), running, given)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Set the mode of a view of the layer; `nnx.view` calls it.
@@ -69,6 +87,22 @@ class _Layer(nnx.Module):
             self.use_running_average = use_running_average
 
 
+def _place(layer: Any) -> str:
+    """Where the layer is in the outermost model that is being called; its size, if in none."""
+    frame, models = sys._getframe(), []
+    while frame is not None:
+        models += [value for value in (*frame.f_locals.values(),) if isinstance(value, nnx.Module)]
+        frame = frame.f_back
+    for model in reversed(models):
+        for path, module in nnx.iter_modules(model):
+            if module is layer and path:
+                return f"at {checks.where([str(key) for key in path])}"
+    return f"of {layer.num_features} features"
+
+
+_Layer.__call__ = arguments.checked(_Layer.__call__, _place)
+
+
 def _make_variables(layer: Any, rngs: nnx.Rngs, **makers: tuple[Initializer, Any]) -> None:
     """Make the variables of a checked layer; those that it does without are None, as in Flax."""
     conventions.check(layer)
@@ -78,26 +112,37 @@ def _make_variables(layer: Any, rngs: nnx.Rngs, **makers: tuple[Initializer, Any
     for name, (make, metadata) in makers.items():
         made[name] = None
         if name in conventions.parameters(layer):
-            value = make(rngs.params(), (layer.num_features,), layer.param_dtype)
-            made[name] = nnx.Param(value, **metadata)
+            shape = conventions.parameter_shape(layer, name, (layer.num_features,))
+            made[name] = nnx.Param(make(rngs.params(), shape, layer.param_dtype), **metadata)
+    for name in conventions.parameters(layer):
+        if name not in made:  # those of banks, beside the ones that they share
+            shape = conventions.parameter_shape(layer, name, (layer.num_features,))
+            made[name] = nnx.Param(jnp.zeros(shape, layer.param_dtype))
     for name, variable in made.items():
         setattr(layer, name, nnx.data(variable))
 
 
-def _normalize(layer: Any, x: jax.Array, running: bool | None, mask: Any) -> jax.Array:
+def _static(banks: Any) -> Any:
+    """Names as a tuple: nnx takes a list for data."""
+    return tuple(banks) if isinstance(banks, list) else banks
+
+
+def _normalize(layer: Any, x: jax.Array, running: bool | None, given: dict[str, Any]) -> jax.Array:
     """Normalize x with the variables of the layer, and move them unless it evaluates."""
     conventions.check_input(layer, x, any_rank="bnjax.nnx.BatchNorm")
     checks.given(running)
+    checks.static("use_running_average", running)
     names = conventions.statistics(layer)
     torch = conventions.is_torch(layer)
     if names and not running:
         modes.check_bridge(drop_in=not torch)
     params, stats = (
         {name: held for name in group if (held := getattr(layer, name, None)) is not None}
-        for group in (("scale", "bias"), names)
+        for group in (conventions.parameters(layer), names)
     )
     checks.present(names, stats)
-    settings: dict[str, Any] = {"dtype": layer.dtype, "mask": mask}
+    stats |= {name: getattr(layer, name) for name in conventions.with_kept((), vars(layer))}
+    settings: dict[str, Any] = {"dtype": layer.dtype, **given}
     if not torch:
         settings["dtype"] = _output_dtype(layer, x, {**params, **stats})
     params, values = (
@@ -134,8 +179,8 @@ class TorchBatchNorm(_Layer):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
+        momentum: Momentum = 0.1,
+        affine: bool | Literal["own", "both"] = True,
         track_running_stats: bool = True,
         *,
         axis: int = -1,
@@ -143,6 +188,8 @@ class TorchBatchNorm(_Layer):
         axis_name: AxisName | None = None,
         axis_index_groups: Groups | None = None,
         virtual_batch_size: int | None = None,
+        using: Policy | None = None,
+        banks: int | Sequence[str] | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         scale_init: Initializer = ones,
@@ -159,6 +206,8 @@ class TorchBatchNorm(_Layer):
         self.axis_name = axis_name
         self.axis_index_groups = axis_index_groups
         self.virtual_batch_size = virtual_batch_size
+        self.using = using
+        self.banks = _static(banks)
         self.dtype = dtype
         self.param_dtype = param_dtype
         _make_variables(self, rngs, scale=(scale_init, {}), bias=(bias_init, {}))
@@ -180,7 +229,9 @@ class BatchNorm2d(TorchBatchNorm):
     variables to half precision. In a linen model, by `nnx.bridge.ToLinen`, it can train only where
     `batch_stats` are mutable.
 
-    Attributes: those of `bnjax.linen.BatchNorm2d`, with these words to add:
+    The attributes are those of `bnjax.linen.BatchNorm2d`, with these words to add.
+
+    Attributes:
         num_features: number of channels, C; nnx makes a layer before it sees an input.
         use_running_average: the mode: True after `.eval()`, False after `.train()`; the argument of
             a call wins over it.
@@ -211,12 +262,17 @@ class BatchNorm(_Layer):
     float32 whatever `dtype` says; NaN under a mask stays there, and a batch without a finite mean
     and variance moves nothing.
 
-    Attributes: those of `flax.nnx.BatchNorm`, with these words to add:
+    The attributes are those of `flax.nnx.BatchNorm`, with these words to add.
+
+    Attributes:
         momentum: weight of the old statistics (Flax's convention: one minus PyTorch's).
         axis_name: statistics of all devices of the axis together, by count, where Flax averages the
             devices' means.
         use_fast_variance: accepted, and without effect: the variance is both fast and exact.
         promote_dtype: takes part in the dtype of the output, and in nothing else.
+        using: bnjax's own, as for `BatchNorm2d`.
+        banks: bnjax's own, as for `BatchNorm2d`; then `use_bias` and `use_scale` may be "own" or
+            "both".
 
     Guide: examples/guides/conventions.md
     """
@@ -227,12 +283,12 @@ class BatchNorm(_Layer):
         *,
         use_running_average: bool | None = False,
         axis: Axes = -1,
-        momentum: float = 0.99,
+        momentum: Momentum = 0.99,
         epsilon: float = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
+        use_bias: bool | Literal["own", "both"] = True,
+        use_scale: bool | Literal["own", "both"] = True,
         bias_init: Initializer = zeros,
         scale_init: Initializer = ones,
         axis_name: AxisName | None = None,
@@ -242,6 +298,8 @@ class BatchNorm(_Layer):
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = types.MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = types.MappingProxyType({}),
+        using: Policy | None = None,
+        banks: int | Sequence[str] | None = None,
     ) -> None:
         self.num_features = num_features
         self.use_running_average = use_running_average
@@ -256,5 +314,7 @@ class BatchNorm(_Layer):
         self.axis_index_groups = axis_index_groups
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
+        self.using = using
+        self.banks = _static(banks)
         scale, bias = (scale_init, scale_metadata), (bias_init, bias_metadata)
         _make_variables(self, rngs, scale=scale, bias=bias)

@@ -20,7 +20,7 @@ from bnjax.core import compat
 from bnjax.core.devices import pool
 from bnjax.core.measuring import measure
 from bnjax.core.moments import Moments, merge, working_dtype
-from bnjax.core.running import move, weights
+from bnjax.core.running import move
 from bnjax.core.sharding import on_auto_axes
 from bnjax.models import checks
 from bnjax.models.conventions import Facts
@@ -125,11 +125,14 @@ def _with_call(stats: dict[str, Any], visit: Visit) -> dict[str, Any]:
     x, mask = jnp.asarray(visit.x), visit.mask
     mask = None if mask is None else checks.mask(jnp.asarray(mask, bool), x.shape)
     add = functools.partial(_add, axes=visit.axes, devices=visit.devices)
-    return on_auto_axes(add, (stats, x, mask), x, like=stats)
+    return on_auto_axes(add, (stats, x, mask, visit.bank), x, like=stats)
 
 
-def _add(stats: dict[str, Any], x: Any, mask: Any, *, axes: Any, devices: Any) -> dict[str, Any]:
-    batch, (axis_name, groups) = measure(x, axes, mask), devices
+def _add(
+    stats: dict[str, Any], x: Any, mask: Any, bank: Any, *, axes: Any, devices: Any
+) -> dict[str, Any]:
+    banks = None if bank is None else len(stats["mean"])
+    batch, (axis_name, groups) = measure(x, axes, mask, bank, banks), devices
     if axis_name is not None:
         batch = pool(batch, axis_name, groups)
     shape, last, new = batch.m2.shape, _calls(stats) - 1, {}
@@ -174,10 +177,8 @@ def finish(accumulated: Any, measured: Mapping[Path, Facts]) -> Any:
         if path not in measured:
             return kept
         new, does = kept, measured[path]
-        for call in _by_call(stats):  # each call moves them, as in a plain forward pass
-            enough = call.count > does.correction
-            var = call.variance(does.correction)
-            new = move(new, call.mean, var, enough, weights(does.momentum))
+        for call in _by_call(stats):  # each moves the statistics, as in a plain forward pass
+            new = move(new, call, does.momentum, does.correction)
         return {name: new[name].astype(value.dtype) for name, value in kept.items()}
 
     return map_layers(settle, accumulated)

@@ -85,8 +85,8 @@ class Layout:
         return tuple(name if isinstance(name, str) else name[1] for name in self.inputs)
 
     def used(self, batch: Batch) -> dict[str, Any]:
-        """The entries of a batch that the model needs, and the mask."""
-        needed = {*self._names, "mask"} if self._names else batch.keys()
+        """The entries of a batch that the model needs, and what is known of its examples."""
+        needed = {*self._names, "mask", "bank"} if self._names else batch.keys()
         return {name: value for name, value in batch.items() if name in needed}
 
     def size(self, batch: Batch) -> int:
@@ -104,7 +104,7 @@ class Layout:
     def each(self, batch: Batch) -> dict[str, Any]:
         """For every array of a batch, whether it has one value per example."""
         size, named = self.size(batch), self.per_example
-        by_length = batch.keys() if named is None else {*self._names, "mask"}
+        by_length = batch.keys() if named is None else {*self._names, "mask", "bank"}
 
         def is_each(name: str, leaf: Any) -> bool:
             return name in (named or ()) or (name in by_length and np.shape(leaf)[:1] == (size,))

@@ -1,8 +1,9 @@
 """Checks of what a tool is given: a model, its variables, batches."""
 
 import contextlib
+import operator
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 from flax import linen as nn
+from jax.sharding import Mesh
 
+from bnjax._names import nearest
+from bnjax.core.checks import POOLED as POOLED
+from bnjax.core.checks import bank_names as bank_names
 from bnjax.core.checks import feature_axes as feature_axes
 from bnjax.core.checks import given as given
 from bnjax.core.checks import mask as mask
 from bnjax.core.checks import overriding_momentum as overriding_momentum
+from bnjax.core.checks import policy as policy
 from bnjax.core.checks import shapes as shapes
 from bnjax.core.checks import warn_once as warn_once
 from bnjax.core.checks import where
@@ -104,6 +110,15 @@ def leading_axis(lengths: list[int], shapes: list[tuple[int, ...]]) -> int:
     return lengths[0]
 
 
+def mesh(value: Any) -> None:
+    """A mesh is JAX's."""
+    if not isinstance(value, Mesh):
+        raise TypeError(
+            f"`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
+            f"{type(value).__name__}."
+        )
+
+
 def loss_and_metrics(result: Any) -> tuple[Any, dict[str, Any]]:
     """The loss and the dict of metrics, possibly empty, that a loss function returned."""
     loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
@@ -114,6 +129,12 @@ def loss_and_metrics(result: Any) -> tuple[Any, dict[str, Any]]:
             "`loss_fn` must return the loss or (loss, metrics), an array and a dict of arrays, got "
             f"a {got}."
         )
+    for name, value in {"loss": loss, **metrics}.items():
+        if not isinstance(value, jax.Array | np.ndarray | np.number | int | float):
+            raise TypeError(
+                f"`loss_fn` must return arrays, but its `{name}` is of type "
+                f"{type(value).__name__}. Does it end with `return loss` or `return loss, metrics`?"
+            )
     return loss, dict(metrics)
 
 
@@ -139,13 +160,16 @@ def has_examples(layer: Any, shape: tuple[int, ...], size: int, path: str) -> No
         )
 
 
-def step_of_schedule(step: Any, path: Any) -> Any:
-    """Require a known step number for a momentum schedule."""
+def step_of_schedule(step: Any, path: Any, what: str = "momentum") -> Any:
+    """Require a known step number for a momentum, or a policy, that is a schedule."""
     if step is None:
+        repair = "pass its value: override(paths, momentum=schedule(step))."
+        if what != "momentum":
+            repair = "pass numbers: override(paths, using=policy.at(step))."
         raise ValueError(
-            f"The momentum of the batch norm at {where(['/'.join(path)])} is a schedule, but no "
+            f"The {what} of the batch norm at {where(['/'.join(path)])} is a schedule, but no "
             "step is known here, and the layer keeps no count. Use bnjax.training.train_step or "
-            "bnjax.nnx.train_step, or pass its value: override(paths, momentum=schedule(step))."
+            f"bnjax.nnx.train_step, or {repair}"
         )
     return step
 
@@ -161,9 +185,62 @@ def number_of_calls(counted: Any, path: str) -> int:
         ) from error
 
 
+def no_banks_yet(ndim: int, path: str) -> None:
+    """A layer that gets banks has one set of statistics."""
+    if ndim > 1:
+        raise ValueError(
+            f"The batch norm at {where([path])} has statistics with {ndim} axes: it has banks "
+            "already, or several feature axes. Leave it out by `paths`."
+        )
+
+
+def one_bank(
+    bank: Any, banks: int | Sequence[str] | None, named: Collection[tuple[str, ...]]
+) -> tuple[int | None, int]:
+    """How many banks there are, if that is known, and the number of one of them."""
+    if not isinstance(bank, str):
+        index = operator.index(bank)
+        return (banks if banks is None or isinstance(banks, int) else len(banks)), index
+    if isinstance(banks, int):
+        banks = tuple(map(str, range(banks)))
+    known = [each for each in named if bank in each] if banks is None else [tuple(banks)]
+    if banks is not None and bank not in known[0]:
+        raise ValueError(f"There is no bank {bank!r}; the banks are {list(known[0])}.")
+    if len(known) != 1:
+        found = f"several layers name theirs {known}" if known else "no layer has told its names"
+        raise ValueError(
+            f"Which bank is {bank!r}? Here {found}. Pass all names in their order, as in "
+            f"banks=({bank!r}, 'other'), or the number of the bank."
+        )
+    return len(known[0]), known[0].index(bank)
+
+
+def bank_is_there(index: int, banks: int, path: str) -> None:
+    """A layer has a bank of that number."""
+    if not 0 <= index < banks:
+        raise ValueError(
+            f"`bank` must lie between 0 and {banks - 1}, the banks of the batch norm at "
+            f"{where([path])}, got {index}."
+        )
+
+
+def some_banks(some: bool) -> None:
+    """Variables from which a bank is taken have some."""
+    if not some:
+        raise ValueError(
+            "`variables` must have batch norms with banks, statistics of shape (K, C), but have "
+            "none. bnjax.to_banks makes them."
+        )
+
+
+def is_initializing(layer: Any) -> bool:
+    """Whether a linen layer makes its variables."""
+    return isinstance(layer, nn.Module) and layer.is_initializing()
+
+
 def poolable(layer: Any, statistics: Collection[str], path: str) -> None:
     """Require a layer that keeps nothing but moments, which can be pooled."""
-    if others := sorted({*statistics} - {"mean", "var", "count"}):
+    if others := sorted({*statistics} - {"mean", "var", "count", *POOLED}):
         raise ValueError(
             f"Beside its mean and variance the {type(layer).__name__} at {where([path])} keeps "
             f"{others}, of which it is not known what they are after micro-batches. Train with "
@@ -173,16 +250,20 @@ def poolable(layer: Any, statistics: Collection[str], path: str) -> None:
 
 def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
     """An override names fields that batch norm layers have."""
-    unknown = sorted(set(fields) - known)
-    if unknown or not fields:
+    if not fields:
         raise TypeError(
-            f"An override takes fields of batch norm layers, {sorted(known)}, got {unknown}."
+            "`override` must be given at least one setting, got none, as in override('encoder/**', "
+            "momentum=0.01)."
         )
+    for name in sorted(set(fields) - known):
+        close = nearest(name, known)
+        hint = f"Did you mean `{close}`?" if close else f"There are {', '.join(sorted(known))}."
+        raise TypeError(f"`override` takes settings of batch norm layers, got `{name}`. {hint}")
 
 
 def layer_has_fields(layer: Any, told: Any, fields: Mapping[str, Any], path: str) -> None:
     """Require that the layer has the fields; the conventions differ in some names."""
-    missing = sorted(name for name in fields if not hasattr(told, name))
+    missing = sorted(name for name in fields if name != "using" and not hasattr(told, name))
     if missing:
         raise TypeError(
             f"The {type(layer).__name__} at {where([path])} has no field {missing}. "

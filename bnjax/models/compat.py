@@ -7,6 +7,8 @@ from flax import nnx
 from flax.core.scope import in_filter, union_filters
 from jax.core import Tracer
 
+from bnjax.core.compat import is_traced
+
 __all__ = [
     "in_filter",
     "is_mapped",
@@ -37,11 +39,6 @@ def is_mapped(axis_name: str) -> bool:
     except NameError:
         return False
     return True
-
-
-def is_traced(value: Any) -> bool:
-    """Whether a value is a tracer of a program that is being traced."""
-    return isinstance(value, Tracer)
 
 
 def is_tracing() -> bool:

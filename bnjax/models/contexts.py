@@ -11,9 +11,33 @@ import contextlib
 import threading
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 from bnjax.core.compat import context
 from bnjax.models.conventions import knowledge
+
+
+class Reentrant(contextlib.ContextDecorator):
+    """A context that can be entered again, at the same time too, by other threads and tasks."""
+
+    def _entered(self) -> contextlib.AbstractContextManager[None]:
+        """What one `with` block is."""
+        raise NotImplementedError
+
+    def __enter__(self) -> None:
+        """Let it hold."""
+        context = self._entered()
+        context.__enter__()
+        _inside.set((*_inside.get(), (self, context)))
+
+    def __exit__(self, *error: Any) -> bool | None:
+        """End it."""
+        mine = [each for each in _inside.get() if each[0] is self][-1]
+        _inside.set(tuple(each for each in _inside.get() if each is not mine))
+        return mine[1].__exit__(*error)
+
+
+_inside: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("bnjax.inside", default=())
 
 
 class Frame:

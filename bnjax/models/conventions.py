@@ -7,11 +7,13 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 from flax.typing import Axes
 
 from bnjax.core.devices import AxisName, Groups
+from bnjax.core.policies import Policy
 from bnjax.layers import conventions
 from bnjax.layers import linen as linen_layers
 from bnjax.layers import nnx as nnx_layers
@@ -98,6 +100,8 @@ class Facts:
         axis_name: the mapped axes whose devices it pools.
         axis_index_groups: groups of these.
         virtual_batch_size: the size of the groups that are normalized by themselves.
+        using: the policy that says what normalizes; None for the default.
+        banks: how many sets of statistics it keeps, or their names; None for one.
     """
 
     layer: str
@@ -113,11 +117,24 @@ class Facts:
     axis_name: AxisName | None
     axis_index_groups: Groups | None
     virtual_batch_size: int | None
+    using: Policy | None
+    banks: int | tuple[str, ...] | None
 
     @property
     def momentum(self) -> Any:
-        """Weight of a new batch in the running statistics; None for the average of all."""
-        return 1 - self.written if self.flax else self.written
+        """What moves the running statistics, as `bnjax.batch_norm` takes it."""
+        return conventions.of_torch(self.written) if self.flax else self.written
+
+    @property
+    def weight(self) -> float | None:
+        """The weight of a new batch in the running statistics, where it is always the same."""
+        momentum = self.momentum
+        return float(momentum) if isinstance(momentum, int | float | np.number) else None
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether it normalizes with the batch where it evaluates."""
+        return self.using is not None and (self.using.by_batch(False) or self.using.per_example)
 
 
 def facts(
@@ -135,8 +152,13 @@ def facts(
         by_mutability=torch and isinstance(layer, nn.Module),
         affine=conventions.parameters(told),
         written=told.momentum,
+        banks=_names(getattr(told, "banks", None)),
         **settings,
     )
+
+
+def _names(banks: Any) -> Any:
+    return tuple(banks) if isinstance(banks, list | tuple) else banks
 
 
 class _Told:
@@ -147,6 +169,10 @@ class _Told:
 
     def __getattr__(self, name: str) -> Any:
         return self._fields[name] if name in self._fields else getattr(self._layer, name)
+
+
+# The fields with which a batch norm is frozen: it uses its running statistics, and they stay.
+FROZEN: Mapping[str, Any] = types.MappingProxyType({"use_running_average": True, "using": None})
 
 
 class Frozen(nnx.Module):

@@ -1,6 +1,7 @@
 """Frames around a running model: settings of its batch norms, and visitors of their calls."""
 
-from collections.abc import Callable, Hashable, Mapping
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -10,25 +11,52 @@ from bnjax.models.compat import is_tracing
 from bnjax.models.contexts import Frame, active
 from bnjax.models.conventions import Facts
 
+# Patterns, and names of fields, that fitted a batch norm while a program was traced. Called again,
+# it is not traced, and nothing is met. They are the user's own words, so they are few.
+_fitted: set[tuple[str, frozenset[str]]] = set()
+
 
 class Settings(Frame):
     """Fields for the batch norms whose path matches, while it is active.
 
     Attributes:
+        of_nnx: whether it is for the layers of an nnx model, and for no others.
         met: the paths of the batch norms that were called.
         traced: those that were called while tracing, and may run compiled without a call.
     """
 
-    def __init__(self, key: Hashable, patterns: tuple[str, ...], fields: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        key: Hashable,
+        patterns: tuple[str, ...],
+        fields: Mapping[str, Any],
+        of_nnx: bool = False,
+    ) -> None:
         super().__init__(key)
-        self.fields = fields
+        self.fields, self.of_nnx = fields, of_nnx
         self.matchers = {pattern: globs.matcher(pattern) for pattern in patterns}
         self.met: set[str] = set()
         self.traced: set[str] = set()
 
     def again(self) -> "Settings":
         """A copy, to activate elsewhere."""
-        return Settings(self.key, tuple(self.matchers), self.fields)
+        return Settings(self.key, tuple(self.matchers), self.fields, self.of_nnx)
+
+    @contextlib.contextmanager
+    def each_fits(self) -> Iterator[None]:
+        """A context after which each pattern must have matched a batch norm that was called."""
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            for pattern, fits in self.matchers.items():
+                words = pattern, frozenset(self.fields)
+                if any(map(fits, self.traced)):
+                    _fitted.add(words)
+                if not failed:
+                    fitting = any(map(fits, self.met)) or words in _fitted
+                    globs.check_fits(pattern, fitting, self.met, unknown=self.strangers)
 
     def meet(self, path: str) -> Mapping[str, Any]:
         """The fields for a batch norm that is being called."""
@@ -47,11 +75,16 @@ class Visitor(Frame):
 
 
 class Examples(Frame):
-    """A mask, bool (N,), of the examples that count in batch norms while it is active."""
+    """What is known of the examples while it is active.
 
-    def __init__(self, mask: chex.Array) -> None:
+    Attributes:
+        mask: which count, bool (N,); None for all.
+        bank: the bank of each, int32 (N,), or of all; None if nobody said.
+    """
+
+    def __init__(self, mask: chex.Array | None, bank: chex.Array | None) -> None:
         super().__init__(object())
-        self.mask = mask
+        self.mask, self.bank = mask, bank
 
 
 class Met(NamedTuple):

@@ -147,19 +147,26 @@ class Copy:
 
     def _leaves(self, model: nnx.Module) -> dict[tuple[Any, ...], dict[Path, Any]]:
         """The arrays in each variable, by the keys of the variable: one, if it holds no tree."""
-        return {
-            keys: {
-                (_collection(leaf), *_names(keys), *_names(inner)): array
-                for inner, array in tree_flatten_with_path(leaf.get_raw_value())[0]
-            }
-            for keys, leaf in nnx.to_flat_state(nnx.state(model))
-            if isinstance(leaf, nnx.Variable)
-            and (self._training or not isinstance(leaf, nnx.RngState))
-            and not isinstance(leaf, nnx.Intermediate)
-        }
+        return _held(nnx.state(model), random=self._training)
 
     def _modules(self) -> dict[Path, nnx.Module]:
         return {_names(keys): module for keys, module in modules_of(self.model)}
+
+
+def arrays_of(state: nnx.State) -> dict[Path, Any]:
+    """The arrays of a state, by collection and path as `Copy.variables` has them."""
+    return {key: array for held in _held(state).values() for key, array in held.items()}
+
+
+def with_arrays(state: nnx.State, arrays: Mapping[Path, Any]) -> nnx.State:
+    """A state with other arrays in the place of some; the other variables are the same objects."""
+    leaves, held = dict(nnx.to_flat_state(state)), _held(state)
+    for keys, own in held.items():
+        if own.keys() & arrays:
+            structure = tree_structure(leaves[keys].get_raw_value())
+            new = structure.unflatten([arrays.get(key, array) for key, array in own.items()])
+            leaves[keys] = leaves[keys].replace(new)
+    return nnx.from_flat_state(leaves.items())
 
 
 def restored(model: nnx.Module, checkpoint: Mapping[str, Any]) -> nnx.State:
@@ -173,6 +180,20 @@ def restored(model: nnx.Module, checkpoint: Mapping[str, Any]) -> nnx.State:
     checks.tree_fits(_shapes(arrays), _shapes(held))
     held = {keys: leaf.replace(jnp.asarray(arrays[_names(keys)])) for keys, leaf in held.items()}
     return nnx.from_flat_state((leaves | held).items())
+
+
+def _held(state: nnx.State, *, random: bool = False) -> dict[tuple[Any, ...], dict[Path, Any]]:
+    """The arrays in each variable of a state, by the keys of the variable."""
+    return {
+        keys: {
+            (_collection(leaf), *_names(keys), *_names(inner)): array
+            for inner, array in tree_flatten_with_path(leaf.get_raw_value())[0]
+        }
+        for keys, leaf in nnx.to_flat_state(state)
+        if isinstance(leaf, nnx.Variable)
+        and (random or not isinstance(leaf, nnx.RngState))
+        and not isinstance(leaf, nnx.Intermediate)
+    }
 
 
 def _collection(leaf: nnx.Variable) -> str:

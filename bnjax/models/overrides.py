@@ -3,28 +3,23 @@
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Hashable
-from contextvars import ContextVar
-from types import TracebackType
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from bnjax import globs
+from bnjax.core.policies import Policy
 from bnjax.models import checks
-from bnjax.models.conventions import OWN_LINEN
+from bnjax.models.contexts import Reentrant
+from bnjax.models.conventions import FROZEN, OWN_LINEN
 from bnjax.models.frames import Settings
-from bnjax.models.visits import applying
-
-# Patterns, and names of fields, that fitted a batch norm while a program was traced. Called again,
-# it is not traced, and nothing is met. They are the user's own words, so they are few.
-_fitted: set[tuple[str, frozenset[str]]] = set()
-_entered: ContextVar[tuple[tuple[Any, Settings, Any], ...]] = ContextVar(
-    "bnjax.entered", default=()
-)
+from bnjax.models.freezing import batch_norms, fitting
+from bnjax.models.visits import applying, is_marked, mark, unmark
 
 
-class override(contextlib.ContextDecorator):  # noqa: N801 - used as a function is
+class override(Reentrant):  # noqa: N801 - used as a function is
     """A context in which every batch norm whose module path fits takes other settings.
 
     It holds for bnjax's linen layers and for `flax.linen.BatchNorm`, and subclasses of both, in any
@@ -44,6 +39,9 @@ class override(contextlib.ContextDecorator):  # noqa: N801 - used as a function 
             the step, where a step of bnjax runs the model, linen or nnx; else of the layer's own
             count. Neither compiles anew when it changes.
 
+            `using`, a policy of `bnjax.policies`, is a field of every batch norm here, Flax's and
+            registered ones too: bnjax then computes their call.
+
     Raises:
         TypeError: no layer has a field of that name.
         ValueError: a pattern fits no batch norm that was called; the paths there are, are listed.
@@ -52,34 +50,60 @@ class override(contextlib.ContextDecorator):  # noqa: N801 - used as a function 
     def __init__(self, paths: globs.Paths, **fields: Any) -> None:
         known = {field.name for layer in OWN_LINEN for field in dataclasses.fields(layer)}
         checks.known_fields(fields, known - {"parent", "name"})
+        checks.policy(fields.get("using"), Policy)
         self._patterns, self._fields = globs.as_tuple(paths), fields
         self._key = (self._patterns, _plain(tuple(sorted(fields.items(), key=lambda f: f[0]))))
 
-    def __enter__(self) -> None:
-        """Let the settings hold."""
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
         frame = Settings(self._key, self._patterns, self._fields)
-        context = applying(frame)
-        context.__enter__()
-        _entered.set((*_entered.get(), (self, frame, context)))
+        with applying(frame), frame.each_fits():
+            yield
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """End them, and look whether each pattern has fitted."""
-        ours = [each for each in _entered.get() if each[0] is self][-1]
-        _entered.set(tuple(each for each in _entered.get() if each is not ours))
-        _, frame, context = ours
-        context.__exit__(kind, error, trace)
-        for pattern, fits in frame.matchers.items():
-            words = pattern, frozenset(frame.fields)
-            if any(map(fits, frame.traced)):
-                _fitted.add(words)
-            if error is None:
-                fitting = any(map(fits, frame.met)) or words in _fitted
-                globs.check_fits(pattern, fitting, frame.met, unknown=frame.strangers)
+
+class override_nnx(override):  # noqa: N801
+    """A context in which the batch norms of an nnx model take other settings.
+
+    It holds for bnjax's layers and for `flax.nnx.BatchNorm`, and subclasses of both, also under
+    `nnx.jit` and the other transformations. Contexts nest, and the inner one wins. For the model
+    that `bnjax.nnx.train_step` trains, `bnjax.override` does the same.
+
+    Args:
+        model: a module; a batch norm itself has the path "".
+        paths: a glob over attribute paths or several, such as `"encoder/**"`.
+        **fields: as for `bnjax.override`.
+
+    Raises:
+        TypeError: no layer has a field of that name.
+        ValueError: a pattern fits no batch norm; the paths there are, are listed.
+
+    >>> import bnjax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> layer = nnx.BatchNorm(1, use_running_average=True, rngs=nnx.Rngs(0))
+    >>> with bnjax.nnx.override(layer, using=bnjax.policies.Batch()):
+    ...     y = layer(jnp.array([[1.0], [3.0]]))
+    >>> y[:, 0].round(2).tolist()
+    [-1.0, 1.0]
+    """
+
+    def __init__(self, model: nnx.Module, paths: globs.Paths = "**", **fields: Any) -> None:
+        checks.flax_model(model)
+        super().__init__(paths, **fields)
+        fitting(model, paths)
+        self._model = model
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        frame = Settings(self._key, self._patterns, self._fields, of_nnx=True)
+        new = [(path, layer) for path, layer in batch_norms(self._model) if not is_marked(layer)]
+        for path, layer in new:
+            mark(layer, tuple(path.split("/")) if path else ())
+        try:
+            with applying(frame):
+                yield
+        finally:
+            for _, layer in new:
+                unmark(layer)
 
 
 def freeze(paths: globs.Paths) -> override:
@@ -93,7 +117,7 @@ def freeze(paths: globs.Paths) -> override:
     Args:
         paths: a glob over module paths or several, as for `override`.
     """
-    return override(paths, use_running_average=True)
+    return override(paths, **FROZEN)
 
 
 def _plain(value: Any) -> Hashable:
@@ -103,5 +127,8 @@ def _plain(value: Any) -> Hashable:
     if callable(value):
         with contextlib.suppress(TypeError):
             return weakref.ref(value)
+    if isinstance(value, Policy):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return type(value), _plain(tuple(fields.values()))
     plain = value is None or isinstance(value, bool | int | float | str | np.number)
     return (type(value), value) if plain else object()

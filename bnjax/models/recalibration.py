@@ -114,6 +114,7 @@ class _Measurement:
         self.others = {k: unfreeze(tree) for k, tree in variables.items() if k != "batch_stats"}
         self.mesh, self.context = mesh, contextlib.nullcontext
         if mesh is not None:
+            checks.mesh(mesh)
             auto, self.alike, self.split = shardings(mesh)
             self.others = on_all(self.others, self.alike)
             self.context = functools.partial(jax.set_mesh, auto)
@@ -210,11 +211,11 @@ def _program(
         def norm(visit: Visit) -> Any:
             together, here = path is None and fits(visit.path), visit.path == path
             called[visit.path] = None
-            visit = visit.where(batch.get("mask"))
+            visit = visit.of(batch)
             if not visit.statistics or not (together or here):
-                return visit.run(running=True, here=True)
+                return visit.run(running=True, here=True, plain=True)
             measured[visit.path] = None
-            return run_and_add(visit, running=not together, here=True)
+            return run_and_add(visit, running=not together, here=True, plain=True)
 
         variables = {**others, "batch_stats": stats}
         args, inputs = batches.call(batch)
@@ -239,11 +240,17 @@ def _with(stats: Any, seen: Mapping[Path, Moments]) -> Any:
         if path not in seen:
             return old
         new, moments = dict(old), seen[path]
-        fine = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.m2)
+        some = moments.count > 0
+        fine = jnp.isfinite(moments.mean) & jnp.isfinite(moments.m2)
+        # A bank without examples keeps its statistics, a layer without any has none.
+        fine = jnp.where(some, fine, jnp.any(some))
         if lost := int(jnp.sum(~fine)):
             bad["/".join(path)] = lost
-        for name, value in (("mean", moments.mean), ("var", moments.variance())):
-            value = value.astype(meta.unbox(old[name]).dtype)
+        found = {"mean": moments.mean, "var": moments.variance(), "values": moments.count}
+        found |= dict.fromkeys(("values_low", "mean_low", "var_low"), 0 * moments.mean)
+        for name in found.keys() & old.keys():
+            kept = meta.unbox(old[name])
+            value = jnp.where(some, found[name], kept).astype(kept.dtype)
             new[name] = meta.replace_boxed(old[name], value)
         return new
 

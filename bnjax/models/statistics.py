@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
+from jax.core import Tracer
 
 from bnjax.core.checks import where
 
@@ -50,16 +51,21 @@ def impossible(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
     return ~(np.isfinite(mean) & np.isfinite(var) & (var >= 0))
 
 
-def merge_batch_stats(batch_stats: Any, axis: int = 0) -> Any:
+def merge_batch_stats(batch_stats: Any, axis: int = 0, *, weights: Any = None) -> Any:
     """One set of running statistics from several, such as those of devices that never talked.
 
-    The mean of the means, and by the law of total variance the mean of the variances plus the
-    variance of the means; each weighs alike. (The mean of the variances alone is too small.)
+    With weights w that sum to 1, the mean is `sum(w * mean)` and, by the law of total variance, the
+    variance is `sum(w * var) + sum(w * (mean - merged mean)**2)`: that of all examples, if each set
+    has the mean and variance of its own and is weighed by its number of examples. (The mean of the
+    variances alone is too small.)
 
     Args:
         batch_stats: a collection whose arrays have one more axis, as `pmap` without an axis name
-            returns it.
+            returns it, or `jax.tree.map(lambda *sets: jnp.stack(sets), *clients)`.
         axis: that axis.
+        weights: how much each set counts, of shape (sets,), such as the numbers of examples of the
+            clients in federated learning; they need not sum to 1. A set of weight 0 has no effect,
+            even if it is NaN. By default each set counts alike.
 
     Returns:
         The collection without that axis.
@@ -67,22 +73,68 @@ def merge_batch_stats(batch_stats: Any, axis: int = 0) -> Any:
     Guides: examples/guides/devices.md, examples/guides/scale.md
 
     Raises:
-        ValueError: the statistics have no such axis.
+        ValueError: there are no statistics, or they have no such axis; or weights of another shape,
+            negative, not finite, or all 0.
 
     >>> stats = {"bn": {"mean": jnp.array([[0.0], [10.0]]), "var": jnp.array([[1.0], [1.0]])}}
     >>> float(merge_batch_stats(stats)["bn"]["var"][0])
     26.0
+    >>> float(merge_batch_stats(stats, weights=[300, 100])["bn"]["mean"][0])
+    2.5
     """
+    if not layers_of(batch_stats):
+        raise ValueError(
+            "`batch_stats` must hold `mean` and `var` of batch norms, but there are none. Pass "
+            "`variables['batch_stats']`, stacked."
+        )
 
     def merged(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
-        if jnp.ndim(stats["mean"]) < 2:
-            raise ValueError(
-                f"`batch_stats` must hold several sets, stacked along axis {axis}, but the mean at "
-                f"{where(path)} has shape {jnp.shape(stats['mean'])}. One set needs no merging."
-            )
-        mean = jnp.mean(stats["mean"], axis)
-        var = jnp.mean(stats["var"], axis) + jnp.var(stats["mean"], axis)
+        sets = _sets(path, stats, axis)
+        share = _shares(weights, sets)
+        mean, var = (jnp.moveaxis(jnp.asarray(stats[name]), axis, 0) for name in ("mean", "var"))
+        share = share.reshape(sets, *(1,) * (mean.ndim - 1)).astype(jnp.result_type(mean, var))
+        mean, var = (jnp.where(share > 0, each, 0) for each in (mean, var))
+        center = jnp.sum(share * mean, 0)
+        spread = jnp.sum(share * (mean - center) ** 2, 0)
         others = {name: jnp.take(value, 0, axis) for name, value in stats.items()}
-        return {**others, "mean": mean, "var": var}
+        return {**others, "mean": center, "var": jnp.sum(share * var, 0) + spread}
 
     return map_layers(merged, batch_stats)
+
+
+def _sets(path: Path, stats: Mapping[str, Any], axis: int) -> int:
+    """How many sets of statistics a batch norm has."""
+    shape, other = (jnp.shape(stats[name]) for name in ("mean", "var"))
+    if len(shape) < 2 or not -len(shape) <= axis < len(shape) or not shape[axis]:
+        raise ValueError(
+            f"`batch_stats` must hold several sets, stacked along axis {axis}, but the mean at "
+            f"{where(path)} has shape {shape}. One set needs no merging."
+        )
+    if shape != other:
+        raise ValueError(
+            f"`batch_stats` must have means and variances of one shape, but at {where(path)} they "
+            f"have {shape} and {other}. Stack the sets of all clients alike."
+        )
+    return shape[axis]
+
+
+def _shares(weights: Any, sets: int) -> Any:
+    """The weights of so many sets, which sum to 1."""
+    if weights is None:
+        return jnp.full(sets, 1 / sets)
+    given = jnp.asarray(weights)
+    if given.shape != (sets,):
+        raise ValueError(
+            f"`weights` must hold one number for each of the {sets} sets of statistics, got shape "
+            f"{given.shape}. They go along the axis in which the sets are stacked."
+        )
+    if not isinstance(given, Tracer):
+        values = np.asarray(given, np.float64)
+        if not np.isfinite(values).all() or (values < 0).any() or not values.any():
+            raise ValueError(
+                "`weights` must be finite, 0 or more and not all 0, such as numbers of examples, "
+                f"got {values.tolist()}."
+            )
+        return jnp.asarray(values / values.sum())
+    given = given.astype(jnp.promote_types(given.dtype, jnp.float32))
+    return given / given.sum()

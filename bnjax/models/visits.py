@@ -7,7 +7,7 @@ Flax's interceptors in linen, and in nnx by a look at the frames that the layers
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,12 +20,14 @@ from flax.core import meta
 
 from bnjax.core.batch_norm import batch_norm
 from bnjax.core.moments import working_dtype
-from bnjax.layers.conventions import is_torch
+from bnjax.core.policies import Policy
+from bnjax.layers.conventions import bank_of, is_torch, rows
 from bnjax.layers.modes import asked_to_train
 from bnjax.models import checks
 from bnjax.models.compat import is_mapped
 from bnjax.models.contexts import Frame, active, holding
 from bnjax.models.conventions import (
+    FROZEN,
     NNX,
     OWN,
     Facts,
@@ -58,6 +60,7 @@ class Visit:
         running: whether it normalizes with its running statistics, as it was asked to; None if
             nobody said.
         given: what the call said of that.
+        extra: what else it said: `bank`, `scale` and `bias`.
     """
 
     layer: Any
@@ -67,6 +70,7 @@ class Visit:
     mask: chex.Array | None
     running: bool | None
     given: bool | None
+    extra: dict[str, Any]
     _call: Callable
     _fields: dict[str, Any]
     _bound: Bound | None  # of a layer whose class was registered
@@ -77,6 +81,7 @@ class Visit:
         x: Any = _AS_GIVEN,
         running: bool | None = None,
         here: bool = False,
+        plain: bool = False,
     ) -> jax.Array:
         """What the layer makes of the call.
 
@@ -84,9 +89,16 @@ class Visit:
             x: another input.
             running: the mode, whatever the layer, the call and the settings say.
             here: pool over the axes alone that are mapped here, and no other devices.
+            plain: without a policy, whatever the layer and the settings say.
         """
-        fields, options = dict((self.unmapped() if here else self)._fields), {}
+        fields, options = dict((self.unmapped() if here else self)._fields), dict(self.extra)
         x = self.x if x is _AS_GIVEN else x
+        if plain and (isinstance(self.layer, OWN) or "using" in fields):
+            fields["using"] = None
+        if "using" in fields and not isinstance(self.layer, OWN):
+            policy = fields.pop("using")
+            if policy is not None and not checks.is_initializing(self.layer):
+                return self._by_policy(policy, x, self.running if running is None else running)
         if self._bound is not None:
             mode = fields.pop("use_running_average", self.running)
             mode = mode if running is None else running
@@ -113,6 +125,35 @@ class Visit:
             y = self._call(x, **{**options, "mask": self.mask | ~some})
             self.put({k: jnp.where(some, new, before[k]) for k, new in self.statistics.items()})
             return y
+
+    def _by_policy(self, policy: Policy, x: Any, running: bool | None) -> jax.Array:
+        """What a layer of Flax's, or one that is registered, makes of the call with a policy."""
+        dtype = jax.eval_shape(lambda: self.run(x=x, running=True, here=True, plain=True)).dtype
+        stats = {name: self.statistics[name] for name in ("mean", "var")}
+        settings = {"eps": self.facts.eps, "momentum": self.facts.momentum, "dtype": dtype}
+        settings |= {"correction": self.facts.correction, "using": policy}
+        visit = dataclasses.replace(self, x=x)
+        y, moved = visit._core(self.parameters, stats, mutable=not running, **settings)
+        if not running:
+            self.put({name: moved[name].astype(stats[name].dtype) for name in stats})
+        return y
+
+    @property
+    def parameters(self) -> dict[str, jax.Array]:
+        """Scale and bias of the layer, those that it has."""
+        return dict(meta.unbox(variables_of(self.layer).get("params", {})))
+
+    @property
+    def bank(self) -> Any:
+        """The bank of the call, or those of its examples, by number; None without banks."""
+        return bank_of(self.layer, self.extra.get("bank"))
+
+    def of(self, batch: Mapping[str, Any]) -> "Visit":
+        """The same call, in which examples count, and have banks, as a batch says."""
+        visit = self.where(batch.get("mask"))
+        if "bank" not in batch or self.facts.banks is None or "bank" in self.extra:
+            return visit
+        return dataclasses.replace(visit, extra={**visit.extra, "bank": batch["bank"]})
 
     def where(self, examples: chex.Array | None) -> "Visit":
         """The same call, of which these examples count: bool (N,), or None for all."""
@@ -170,7 +211,7 @@ class Visit:
 
         They are those of the batch, with the layer's mask, correction, axes and virtual batches.
         """
-        shape = [jnp.shape(self.x)[axis] for axis in self.axes]
+        shape = [*rows(self.facts), *(jnp.shape(self.x)[axis] for axis in self.axes)]
         none = jnp.full(shape, -1, working_dtype(jnp.result_type(self.x)))
         stats = {"mean": none, "var": jnp.real(none)}
         found = self._core({}, stats, momentum=1.0, correction=self.facts.correction)[1]
@@ -180,8 +221,8 @@ class Visit:
     def by_batch(self) -> jax.Array:
         """The input normalized by the batch, as in training, where nothing may be written."""
         dtype = jax.eval_shape(lambda: self.run(running=True, here=True)).dtype
-        params = meta.unbox(variables_of(self.layer).get("params", {}))
-        return self._core(params, {}, eps=self.facts.eps, dtype=dtype)[0]
+        stats = {name: self.statistics[name] for name in ("mean", "var") if self.facts.banks}
+        return self._core(self.parameters, stats, eps=self.facts.eps, dtype=dtype)[0]
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -190,17 +231,17 @@ class Visit:
 
     def _core(self, params: Any, stats: Any, **settings: Any) -> tuple[jax.Array, dict[str, Any]]:
         axis_name, groups = self.devices
+        extra = {**self.extra, "bank": self.bank} if params else {"bank": self.bank}
         return batch_norm(
             params,
             stats,
             self.x,
-            mutable=True,
             axis=self.axes,
             mask=None if self.mask is None else jnp.asarray(self.mask, bool),
             axis_name=axis_name,
             axis_index_groups=groups,
             virtual_batch_size=self.facts.virtual_batch_size,
-            **settings,
+            **{"mutable": True, **extra, **settings},
         )
 
 
@@ -227,9 +268,15 @@ def visiting(
 
 
 @contextlib.contextmanager
-def counting(examples: chex.Array | None) -> Iterator[None]:
-    """A context in which batch norms count these examples, bool (N,), or for None all."""
-    with contextlib.nullcontext() if examples is None else applying(Examples(examples)):
+def counting(examples: chex.Array | None, bank: chex.Array | None = None) -> Iterator[None]:
+    """A context in which batch norms know of the examples.
+
+    Args:
+        examples: which count, bool (N,); None for all.
+        bank: the bank of each, int32 (N,), or one number, for layers with banks.
+    """
+    known = examples is not None or bank is not None
+    with applying(Examples(examples, bank)) if known else contextlib.nullcontext():
         yield
 
 
@@ -285,6 +332,17 @@ def mark(layer: nnx.Module, path: Path) -> None:
     """Note the path of a layer, and listen to it."""
     listen_to(type(layer))
     setattr(layer, _PATH, "/".join(path))
+
+
+def is_marked(layer: nnx.Module) -> bool:
+    """Whether the path of a layer is noted."""
+    return hasattr(layer, _PATH)
+
+
+def unmark(layer: nnx.Module) -> None:
+    """Forget the path of a layer."""
+    if hasattr(layer, _PATH):
+        delattr(layer, _PATH)
 
 
 def variables_of(layer: Any) -> Mapping[str, Mapping[str, Any]]:
@@ -355,10 +413,10 @@ def _visit(
     fields = _fields(layer, path, frames)
     if registered_class(layer) is not None:
         bound = Bound(layer, checks.where(path), args, kwargs)
-        told, x, given, mask = bound.facts, bound.facts.x, None, bound.facts.mask
+        told, x, given, mask, extra = bound.facts, bound.facts.x, None, bound.facts.mask, {}
     else:
         bound, told = None, layer
-        x, given, mask = _arguments(*args, **kwargs)
+        x, given, mask, extra = _arguments(*args, **kwargs)
     checks.layer_has_fields(layer, told, fields, "/".join(path))
     if "momentum" in fields:
         checks.overriding_momentum(fields["momentum"], is_torch(told))
@@ -366,22 +424,25 @@ def _visit(
     running = does.running if given is None or "use_running_average" in fields else given
     if running is None and isinstance(layer, nn.Module) and does.by_mutability:
         running = layer.is_initializing() or not asked_to_train(layer, _COLLECTION)
-    visit = Visit(layer, path, does, x, mask, running, given, call, fields, bound)
+    visit = Visit(layer, path, does, x, mask, running, given, extra, call, fields, bound)
     for frame in frames:
         if isinstance(frame, Watch):
             frame.meet(visit)
             visit = visit.unmapped()
-        if isinstance(frame, Examples) and not (running and does.tracked):
-            visit = visit.where(frame.mask)
+        if isinstance(frame, Examples):
+            counted = None if running and does.tracked and not does.by_batch else frame.mask
+            of = {"mask": counted} | ({} if frame.bank is None else {"bank": frame.bank})
+            visit = visit.of(of)
     return visit
 
 
 def _fields(layer: Any, path: Path, frames: tuple[Frame, ...]) -> dict[str, Any]:
     """The fields that the layer has in this call, instead of its own."""
     fields: dict[str, Any] = {}
+    linen = isinstance(layer, nn.Module)
     watches = [frame for frame in frames if isinstance(frame, Watch)]
     for frame in frames:
-        if isinstance(frame, Settings) and (watches or isinstance(layer, nn.Module)):
+        if isinstance(frame, Settings) and (not linen if frame.of_nnx else linen or watches):
             fields |= frame.meet("/".join(path))
     schedule = fields.get("momentum")
     if callable(schedule) and watches:
@@ -389,11 +450,25 @@ def _fields(layer: Any, path: Path, frames: tuple[Frame, ...]) -> dict[str, Any]
     elif callable(schedule):
         count = variables_of(layer).get(_COLLECTION, {}).get("count")
         fields["momentum"] = schedule(checks.step_of_schedule(count, path))
-    return fields | ({"use_running_average": True} if isinstance(layer, Frozen) else {})
+    fields |= _policy(layer, path, fields, watches)
+    return {**fields, **FROZEN} if isinstance(layer, Frozen) else fields
+
+
+def _policy(
+    layer: Any, path: Path, fields: Mapping[str, Any], watches: Sequence[Watch]
+) -> dict[str, Any]:
+    """The policy of an override in numbers, unless the layer counts its steps by itself."""
+    policy = fields.get("using")
+    checks.policy(policy, Policy)
+    if policy is None or not policy.counts or "count" in variables_of(layer).get(_COLLECTION, {}):
+        return {}
+    step = watches[-1].step if watches else None
+    return {"using": policy.at(checks.step_of_schedule(step, path, f"policy {policy}"))}
 
 
 def _arguments(
-    x: Any, use_running_average: bool | None = None, *, mask: Any = None
-) -> tuple[Any, bool | None, Any]:
+    x: Any, use_running_average: bool | None = None, *, mask: Any = None, **extra: Any
+) -> tuple[Any, bool | None, Any, dict[str, Any]]:
     """What the layers of bnjax and Flax are called with."""
-    return x, use_running_average, mask
+    extra = {name: value for name, value in extra.items() if value is not None}
+    return x, use_running_average, mask, extra

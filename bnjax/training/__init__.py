@@ -1,5 +1,8 @@
 """Training and evaluation of linen models with batch statistics; of nnx models: bnjax.nnx."""
 
+from typing import TYPE_CHECKING
+
+from bnjax._names import front
 from bnjax.models.batches import pad_batch
 from bnjax.training.averaging import Average
 from bnjax.training.history import history
@@ -20,3 +23,6 @@ __all__ = [
     "scalars",
     "train_step",
 ]
+
+if not TYPE_CHECKING:  # else every name would seem to exist
+    __getattr__, __dir__ = front(__name__, __all__)

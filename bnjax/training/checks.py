@@ -1,17 +1,20 @@
 """Checks of what a training step is built from and called with."""
 
 import contextlib
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from bnjax.models.checks import called_with as called_with
 from bnjax.models.checks import flax_model, warn_once, where
+from bnjax.models.checks import mesh as mesh
 from bnjax.models.checks import several_batches as several_batches
 from bnjax.models.checks import some_batch as some_batch
+from bnjax.models.compat import is_traced
 
 
 def linen_model(model: Any) -> None:
@@ -68,6 +71,47 @@ def loss_function(value: Any) -> None:
         raise TypeError(
             f"`loss_fn` must be a function, loss_fn(outputs, batch), got {type(value).__name__}."
         )
+    with contextlib.suppress(ValueError):  # of some built-in functions nothing is known
+        signature = inspect.signature(value)
+        try:
+            signature.bind(None, None)
+        except TypeError as error:
+            raise TypeError(
+                f"`loss_fn` must take the outputs of the model and the batch, got "
+                f"loss_fn{signature}: {error}. Write def loss_fn(outputs, batch): ..."
+            ) from None
+
+
+def train_state(state: Any) -> None:
+    """A step of a linen model takes a state."""
+    if isinstance(state, nnx.Module):
+        raise TypeError(
+            "`state` must be a TrainState, got an nnx model. Train and evaluate that with "
+            "bnjax.nnx.train_step and bnjax.nnx.eval_step."
+        )
+    if not hasattr(state, "apply_fn"):
+        raise TypeError(
+            f"`state` must be a TrainState, got {type(state).__name__}. Make it by state = "
+            "bnjax.training.init_state(model, tx, key, x)."
+        )
+
+
+def optimizer(tx: Any) -> None:
+    """An optimizer is one of optax, made already."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        got = getattr(tx, "__name__", type(tx).__name__)
+        raise TypeError(f"`tx` must be an optimizer of optax, such as optax.adam(1e-3), got {got}.")
+
+
+def random_key(key: Any) -> None:
+    """A key is JAX's, of the new kind or the old."""
+    dtype = getattr(key, "dtype", None)
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not is_key and dtype != jnp.uint32:
+        raise TypeError(
+            f"`key` must be a random key of JAX, such as jax.random.key(0), got "
+            f"{type(key).__name__}."
+        )
 
 
 @contextlib.contextmanager
@@ -84,12 +128,12 @@ def evaluation_step(step: Any) -> Iterator[None]:
         ) from error
 
 
-def mesh(value: Any) -> None:
-    """A mesh is JAX's."""
-    if not isinstance(value, Mesh):
+def totals(found: Any) -> None:
+    """A step for `evaluate` returns sums, and no new state."""
+    if not isinstance(found, Mapping):
         raise TypeError(
-            f"`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
-            f"{type(value).__name__}."
+            "`step` must be what eval_step returned, got a step that trains. Write "
+            "evaluate(eval_step(loss_fn), state, batches)."
         )
 
 
@@ -101,8 +145,8 @@ def microbatches(value: Any) -> None:
 
 def not_donated(state: Any) -> None:
     """A state that a step has used up can't be used again."""
-    gone = (isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    if any(gone):
+    held = (leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
+    if any(leaf.is_deleted() for leaf in held if not is_traced(leaf)):
         raise ValueError(
             "This state was passed to an earlier step, which reused its memory, so its arrays are "
             "gone. Continue with the state that the step returned: state, metrics = step(state, "

@@ -72,7 +72,7 @@ class Objective:
             def objective(params: Any) -> tuple[jax.Array, tuple[Any, tuple]]:
                 args, kwargs = self.layout.call(batch)
                 mask = batch.get("mask") if self.mask_statistics else None
-                with counting(mask), checks.called_with(_TRAIN):
+                with counting(mask, batch.get("bank")), checks.called_with(_TRAIN):
                     outputs, moved = apply(params, collections, args, kwargs, key)
                 loss, totals = self.layout.totals(self.loss_fn, outputs, batch)
                 return scale(loss / count), (moved, (loss / count, dict(totals)))
@@ -135,7 +135,7 @@ class Objective:
 def evaluated(loss_fn: LossFn, layout: Layout, forward: Callable[..., Any], batch: Batch) -> Totals:
     """The totals of a batch in evaluation; `forward` computes the outputs."""
     args, kwargs = layout.call(batch)
-    with counting(batch.get("mask")), checks.called_with(_EVALUATE):
+    with counting(batch.get("mask"), batch.get("bank")), checks.called_with(_EVALUATE):
         outputs = forward(*args, **kwargs)
     return layout.totals(loss_fn, outputs, batch)[1]
 

@@ -116,7 +116,7 @@ def _weight(step: Any, path: str, momentum: float | str | None) -> float | None:
     if momentum != "own":
         return cast(float | None, momentum)
     met = getattr(step, "met", {}).get(path)
-    own = None if met is None else met.facts.momentum
+    own = None if met is None else met.facts.weight
     return float(own) if isinstance(own, float | int | np.number) else None
 
 

@@ -53,6 +53,7 @@ class TrainState(train_state.TrainState):
 
         They are copies, because a step that donates the state invalidates its arrays.
         """
+        checks.not_donated(self)
         params = getattr(self.params, "slow", self.params)
         held = variables_of(params, self.batch_stats, self.collections)
         is_concrete = lambda leaf: isinstance(leaf, jax.Array) and not is_traced(leaf)  # noqa: E731
@@ -126,6 +127,8 @@ def init_state(
         TypeError: the model is not a linen model.
     """
     checks.linen_model(model)
+    checks.optimizer(tx)
+    checks.random_key(key)
     args, kwargs = ((x,), {}) if inputs is None else layout(inputs).call(x)
     key, rng = jax.random.split(key)
     init_key, dropout_key = jax.random.split(key)

@@ -100,6 +100,7 @@ def _step(
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """The state after a step, and its metrics."""
+    checks.train_state(state)
     kwargs = dict(apply_kwargs)
     streams = kwargs.pop("rngs", {})
     collections = {"batch_stats": state.batch_stats, **state.collections}
@@ -159,6 +160,8 @@ def eval_step(
     batches, options = layout(inputs, per_example), dict(apply_kwargs or {})
 
     def step(state: TrainState, batch: Batch) -> Totals:
+        checks.train_state(state)
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             outputs = state.apply_fn(state.variables, *args, **kwargs, **options)
             return outputs[0] if options.get("mutable") else outputs
@@ -193,6 +196,7 @@ def evaluate(
     for batch in tracked(batches, progress, "evaluating"):
         with checks.evaluation_step(step):
             new: Any = step(state, batch)
+            checks.totals(new)
             if not isinstance(new, Totals):  # of a user's own step
                 new = Totals({k: v for k, v in new.items() if k != "count"}, new["count"])
         totals = new if totals is None else _add(totals, new)

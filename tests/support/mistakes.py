@@ -86,6 +86,15 @@ STAT_KEYS = (
     "`batch_stats` must have the keys {{mean, var}} or {{mean, var, count}} or {{}}, got {}. "
 )
 MADE = "bnjax.init makes it."
+NUM_FEATURES = (
+    "`num_features` must be an integer and not negative, got {}. It is the number of channels, "
+    "such as 64."
+)
+COUNT = (
+    "With momentum=None the running statistics are the average of all batches, and `count` is how "
+    "many those were. Add it to each layer, such as {'mean': mean, 'var': var, 'count': "
+    "jnp.array(1000)}."
+)
 MISSES = (
     "The batch norm at {} misses {} in `{}`: it has {}. Pass the collection as "
     "`model.init` made it or training updated it, as in "

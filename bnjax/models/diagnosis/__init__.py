@@ -23,6 +23,8 @@ _RULES = (
     findings.not_known,
     findings.devices_disagree,
     findings.depends_on_batch,
+    findings.by_policy,
+    findings.renorm_limited,
     findings.in_training_mode,
     findings.momentum_inverted,
     findings.batch_too_small,

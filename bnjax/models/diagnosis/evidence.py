@@ -42,7 +42,7 @@ APART = 1e-3
 Severity = Literal["error", "warning"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Finding:
     """One thing that is wrong.
 
@@ -65,6 +65,10 @@ class Finding:
     numbers: Mapping[str, float]
     cause: str
     repair: str
+
+    def __repr__(self) -> str:
+        """What is wrong and where, in a line."""
+        return f"Finding({self.kind!r}, {self.severity}, at {self.layer or 'the top'!r})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Evidence:
 
     def is_far(self, layer: Layer) -> bool:
         """Whether running and batch statistics differ by more than chance."""
-        momentum = layer.kind.momentum or 0.0
+        momentum = layer.kind.weight or 0.0
         chance = math.sqrt(1 / max(self.measured.batches, 1) + momentum / (2 - momentum))
         far = FAR / 2 if self.suspect else FAR
         return layer.distance > max(far, SIGMAS * self.spread(layer) * chance)

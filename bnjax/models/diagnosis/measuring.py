@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import meta
 
+from bnjax.layers.conventions import rows
 from bnjax.models import checks
 from bnjax.models.batches import Layout, LossFn
 from bnjax.models.diagnosis.devices import readings
@@ -21,10 +22,15 @@ from bnjax.models.freezing import batch_norms
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.statistics import Path, impossible
 
+Part = tuple[Path, int | None]  # a layer, or one of its banks
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """A batch norm's running statistics, and those of the batches; in float64, each (C,)."""
+    """A batch norm's running statistics, and those of the batches; in float64, each (C,).
+
+    Each bank is a layer by itself.
+    """
 
     path: str
     kind: Kind
@@ -40,6 +46,7 @@ class Layer:
     mean_spread: np.ndarray
     var_spread: np.ndarray
     values: float  # per channel in the largest batch
+    limited: np.ndarray  # in which part of the batches batch renormalization was at its limits
     lost: np.ndarray  # in how many batches the statistics were not finite
     seen: bool  # whether it ran in training; not if it is frozen, or batches are too small
 
@@ -115,6 +122,7 @@ class Measured:
     layers: tuple[Layer, ...]  # those that keep statistics
     untracked: tuple[str, ...]  # paths of those that keep none
     by_batch: tuple[str, ...]  # paths of those that keep some but do not use them in evaluation
+    by_policy: Mapping[str, str]  # policies, by path, that take the batch in evaluation
     training: tuple[str, ...]  # paths of those in an nnx model that are in training mode
     batches: int
     examples: int  # in the largest batch
@@ -181,7 +189,7 @@ class _Run:
 
     def __init__(self, passes: Passes, variables: Any, unequal: dict[str, float]) -> None:
         self.passes, self.variables, self.unequal = passes, variables, unequal
-        self.sums: dict[Path, _Sums] = {}
+        self.sums: dict[Part, _Sums] = {}
         self.kinds: dict[Path, Kind] = {}
         self.moved: set[str] = set()
         self.gaps = np.zeros(2)
@@ -203,13 +211,16 @@ class _Run:
         for path, changed in jax.tree.leaves_with_path(found["moved"]):
             if changed:
                 self.moved.add(jax.tree_util.keystr(path[:-1], simple=True, separator="/"))
-        layers = found["layers"]
-        for path in layers.keys() - self.sums:
-            self.sums[path] = _Sums(self.kinds[path].correction)
-        if any([self.sums[path].lost_in(seen) for path, seen in layers.items()]):
+        layers: dict[Part, Seen] = {}
+        for path, seen in found["layers"].items():
+            for bank in _banks(self.kinds[path]):
+                layers[path, bank] = seen if bank is None else Seen(*(part[bank] for part in seen))
+        for path, bank in layers.keys() - self.sums:
+            self.sums[path, bank] = _Sums(self.kinds[path].correction)
+        if any([self.sums[part].lost_in(seen) for part, seen in layers.items()]):
             return  # this batch says nothing about the other layers
-        for path, seen in layers.items():
-            self.sums[path].add(seen)
+        for part, seen in layers.items():
+            self.sums[part].add(seen)
         self.gaps += found["gap"]
         self.used += counts
         losses = jax.tree.map(lambda mean: float(mean) * counts, found["losses"])
@@ -221,9 +232,15 @@ class _Run:
         kinds = {"/".join(path): kind for path, kind in self.kinds.items()}
         losses = self.losses or {"train": {}, "eval": {}}
         return Measured(
-            layers=tuple(self._layer(path) for path in self.kinds if path in self.sums),
+            layers=tuple(
+                self._layer(path, bank)
+                for path, kind in self.kinds.items()
+                for bank in _banks(kind)
+                if (path, bank) in self.sums
+            ),
             untracked=tuple(path for path, kind in kinds.items() if not kind.tracked),
             by_batch=tuple(p for p, kind in kinds.items() if kind.tracked and not kind.running),
+            by_policy={p: repr(kind.using) for p, kind in kinds.items() if _asked(kind)},
             training=tuple(p for p, kind in kinds.items() if p in training and kind.has_mode),
             batches=self.batches,
             examples=self.examples,
@@ -238,7 +255,7 @@ class _Run:
             kwargs=self.passes.kwargs,
         )
 
-    def _layer(self, path: Path) -> Layer:
+    def _layer(self, path: Path, bank: int | None) -> Layer:
         def held(collection: str) -> Mapping[str, Any]:
             tree = self.variables.get(collection, {})
             for name in path:
@@ -248,15 +265,18 @@ class _Run:
         def wide(array: np.ndarray) -> np.ndarray:
             return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64).ravel()
 
-        stats, scale = held("batch_stats"), held("params").get("scale")
+        stats, scale, kind = held("batch_stats"), held("params").get("scale"), self.kinds[path]
+        if bank is not None:
+            scale = scale[bank] if scale is not None and scale.ndim == stats["mean"].ndim else scale
+            stats = {name: value[bank] for name, value in stats.items()}
         return Layer(
-            path="/".join(path),
-            kind=self.kinds[path],
+            path="/".join(path) + _label(kind, bank),
+            kind=kind,
             dtype=stats["var"].dtype,
             mean=wide(stats["mean"]),
             var=wide(stats["var"]),
             scale=None if scale is None else wide(scale),
-            **self.sums[path].statistics(),
+            **self.sums[path, bank].statistics(),
         )
 
     def _mates(self) -> float:
@@ -291,6 +311,7 @@ class _Sums:
         self.correction, self.values, self.total = correction, 0.0, 0.0
         self.batches: Any = 0
         self.lost: Any = 0
+        self.limited: Any = 0
         self.mean: Any = 0.0
         self.var = self.biased = self.log = self.between = self.log_between = self.mean
 
@@ -305,12 +326,13 @@ class _Sums:
 
     def add(self, seen: Seen) -> None:
         """Add a batch in which each channel is finite or has no values."""
-        calls, mean, var, between, values = (
+        calls, mean, var, between, values, limited = (
             np.asarray(part, np.result_type(part, np.float64)).ravel() for part in seen
         )
         fine = (calls > 0) & (values > 0)
         mean, var, between = (np.where(fine, part, 0) for part in (mean, var, between))
         self.batches = self.batches + fine
+        self.limited = self.limited + np.where(fine, limited / np.maximum(calls, 1), 0)
         added = np.where(fine, values, 0)
         self.total = self.total + added
         weight = added / np.maximum(self.total, 1)
@@ -337,8 +359,25 @@ class _Sums:
             "var_spread": np.sqrt(self.log_between / freedom),
             "values": self.values,
             "lost": self.lost,
+            "limited": self.limited / np.maximum(self.batches, 1),
             "seen": bool(np.any(self.batches > 0)),
         }
+
+
+def _asked(kind: Kind) -> bool:
+    return kind.using is not None and kind.using.by_batch(False)
+
+
+def _banks(kind: Kind) -> Sequence[int | None]:
+    """The banks of a layer by number, each of which is diagnosed by itself."""
+    return range(*rows(kind)) if kind.banks is not None else (None,)
+
+
+def _label(kind: Kind, bank: int | None) -> str:
+    """What the path of a bank has at its end."""
+    if bank is None:
+        return ""
+    return f"[{bank if isinstance(kind.banks, int | None) else kind.banks[bank]}]"
 
 
 def _ratio(squares: float, scale: float) -> float:

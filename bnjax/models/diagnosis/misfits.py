@@ -61,7 +61,7 @@ def misfits(evidence: Evidence) -> list[Finding]:
     apart = max(evidence.measured.unequal.values(), default=0) > APART
     blurred = apart or bool(evidence.unlike)
     far = [x for x in others if evidence.is_far(x) and not blurred]
-    held = [x for x in layers if x.kind.momentum == 0 and not x.kind.frozen]
+    held = [x for x in layers if x.kind.weight == 0 and not x.kind.frozen]
     still = [x for x in held if x in fresh or x in far]
     fresh, far = ([x for x in some if x not in still] for some in (fresh, far))
     half = [x for x in others if jnp.finfo(x.dtype).bits < 32]
@@ -142,13 +142,13 @@ def half_precision(evidence: Evidence, half: Sequence[Layer], stalled: Sequence[
     """Statistics in a dtype that is too coarse for a small momentum to move them."""
     worst = farthest(stalled or half)
     unit = float(jnp.finfo(worst.dtype).eps)
-    stop = STALLED * unit / (worst.kind.momentum or 1.0)
+    stop = STALLED * unit / (worst.kind.weight or 1.0)
     return Finding(
         "half-precision statistics",
         "error" if stalled else "warning",
         worst.path,
         paths_of(stalled or half),
-        f"{worst.dtype.name} in {count_of(half)}: with a momentum of {worst.kind.momentum} a "
+        f"{worst.dtype.name} in {count_of(half)}: with a momentum of {worst.kind.weight} a "
         f"value stands still within {stop:.1%} of its target; they are {worst.distance:.2g} "
         "standard deviations away.",
         {"stops_at": stop, "distance": worst.distance},
@@ -162,7 +162,7 @@ def lagging_behind(
 ) -> Finding:
     """Statistics that have not caught up since training began."""
     layer = farthest(lagging)
-    momentum = layer.kind.momentum
+    momentum = layer.kind.weight
     assert momentum is not None
     left, steps = parts[layer.path], evidence.steps
     if steps is None:
@@ -274,13 +274,13 @@ def _reach(left: float) -> float:
 
 def _left(evidence: Evidence, layer: Layer, layers: Sequence[Layer]) -> float:
     """The fraction of the initial values that is left, by the steps or as all layers agree."""
-    pace = layer.kind.momentum
+    pace = layer.kind.weight
     if not pace or pace >= 1:
         return 0.0
     if evidence.steps is not None:
         return float((1 - pace) ** evidence.steps)
     # Layers that have caught up count, too: a lag affects all layers of the same momentum.
-    shares = [share for x in layers if x.kind.momentum == pace for share in _shares(x)]
+    shares = [share for x in layers if x.kind.weight == pace for share in _shares(x)]
     if len(shares) < 2:
         return 0.0
     values, weights = np.array(sorted(shares)).T
@@ -345,7 +345,7 @@ def _ways(layer: Layer) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
 
 def _stalls(layer: Layer) -> bool:
     """Whether the running values are as close as their dtype allows."""
-    stop = STALLED * float(jnp.finfo(layer.dtype).eps) / (layer.kind.momentum or 1.0)
+    stop = STALLED * float(jnp.finfo(layer.dtype).eps) / (layer.kind.weight or 1.0)
     off = np.abs(layer.mean - layer.batch_mean), np.abs(layer.var - layer.batch_var)
     reach = np.abs(layer.mean), np.abs(layer.var)
     # Twice, because a batch is not the target itself, and neighbouring layers stall as well.

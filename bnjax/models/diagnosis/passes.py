@@ -13,7 +13,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import unfreeze
 
+from bnjax.core.banks import totals
 from bnjax.core.moments import working_dtype
+from bnjax.core.policies import Renorm
+from bnjax.layers.conventions import rows
 from bnjax.models import checks
 from bnjax.models.batches import Batch, Layout, LossFn
 from bnjax.models.compat import in_filter, union_filters
@@ -47,6 +50,7 @@ class Seen(NamedTuple):
     var: Any  # with the layer's correction
     between: Any  # the sum of squared deviations of the calls' means
     values: Any  # per channel, in the last call
+    limited: Any  # in how many calls batch renormalization was at its limits
 
 
 _ROOM = tuple(f"seen_{name}" for name in Seen._fields)
@@ -115,7 +119,7 @@ class Passes:
         self, model: Any, variables: Any, batch: Batch, norm: Callable, mutable: Any
     ) -> tuple[Any, Any]:
         args, inputs = self.layout.call(batch)
-        with visiting(lambda visit: norm(visit.where(batch.get("mask")))) as strangers:
+        with visiting(lambda visit: norm(visit.of(batch))) as strangers:
             result = model.apply(variables, *args, mutable=mutable, **inputs, **self.kwargs)
         self.strangers |= strangers
         y, updates = result if mutable is not False else (result, {})
@@ -153,7 +157,8 @@ def _evaluated(visit: Visit, kind: Kind, moves: bool) -> Any:
         kept = ("mean", "var", "count")
         held = {name: value for name, value in visit.statistics.items() if name in kept}
         if registered_class(visit.layer) is None:  # whose statistics may have more axes
-            checks.shapes("batch_stats", held, shape)
+            banks = rows(visit.facts)
+            checks.shapes("batch_stats", held, (*banks, *shape), banks)
         if not kind.running and not moves:
             return visit.by_batch()  # the user has made nothing mutable
     return visit.run(running=kind.running, here=True)
@@ -170,6 +175,7 @@ def _trained(visit: Visit, kind: Kind) -> Any:
         visit.put(dict(zip(_ROOM, room, strict=True)))
         return visit.run(running=True, here=True)  # too few values to train on, as in PyTorch
     new = visit.seen()
+    limited = _at_limits(visit, new)
     y = visit.run(running=False, here=True)
     calls, delta = room.calls + 1, new["mean"] - room.mean
     average = room.mean + delta / calls
@@ -178,9 +184,27 @@ def _trained(visit: Visit, kind: Kind) -> Any:
         mean=average,
         var=room.var + (new["var"] - room.var) / calls,
         between=room.between + jnp.real(jnp.conj(delta) * (new["mean"] - average)),
+        limited=room.limited + limited,
     )
     visit.put({**before, **dict(zip(_ROOM, room, strict=True))})
     return y
+
+
+def _at_limits(visit: Visit, batch: Mapping[str, jax.Array]) -> Any:
+    """Where batch renormalization limits what it would do; nowhere while it is batch norm."""
+    policy, stats = visit.facts.using, visit.statistics
+    if not isinstance(policy, Renorm):
+        return 0
+    policy, eps = policy.at(stats.get("count")), visit.facts.eps
+    deviation = jnp.sqrt(stats["var"] + eps)
+    ratio = jnp.abs(jnp.log(jnp.sqrt(batch["var"] + eps) / deviation))
+    distance = jnp.abs((batch["mean"] - stats["mean"]) / deviation)
+    r_max, d_max = (
+        jnp.reshape(jnp.asarray(each), (*jnp.shape(each), *(1,) * len(visit.axes)))
+        for each in (policy.r_max, policy.d_max)
+    )
+    limited = (r_max > 1) & (ratio > jnp.log(r_max)) | (d_max > 0) & (distance > d_max)
+    return limited.astype(ratio.dtype)
 
 
 def compare(a: Any, b: Any, size: int, examples: Any = None) -> tuple[jax.Array, jax.Array]:
@@ -206,9 +230,15 @@ def _values(visit: Visit) -> Any:
     """How many values per channel a layer normalizes with; those of the smallest virtual batch."""
     shape = jnp.shape(visit.x)
     reduced = [axis for axis in range(len(shape)) if axis not in visit.axes]
-    if visit.mask is not None:
-        mask = checks.mask(jnp.asarray(visit.mask, bool), shape)
-        return jnp.sum(jnp.broadcast_to(mask, shape), reduced, dtype=jnp.float32)
+    if visit.mask is not None or visit.bank is not None:
+        mask = True if visit.mask is None else checks.mask(jnp.asarray(visit.mask, bool), shape)
+        mask = jnp.broadcast_to(mask, shape)
+        if visit.bank is None:
+            return jnp.sum(mask, reduced, dtype=jnp.float32)
+        each = jnp.moveaxis(mask, reduced[0], 0)
+        axes = tuple(axis + (axis < reduced[0]) for axis in reduced[1:])
+        bank = jnp.broadcast_to(jnp.asarray(visit.bank), len(each))
+        return totals(jnp.sum(each, axes, dtype=jnp.float32), bank, *rows(visit.facts))
     values, group = math.prod(shape[axis] for axis in reduced), visit.facts.virtual_batch_size
     if group is None or not values:
         return values
@@ -221,5 +251,5 @@ def _with_room(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
     wide = {name: jnp.asarray(stats[name]) for name in ("mean", "var")}
     wide = {name: value.astype(working_dtype(value.dtype)) for name, value in wide.items()}
     mean, real = jnp.zeros_like(wide["mean"]), jnp.zeros_like(wide["var"])
-    room = Seen(calls=real, mean=mean, var=real, between=real, values=real)
+    room = Seen(calls=real, mean=mean, var=real, between=real, values=real, limited=real)
     return {**stats, **wide, **dict(zip(_ROOM, room, strict=True))}

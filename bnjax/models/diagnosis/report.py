@@ -1,7 +1,6 @@
 """The report of a diagnosis: as a table, as data, as a picture."""
 
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from bnjax._files import folder_of
+from bnjax._tables import Name, Shown
 from bnjax._words import number_of
 from bnjax.models.diagnosis.evidence import Finding, part
 from bnjax.models.diagnosis.measuring import Layer, Measured
@@ -26,9 +25,9 @@ _ROWS = 16
 _STYLES = {"error": "bold red", "warning": "bold yellow"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What `diagnose` has found; `print(report)` shows it, in a notebook too.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """What `diagnose` has found: `print(report)` shows the tables, and so does a notebook.
 
     Attributes:
         findings: what is wrong, errors first; empty if all is well.
@@ -77,22 +76,31 @@ class Report:
             FileNotFoundError: there is no such folder.
         """
         folder_of(Path(path))
+        plot_layers(path=path, **self.drawn)
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """What `plot` draws, as plain data."""
         quantiles = (0.1, 0.5, 0.9)
+        starts = {finding.layer for finding in self.findings}
         rows = [
             {
                 "name": x.path,
-                "mean": np.quantile(x.mean_distance[~x.poisoned], quantiles),
-                "var": np.quantile(x.var_ratio[~x.poisoned], quantiles),
+                "mean": np.quantile(x.mean_distance[~x.poisoned], quantiles).tolist(),
+                "var": np.quantile(x.var_ratio[~x.poisoned], quantiles).tolist(),
                 "mean_spread": float(np.sqrt(np.mean((x.mean_spread / x.std) ** 2))),
                 "var_spread": float(np.sqrt(np.mean(x.var_spread**2))),
                 "distance": x.distance,
                 "found": any(x.path in finding.layers for finding in self.findings),
+                "starts": x.path in starts,
             }
             for x in self._measured.layers
             if x.compared
         ]
-        gap = f"outputs differ by {part(self.outputs['gap'])} their deviation"
-        plot_layers(rows, path, f"{self.verdict}; {gap}", self._modes())
+        title = f"{self.verdict[0].upper()}{self.verdict[1:]}"
+        gap = f"outputs in evaluation and training differ by {part(self.outputs['gap'])} their "
+        gap += "standard deviation"
+        return {"rows": rows, "title": title, "subtitle": gap, "modes": self._modes()}
 
     @property
     def verdict(self) -> str:
@@ -113,15 +121,14 @@ class Report:
         """Print it as tables, on this console or a new one."""
         (console or Console()).print(self)
 
+    def __repr__(self) -> str:
+        """The verdict, in a line."""
+        seen = number_of(self.batches, "batch")
+        return f"Report({self.verdict}; over {seen})"
+
     def __rich__(self) -> Group:
         """The tables, for rich."""
         return Group(*self._parts())
-
-    def __str__(self) -> str:
-        """The tables, as plain text."""
-        console = Console(file=io.StringIO(), width=110, color_system=None)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _parts(self) -> Iterator[Any]:
         yield self._table()
@@ -156,15 +163,16 @@ class Report:
             title=f"{norms} over {batches}",
             caption=f"{left} more layers, no farther from the data" if left else None,
             box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
-        table.add_column("\nlayer", overflow="fold")
-        numbers = "\nchannels", "values per\nchannel", "running mean\noff by, std"
-        numbers += "running / batch\nvariance", "batch to\nbatch, std", "\nfinding"
+        table.add_column("\n\nlayer")
+        numbers = "\n\nchannels", "values\nper\nchannel", "running\nmean off\nby, std"
+        numbers += "running /\nbatch\nvariance", "batch to\nbatch,\nstd", "\n\nfinding"
         for column in numbers:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         for row, numbers in ((self.layers[i], found[i]) for i in sorted(order[:_ROWS])):
             table.add_row(
-                escape(named(row["path"])),
+                Name(named(row["path"])),
                 str(row["channels"]),
                 f"{row['values']:.0f}",
                 *(_written(row[name]) for name in ("mean_distance", "var_ratio", "spread")),

@@ -1,0 +1,87 @@
+"""How reports are shown: as text, as tables in a terminal, as tables in a notebook."""
+
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
+from rich.text import Text
+
+# Where a long name or a line of code may be broken, the better places first.
+_JOINTS = tuple(
+    map(
+        re.compile,
+        ("(?<=[/ ])(?=[^/ ])", r"(?<=[/ ._,(\[])(?=[^/ ._,(\[])", "(?<=[a-z0-9_])(?=[A-Z])"),
+    )
+)
+_PAGE = '<pre style="font-family:monospace;white-space:pre;line-height:1.25">{code}</pre>'
+
+
+class Name:
+    """A path or a line of code in a table, never broken inside a word.
+
+    >>> print(plain(Name("encoder/block_12/BatchNorm2d_0"), width=20))
+    encoder/block_12/
+    BatchNorm2d_0
+    """
+
+    def __init__(self, text: str, style: str = "") -> None:
+        self._text, self._style = text, style
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """From its longest word to all of it in a line."""
+        longest = max(len(word) for word in _pieces(self._text, 0))
+        return Measurement(longest, len(self._text))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        """As many lines as it takes."""
+        lines = "\n".join(_lines(self._text, options.max_width))
+        yield Text(lines, self._style, overflow="fold")
+
+
+def _lines(text: str, width: int) -> Iterator[str]:
+    line = ""
+    for piece in _pieces(text, width):
+        if line and len((line + piece).rstrip()) > width:
+            yield line.rstrip()
+            line = ""
+        line += piece
+    yield line.rstrip()
+
+
+def _pieces(text: str, width: int, level: int = 0) -> list[str]:
+    """Pieces no wider than that, as far as there are joints, and no smaller than that needs."""
+    if level == len(_JOINTS) or (level and len(text.rstrip()) <= width):
+        return [text]
+    parts = _JOINTS[level].split(text)
+    return [piece for part in parts for piece in _pieces(part, width, level + 1)]
+
+
+def plain(shown: Any, width: int) -> str:
+    """What rich shows, as plain text of at most this many columns."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(shown)
+    lines = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+class Shown:
+    """A report: a line as its repr, a table as its text, a coloured one in a terminal or notebook.
+
+    A class has `__rich__`, for the table, and `_width`, in which its text is written.
+    """
+
+    _width = 110
+
+    def __str__(self) -> str:
+        """The tables, as plain text."""
+        return plain(self, self._width)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """For a notebook: the tables as HTML, and as text where there is no HTML."""
+        console = Console(file=io.StringIO(), width=self._width, record=True, force_terminal=True)
+        console.print(self)
+        page = console.export_html(inline_styles=True, code_format=_PAGE)
+        return {"text/plain": str(self), "text/html": page}

@@ -1,0 +1,92 @@
+"""What normalizes: moments and an affine map, for those who share them or for each example."""
+
+from collections.abc import Mapping
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from bnjax.core import banks
+from bnjax.core.affine import composed
+from bnjax.core.devices import total
+from bnjax.core.measuring import moments_of
+from bnjax.core.moments import Moments, at_least
+from bnjax.core.partition import Parts, Sharing
+from bnjax.core.policies import Affine, Seen, fixed
+from bnjax.core.settings import Settings
+
+
+def choose(
+    batch: Moments | None,
+    before: Mapping[str, jax.Array],
+    after: Mapping[str, jax.Array],
+    sharing: Sharing,
+    told: Settings,
+) -> tuple[Moments, Affine]:
+    """The moments that normalize, and the affine map of a policy, which comes before the learned.
+
+    Args:
+        batch: the moments of the batch, if they were measured.
+        before: the running statistics before it.
+        after: those after it.
+        sharing: who shares moments.
+        told: the settings.
+    """
+    if told.using is None and told.by_batch:
+        assert batch is not None, "Settings.measures"
+        return batch, {}
+    mean, var = _running(before, sharing)
+    if told.using is None:
+        return fixed(mean, var), {}
+
+    def examples() -> chex.Numeric:
+        count = sharing.examples()
+        if told.axis_name is None or sharing.group is not None:
+            return count
+        return total(count, told.axis_name, told.axis_index_groups)
+
+    def each() -> tuple[Moments, jax.Array, jax.Array]:
+        moments = moments_of(sharing.each)
+        return moments, sharing.to_each(mean), sharing.to_each(var)
+
+    moved = _running(after, sharing) if told.moves else None
+    seen = Seen(batch, mean, var, moved, told.eps, told.mutable, examples, each)
+    return told.using.choose(seen)
+
+
+def _running(stats: Mapping[str, jax.Array], sharing: Sharing) -> tuple[jax.Array, jax.Array]:
+    dtype = sharing.whole.x.dtype
+    mean, var = (sharing.beside(at_least(dtype, stats[key])) for key in ("mean", "var"))
+    return mean, var
+
+
+def applied(
+    chosen: Moments,
+    first: Affine,
+    learned: Affine,
+    given: Affine,
+    sharing: Sharing,
+    told: Settings,
+) -> tuple[Parts, Moments, Affine]:
+    """The values, and by which moments and which affine map they are normalized.
+
+    Args:
+        chosen: the moments.
+        first: the affine map of a policy.
+        learned: that of the layer, beside the statistics.
+        given: that of each example at the call, the batch axis first.
+        sharing: who shares.
+        told: the settings.
+    """
+    dtype, per_example = sharing.whole.x.dtype, told.using is not None and told.using.per_example
+    learned = {key: sharing.beside(value) for key, value in learned.items()}
+    if not (given or per_example or sharing.bank is not None):
+        return sharing.parts, chosen, composed(dtype, first, learned)
+    if not per_example:
+        chosen, first = jax.tree.map(sharing.to_each, (chosen, first))
+    learned = {key: sharing.to_each(value) for key, value in learned.items()}
+    if sharing.bank is not None:
+        lost = banks.nowhere(sharing.bank, sharing.banks).reshape(-1, *(1,) * len(told.axes))
+        given = {**given, "bias": given.get("bias", 0) + lost}
+    given = {key: jnp.moveaxis(value, 0, sharing.batch) for key, value in given.items()}
+    return sharing.each, chosen, composed(dtype, first, learned, given)

@@ -1,0 +1,22 @@
+"""What to do about a collection that has other keys than a batch norm needs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_TORCH = {"weight": "scale", "running_mean": "mean", "running_var": "var"}
+COUNT = (
+    "With momentum=None the running statistics are the average of all batches, and `count` is how "
+    "many those were. Add it to each layer, such as {'mean': mean, 'var': var, 'count': "
+    "jnp.array(1000)}."
+)
+
+
+def other_keys(name: str, value: Any) -> str:
+    """Where the right keys of `params` or `batch_stats` come from, by those that are there."""
+    if not isinstance(value, Mapping):
+        return "bnjax.init makes it."
+    if name in value:
+        return f"These are all variables: pass variables[{name!r}]."
+    if theirs := [f"`{key}` is `{ours}`" for key, ours in _TORCH.items() if key in value]:
+        return f"PyTorch's {' and '.join(theirs)} here; bnjax.from_torch converts a state dict."
+    return "bnjax.init makes it."

@@ -1,0 +1,203 @@
+"""Banks of a model from outside: which one its layers use, and how a plain model gets some."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import chex
+import jax.numpy as jnp
+from flax import nnx
+from flax.core import FrozenDict, meta
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax import globs
+from bnjax.layers.conventions import current, named_banks
+from bnjax.models import checks
+from bnjax.models.contexts import Frame, Reentrant, holding
+
+
+class bank(Reentrant):  # noqa: N801 - used as a function is
+    """A context in which layers with `banks` use this one, in any linen or nnx model.
+
+    A call of a layer that names a bank itself uses that one. Contexts nest, and the inner one wins.
+    Each belongs to the thread and to the asyncio task that entered it. Functions under `jit` are
+    compiled for each bank that is given by name.
+
+    In the steps of bnjax, and in `recalibrate` and `diagnose`, give the bank of each example as an
+    entry `"bank"` of the batch instead, int32 (N,).
+
+    Args:
+        which: the name or the number of a bank, or an int32 array of shape (N,), one for each
+            example; arrays may be traced, in a context that is entered where they are.
+
+    >>> import bnjax, jax, jax.numpy as jnp
+    >>> layer = bnjax.BatchNorm1d(2, banks=("source", "target"))
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> with bank("target"):
+    ...     y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    >>> updates["batch_stats"]["mean"].round(2).tolist()
+    [[0.0, 0.0], [0.20000000298023224, 0.30000001192092896]]
+    """
+
+    def __init__(self, which: int | str | chex.Array) -> None:
+        self._which = which
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        plain: Any = isinstance(self._which, int | str)
+        frame = Frame(("bank", self._which) if plain else object())
+        before = current.set(self._which)
+        try:
+            with holding(frame):
+                yield
+        finally:
+            current.reset(before)
+
+
+Arrays = dict[str, Any]  # of one layer, its scale, bias and statistics by name
+
+
+def to_banks(
+    variables: Any,
+    banks: int | Sequence[str],
+    *,
+    affine: Literal[True, "own", "both"] = True,
+    paths: globs.Paths = "**",
+) -> Any:
+    """The variables of a trained model, for the same model whose batch norms have `banks`.
+
+    Each bank starts with the statistics that the layer has, so all evaluate as the model did.
+
+    Args:
+        variables: a dict of linen variables, or an `nnx.State`, with bnjax's layers or Flax's.
+        banks: how many banks, or their names.
+        affine: as the layers have it: True shares scale and bias, "own" copies them into each bank,
+            "both" adds `bank_scale` and `bank_bias`, zeros.
+        paths: which batch norms, as globs over module paths.
+
+    Returns:
+        New variables, of the same kind.
+
+    Raises:
+        ValueError: a pattern fits no batch norm, or one has banks already.
+
+    >>> stats = {"bn": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}
+    >>> new = to_banks({"batch_stats": stats}, ("source", "target"))
+    >>> new["batch_stats"]["bn"]["mean"].shape
+    (2, 3)
+    """
+    checks.bank_names(banks, True)
+    number = banks if isinstance(banks, int) else len(banks)
+    if not isinstance(banks, int):
+        named_banks.add(tuple(banks))
+
+    def copied(path: str, arrays: Arrays) -> Arrays:
+        checks.no_banks_yet(jnp.ndim(arrays["mean"]), path)
+        shared = {"scale", "bias"} if affine != "own" else set()
+        new = {
+            name: value if name in shared else jnp.stack([jnp.asarray(value)] * number)
+            for name, value in arrays.items()
+        }
+        if affine == "both":
+            for name in shared & arrays.keys():
+                value = jnp.asarray(arrays[name])
+                new[f"bank_{name}"] = jnp.zeros((number, *value.shape), value.dtype)
+        return new
+
+    return _map(copied, variables, paths)
+
+
+def select_bank(
+    variables: Any,
+    bank: int | str,
+    *,
+    banks: int | Sequence[str] | None = None,
+    paths: globs.Paths = "**",
+) -> Any:
+    """The variables of one bank, for the same model without banks.
+
+    Flax's own layers read them, and `bnjax.fold` folds them.
+
+    Args:
+        variables: a dict of linen variables, or an `nnx.State`.
+        bank: the name or the number of a bank.
+        banks: the names of all banks, or how many there are; needed where no layer or `to_banks` of
+            this program has told the name, or where layers without banks have statistics with
+            several axes.
+        paths: which batch norms, as globs over module paths; those without banks stay as they are.
+
+    Returns:
+        New variables, of the same kind.
+
+    Raises:
+        ValueError: there is no such bank, or no layer has banks.
+
+    >>> stats = {"bn": {"mean": jnp.arange(6.0).reshape(2, 3), "var": jnp.ones((2, 3))}}
+    >>> new = select_bank({"batch_stats": stats}, "target", banks=("source", "target"))
+    >>> new["batch_stats"]["bn"]["mean"].tolist()
+    [3.0, 4.0, 5.0]
+    """
+    number, index = checks.one_bank(bank, banks, named_banks)
+    found = []
+
+    def chosen(path: str, arrays: Arrays) -> Arrays:
+        shape = jnp.shape(arrays["mean"])
+        if len(shape) < 2 or (number is not None and shape[0] != number):
+            return arrays
+        found.append(path)
+        checks.bank_is_there(index, shape[0], path)
+        new = {}
+        for name, value in arrays.items():
+            if name.startswith("bank_"):
+                continue
+            own = jnp.ndim(value) == len(shape) or name == "count"
+            new[name] = value[index] if own else value
+            if f"bank_{name}" in arrays:
+                new[name] = value + arrays[f"bank_{name}"][index]
+        return new
+
+    new = _map(chosen, variables, paths)
+    checks.some_banks(bool(found))
+    return new
+
+
+_NAMES = ("scale", "bias", "bank_scale", "bank_bias", "mean", "var", "count", *checks.POOLED)
+
+
+def _map(change: Callable[[str, Arrays], Arrays], variables: Any, paths: globs.Paths) -> Any:
+    """Variables in which the arrays of the batch norms that fit are others."""
+    state = isinstance(variables, nnx.State)
+    if not state:
+        checks.has_statistics(variables)
+    flat: Any = dict(nnx.to_flat_state(variables)) if state else flatten_dict(variables, True)
+    norms: dict[str, dict[str, tuple]] = {}
+    for keys in flat:
+        if keys[-1] in _NAMES and (state or keys[0] in ("params", "batch_stats")):
+            path = "/".join(map(str, keys[:-1] if state else keys[1:-1]))
+            norms.setdefault(path, {})[keys[-1]] = keys
+    norms = {path: names for path, names in norms.items() if {"mean", "var"} <= names.keys()}
+    globs.check_each(paths, norms)
+    fits = globs.any_of(paths)
+    for path, names in norms.items():
+        if not fits(path):
+            continue
+        leaves = {name: flat.pop(keys) for name, keys in names.items()}
+        arrays = {name: _array(leaf) for name, leaf in leaves.items()}
+        for name, value in change(path, arrays).items():
+            like = name if name in names else name.removeprefix("bank_")
+            flat[(*names[like][:-1], name)] = _with_array(leaves[like], value)
+    if state:
+        return nnx.from_flat_state(flat.items())
+    nested = unflatten_dict(flat)
+    return FrozenDict(nested) if isinstance(variables, FrozenDict) else nested
+
+
+def _array(leaf: Any) -> Any:
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else meta.unbox(leaf)
+
+
+def _with_array(leaf: Any, value: Any) -> Any:
+    if isinstance(leaf, nnx.Variable):
+        return leaf.replace(value)
+    return meta.replace_boxed(leaf, value)

@@ -1,0 +1,211 @@
+"""Branches of one input that are added and become one conv or dense layer."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bnjax.models.folding.numbers import Backward, Merge
+from bnjax.models.folding.program import Place, Program
+from bnjax.models.folding.report import Branch
+from bnjax.models.folding.windows import Window, taps
+from bnjax.models.visits import Path
+
+_UNMOVED = {"name", "copy", "copy_p", "sharding_constraint"}
+_CAST = {*_UNMOVED, "convert_element_type"}
+
+
+class _Group(NamedTuple):
+    """Calls of one input whose outputs are added."""
+
+    calls: list[Place]
+    root: int | None  # the sum, if nothing else is in it
+
+
+class Branches:
+    """The branches of a program, and those that are merged.
+
+    Args:
+        program: the model's.
+        exits: for each call the value that it gives, with what was folded into it.
+
+    Attributes:
+        gone: paths of layers and batch norms that are parts of others now.
+        paths: those of all layers in a sum of branches, merged or not.
+        norms: the batch norms among them, with the layer.
+        report: what was merged, what not and why.
+    """
+
+    def __init__(self, program: Program, exits: dict[int, int]) -> None:
+        self._program, self._exits = program, exits
+        self._seen: set[tuple[Path, ...]] = set()
+        self.gone: set[Path] = set()
+        self.paths: set[Path] = set()
+        self.norms: list[tuple[Path, Path]] = []
+        self.report: list[Branch] = []
+
+    def merge(self, links: Mapping[Path, list[Backward]]) -> list[Merge]:
+        """Merge the branches that can be, one sum of each kind at a time.
+
+        Args:
+            links: what was folded into each layer.
+        """
+        groups: dict[tuple[Path, ...], list[_Group]] = defaultdict(list)
+        for group in self._groups(links):
+            groups[tuple(sorted(call.call.path for call in group.calls))].append(group)
+        found = []
+        for paths, each in groups.items():
+            if paths in self._seen:
+                continue
+            self._seen.add(paths)
+            found += self._merged(each)
+        return found
+
+    def _merged(self, groups: list[_Group]) -> list[Merge]:
+        """Merge the groups of the same layers, which are all or none."""
+        calls = groups[0].calls
+        linear = [place for place in calls if not place.call.norm]
+        host = max(linear, key=lambda p: _reach(p.call.linear.window, calls))
+        found = []
+        for place in calls:
+            if place.call.path != host.call.path:
+                merged = self._merge(host, place, groups)
+                reason = merged if isinstance(merged, str) else None
+                names = "/".join(place.call.path), "/".join(host.call.path)
+                self.report.append(Branch(*names, reason))
+                found += [merged] if isinstance(merged, Merge) else []
+        gone = {merge.branch.path for merge in found}
+        self.gone |= gone
+        self.paths |= {place.call.path for place in linear}
+        self.norms += [(m.host.path, m.branch.path) for m in found if m.branch.norm]
+        if len(gone) == len(calls) - 1:
+            for group in groups:
+                start = next(p.start for p in group.calls if p.call.path == host.call.path)
+                self._exits[start] = self._exits[start] if group.root is None else group.root
+        return found
+
+    def _merge(self, host: Place, place: Place, groups: list[_Group]) -> Merge | str:
+        """The merge of a branch into a layer, or why there is none."""
+        for each in (host, place):
+            if reason := self._program.trouble(each):
+                return reason
+            visits = [v for v in self._program.visits if v.call.path == each.call.path]
+            lost = any(self._program.calls[n].path == each.call.path for n in self._program.lost)
+            if len(visits) != len(groups) or lost:
+                return f"'{'/'.join(each.call.path)}' is used elsewhere too"
+        into, window = host.call.linear, _window(place, host)
+        if not place.call.norm and place.call.linear.style != into.style:
+            return "it computes in another dtype or precision"
+        if opaque := into.opaque or place.call.linear.opaque:
+            return f"one of them {opaque}"
+        if into.mask is not None:
+            return "the other has a mask for its kernel"
+        if into.window is None or window is None:
+            return f"a {host.call.linear.kind} and a {place.call.linear.kind} are not merged"
+        if place.call.norm and place.call.axes != (len(place.call.input) - 1,):
+            return "its channels are not the last axis"
+        found = taps(into.window, window, place.call.input)
+        if isinstance(found, str):
+            return found
+        return Merge(host.call, place.call, found, window)
+
+    def _groups(self, links: Mapping[Path, list[Backward]]) -> list[_Group]:
+        """The calls of one input that are added, in the order of the sums."""
+        program = self._program
+        taken = self.gone | {link.norm.path for each in links.values() for link in each}
+        ends: dict[int, Place] = {}
+        for visit in program.visits:
+            path = visit.call.path
+            plain = all(link.plain for link in links.get(path, ()))
+            if path not in taken and plain and visit.end:
+                ends[self._exits[visit.start]] = visit
+        groups = []
+        for step in program.steps:
+            if step.name == "add" and not self._is_inner(step.results[0]):
+                leaves = self._leaves(step.results[0])
+                by_source: dict[int, list[Place]] = defaultdict(list)
+                for leaf in leaves:
+                    if leaf in ends:
+                        by_source[self._origin(ends[leaf].source)].append(ends[leaf])
+                for calls in by_source.values():
+                    complete = len(calls) == len(leaves)
+                    if len(calls) > 1 and not all(place.call.norm for place in calls):
+                        groups.append(_Group(calls, step.results[0] if complete else None))
+        return groups
+
+    def _is_inner(self, value: int) -> bool:
+        """Whether a sum is only a part of another."""
+        users = self._program.uses[value]
+        if len(users) != 1:
+            return False
+        step = self._program.steps[users[0]]
+        if step.name in _CAST and not step.mark:
+            return self._is_inner(step.results[0])
+        return step.name == "add"
+
+    def _leaves(self, root: int) -> list[int]:
+        """What a value is the sum of, each used for nothing else, and itself if it is none."""
+        step = self._program.steps[self._program.makers[root]]
+        leaves: list[int] = []
+        for operand in step.operands:
+            leaf = self._end(operand)
+            maker = self._program.makers.get(leaf)
+            is_sum = maker is not None and self._program.steps[maker].name == "add"
+            if self._is_zero(leaf):
+                continue
+            if is_sum and len(self._program.uses[leaf]) == 1 and leaf not in self._exits.values():
+                leaves += self._leaves(leaf)
+            else:
+                leaves.append(leaf if self._used_once(operand, leaf) else -1)
+        return leaves
+
+    def _is_zero(self, value: int) -> bool:
+        literal = self._program.literals.get(value)
+        return literal is not None and not np.ndim(literal) and float(literal) == 0
+
+    def _end(self, value: int) -> int:
+        """The value before casts, or the output of a layer."""
+        while value not in self._exits.values():
+            maker = self._program.makers.get(value)
+            step = None if maker is None else self._program.steps[maker]
+            if step is None or step.name not in _CAST or step.mark:
+                break
+            value = step.operands[0]
+        return value
+
+    def _used_once(self, value: int, leaf: int) -> bool:
+        """Whether a leaf goes into a sum and nowhere else."""
+        while len(self._program.uses[value]) == 1:
+            if value == leaf:
+                return True
+            value = self._program.steps[self._program.makers[value]].operands[0]
+        return False
+
+    def _origin(self, value: int) -> int:
+        """The value that an input of a layer is a copy of."""
+        while (maker := self._program.makers.get(value)) is not None:
+            step = self._program.steps[maker]
+            if step.name not in _UNMOVED or (step.mark and step.mark[1] == "exit"):
+                break
+            value = step.operands[0]
+        return value
+
+
+def _window(place: Place, host: Place) -> Window | None:
+    """The window of a branch; of a batch norm that of a conv with one tap and a group a channel."""
+    if not place.call.norm:
+        return place.call.linear.window
+    like = host.call.linear.window
+    if like is None:
+        return None
+    ones = (1,) * len(like.size)
+    return Window(ones, ones, ones, ones, ((0, 0),) * len(ones), place.call.input[-1])
+
+
+def _reach(window: Window | None, calls: Sequence[Place]) -> tuple[int, int]:
+    """How much of other kernels a kernel can hold."""
+    if window is None:
+        return (-1, 0)
+    return (math.prod(window.extent), -window.groups)

@@ -1,0 +1,126 @@
+"""All edits of a fold together: on the variables before training ends, and after."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from bnjax.models.folding.numbers import PAD, Edit, Forward, Key, Merge, Numbers
+from bnjax.models.folding.windows import Window
+from bnjax.models.visits import Path
+
+Quantize = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edits:
+    """What a fold does to variables.
+
+    Attributes:
+        each: in their order.
+        quantize: what is put around folded kernels.
+    """
+
+    each: tuple[Edit, ...]
+    quantize: Quantize | None = None
+
+    @functools.cached_property
+    def norms(self) -> dict[Path, tuple[Any, Any]]:
+        """The dtypes of input and output of the batch norms that give their input."""
+        folded = (edit.norm for edit in self.each if not isinstance(edit, Merge))
+        return {norm.path: norm.dtypes for norm in folded}
+
+    @functools.cached_property
+    def gone(self) -> dict[Path, Merge]:
+        """The merges of branches that give zeros."""
+        return {edit.branch.path: edit for edit in self.each if isinstance(edit, Merge)}
+
+    @functools.cached_property
+    def merges(self) -> dict[Path, list[Merge]]:
+        """The branches that a layer holds."""
+        hosts = {edit.host.path for edit in self.gone.values()}
+        return {host: [m for m in self.gone.values() if m.host.path == host] for host in hosts}
+
+    @functools.cached_property
+    def padded(self) -> dict[Path, Window]:
+        """The windows of layers that pad with a value of their own."""
+        found = (edit.layer for edit in self.each if isinstance(edit, Forward) and edit.pads)
+        return {call.path: call.linear.window for call in found if call.linear.window}
+
+    @functools.cached_property
+    def layers(self) -> frozenset[Path]:
+        """The layers with another kernel."""
+        changed = (e.host if isinstance(e, Merge) else e.layer for e in self.each)
+        return frozenset(call.path for call in changed) - self.gone.keys()
+
+    def fold(self, flat: Mapping[Key, Any], xp: Any) -> dict[Key, Any]:
+        """The folded variables of these, by collection and path."""
+        numbers = self._run(flat, xp)
+        biases = numbers
+        if self.quantize is not None:
+            # What a batch norm adds goes through the kernel as it is quantized.
+            biases = self._run({**flat, **self.fake_quantize(flat)}, xp)
+        out = {k: v for k, v in flat.items() if k[1:-1] not in {*self.norms, *self.gone}}
+        for key in numbers.new:
+            if key[1:-1] in self.layers:
+                value = (numbers if key[-1] == "kernel" else biases).new[key]
+                out[key] = _as(value, key, flat, xp is np)
+        return out
+
+    def quantized(self, flat: Mapping[Key, Any]) -> dict[Key, Any]:
+        """Folded variables with their kernels quantized."""
+        keys = [("params", *path, "kernel") for path in self.layers]
+        each = ((key, flat[key]) for key in keys if key in flat)
+        kernels = {k: meta.replace_boxed(v, self._quantized(meta.unbox(v), k)) for k, v in each}
+        return {**flat, **kernels}
+
+    def fake_quantize(self, flat: Mapping[Key, Any]) -> dict[Key, Any]:
+        """Kernels that compute before folding what the quantized ones compute after it."""
+        fixed = {
+            key: jax.lax.stop_gradient(leaf) if key[0] == "batch_stats" else leaf
+            for key, leaf in flat.items()
+        }
+        numbers, found = self._run(fixed, jnp), {}
+        for path in self.layers & numbers.gains.keys():
+            key = ("params", *path, "kernel")
+            old, folded, gain = meta.unbox(flat[key]), numbers.new[key], numbers.gains[path]
+            change = self._quantized(folded.astype(old.dtype), key) - folded
+            info = jnp.finfo(gain.dtype)
+            lost = jnp.abs(gain) < info.tiny / info.eps  # its channel is folded to zero
+            change = jnp.where(lost, 0, change / jnp.where(lost, 1, gain))
+            found[key] = meta.replace_boxed(flat[key], (old + change).astype(old.dtype))
+        return found
+
+    def _quantized(self, kernel: jax.Array, key: Key) -> jax.Array:
+        assert self.quantize is not None
+        value = self.quantize(kernel)
+        if jnp.shape(value) != kernel.shape:
+            raise ValueError(
+                f"`quantize` must return an array of the shape of its kernel, {kernel.shape} at "
+                f"'{'/'.join(key[1:-1])}', got {jnp.shape(value)}."
+            )
+        return jnp.asarray(value, kernel.dtype)
+
+    def _run(self, flat: Mapping[Key, Any], xp: Any) -> Numbers:
+        numbers = Numbers(flat, xp)
+        for edit in self.each:
+            edit.run(numbers)
+        return numbers
+
+
+def _as(value: Any, key: Key, flat: Mapping[Key, Any], exact: bool) -> Any:
+    """An array as it is kept: of the dtype, box and device of what was there."""
+    kernel = flat[(*key[:-1], "kernel")]
+    box = flat.get(key, kernel)
+    old = meta.unbox(box)
+    dtype = jnp.promote_types(old.dtype, jnp.float32) if key[-1] == PAD else old.dtype
+    new = jnp.asarray(value.astype(dtype))
+    # What is tied to no device stays so: a committed array compiles as a sharded program.
+    if exact and isinstance(old, jax.Array) and old.committed and old.shape == new.shape:
+        new = jax.device_put(new, old.sharding)
+    return meta.replace_boxed(box, new) if key in flat else new

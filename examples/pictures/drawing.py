@@ -1,0 +1,68 @@
+"""Each picture from its numbers, with a fingerprint of them and of the code that drew it."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joint_training
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from bnjax import plotting
+from tests.benchmarks import picture as benchmark
+
+HERE = Path(__file__).parent
+KEY = "fingerprint"
+
+summary = benchmark.summary
+PICTURES: dict[str, Callable[[Any, Path], None]] = {
+    "statistics": lambda data, path: plotting.plot_statistics(
+        data["record"], path, steps=data["steps"]
+    ),
+    "diagnosis": lambda data, path: plotting.plot_layers(path=path, **data),
+    "diagnosis_resnet50": lambda data, path: plotting.plot_layers(path=path, **data),
+    "joint_training": joint_training.draw,
+    "benchmark": benchmark.draw_summary,
+}
+
+
+def source(name: str) -> Path:
+    """The file with the numbers of a picture."""
+    return HERE / f"{name}.json"
+
+
+def picture(name: str) -> Path:
+    """The file of a picture."""
+    return HERE / f"{name}.png"
+
+
+def draw(name: str) -> None:
+    """Draw a picture from its numbers."""
+    path = picture(name)
+    PICTURES[name](json.loads(source(name).read_text()), path)
+    info = PngInfo()
+    info.add_text(KEY, fingerprint(name))
+    with Image.open(path) as drawn:
+        drawn.convert("RGB").save(path, pnginfo=info, optimize=True)
+
+
+def fingerprint(name: str) -> str:
+    """What tells a picture that was drawn from other numbers, or by other code."""
+    code = {
+        "joint_training": inspect.getsource(joint_training.draw),
+        "benchmark": inspect.getsource(benchmark),
+    }
+    text = source(name).read_text() + code.get(name, inspect.getsource(plotting))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def rounded(data: Any) -> Any:
+    """The numbers with as many digits as a picture can show."""
+    if isinstance(data, dict):
+        return {name: rounded(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [rounded(value) for value in data]
+    return float(f"{data:.4g}") if isinstance(data, float) else data

@@ -1,0 +1,280 @@
+"""Banks of models: made of a trained one, taken out, recalibrated, diagnosed, folded."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import bnjax
+import bnjax.linen
+from bnjax import policies
+
+NAMES = ("clean", "noisy")
+X = jax.random.normal(jax.random.key(0), (16, 4, 4, 3)) * 2 + 1
+BANK = np.arange(16) % 2
+
+
+class Net(nn.Module):
+    """A conv and a batch norm of any kind."""
+
+    norm: type = bnjax.BatchNorm2d
+    settings: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(3, (1, 1), name="conv")(x)
+        return self.norm(name="bn", **dict(self.settings))(x)
+
+
+class NNXNet(nnx.Module):
+    """The same for nnx."""
+
+    def __init__(self, **settings):
+        self.bn = bnjax.nnx.BatchNorm2d(3, rngs=nnx.Rngs(0), **settings)
+
+    def __call__(self, x, **call):
+        return self.bn(x, **call)
+
+
+def trained(net):
+    variables = net.init(jax.random.key(1), X)
+    return jax.tree.map(lambda a: a + 0.1 * jnp.arange(a.size).reshape(a.shape), variables)
+
+
+@pytest.mark.parametrize("affine", [True, "own", "both"])
+def test_banks_of_a_model_of_flax_evaluate_as_it_did_and_go_back(affine):
+    plain = Net(nn.BatchNorm, (("use_running_average", True),))
+    variables = trained(plain)
+    banks = bnjax.to_banks(variables, NAMES, affine=affine)
+    net = Net(settings=(("banks", NAMES), ("affine", affine)))
+    assert jax.tree.map(jnp.shape, banks) == jax.tree.map(jnp.shape, net.init(jax.random.key(0), X))
+    for name in NAMES:
+        with bnjax.bank(name):
+            np.testing.assert_allclose(
+                net.apply(banks, X), plain.apply(variables, X), rtol=1e-6, atol=1e-6
+            )
+    with bnjax.bank("noisy"):
+        _, moved = net.apply(banks, X, mutable=["batch_stats"])
+    one = bnjax.select_bank({**banks, **moved}, "noisy")
+    assert jax.tree.map(jnp.shape, one) == jax.tree.map(jnp.shape, variables)
+    with bnjax.bank("noisy"):
+        np.testing.assert_allclose(
+            plain.apply(one, X), net.apply({**banks, **moved}, X), rtol=1e-5, atol=1e-6
+        )
+    folded = bnjax.fold(plain, one, X)
+    np.testing.assert_allclose(
+        folded.apply(folded.variables, X), plain.apply(one, X), rtol=1e-4, atol=1e-4
+    )
+    assert bnjax.select_bank(banks, 0, banks=2)["batch_stats"]["bn"]["mean"].shape == (3,)
+
+
+@pytest.mark.parametrize("affine", [True, "own", "both"])
+def test_banks_of_an_nnx_model_evaluate_as_it_did_and_go_back(affine):
+    plain = NNXNet()
+    plain(X)
+    plain.eval()
+    net = NNXNet(banks=3, affine=affine)
+    nnx.update(net, bnjax.to_banks(nnx.state(plain), 3, affine=affine))
+    net.eval()
+    np.testing.assert_array_equal(net(X, bank=2), plain(X))
+    again = NNXNet()
+    nnx.update(again, bnjax.select_bank(nnx.state(net), 2))
+    again.eval()
+    np.testing.assert_array_equal(again(X), plain(X))
+
+
+def test_all_that_a_momentum_keeps_is_copied_and_selected():
+    net = Net(settings=(("momentum", "pooled"), ("using", policies.Renorm.paper())))
+    _, moved = net.apply(variables := trained(net), X, mutable=["batch_stats"])
+    variables = {**variables, **moved}
+    banks = bnjax.to_banks(variables, 2)
+    assert {a.shape[0] for a in jax.tree.leaves(banks["batch_stats"])} == {2}
+    found = bnjax.select_bank(banks, 1)
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+
+
+def test_layers_that_do_not_fit_the_paths_stay_as_they_are():
+    stats = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    new = bnjax.to_banks({"batch_stats": {"a": stats, "b": stats}}, 2, paths="b")
+    assert jax.tree.map(jnp.shape, new["batch_stats"]) == {
+        "a": {"mean": (3,), "var": (3,)},
+        "b": {"mean": (2, 3), "var": (2, 3)},
+    }
+
+
+def test_recalibration_is_that_of_the_examples_of_each_bank():
+    net = Net(settings=(("banks", ("clean", "noisy", "absent")),))
+    variables = trained(net)
+    batches = [{"x": X[:6], "bank": BANK[:6]}, {"x": X[6:], "bank": BANK[6:]}]
+    new = bnjax.recalibrate(net, variables, batches)
+    inputs = np.asarray(nn.Conv(3, (1, 1)).apply({"params": variables["params"]["conv"]}, X))
+    for bank in (0, 1):
+        part = inputs[BANK == bank].reshape(-1, 3).astype(np.float64)
+        stats = new["batch_stats"]["bn"]
+        np.testing.assert_allclose(stats["mean"][bank], part.mean(0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(stats["var"][bank], part.var(0), rtol=1e-5)
+    old = variables["batch_stats"]["bn"]["mean"][2]
+    np.testing.assert_array_equal(new["batch_stats"]["bn"]["mean"][2], old)
+
+
+def test_a_diagnosis_has_each_bank_by_its_name():
+    net = Net(settings=(("banks", NAMES),))
+    variables = net.init(jax.random.key(1), X)
+    batches = [{"x": X, "bank": BANK}] * 4
+    variables = bnjax.recalibrate(net, variables, batches)
+    assert bnjax.diagnose(net, variables, batches).healthy
+    stats = variables["batch_stats"]["bn"]
+    lost = {**stats, "mean": stats["mean"].at[1].set(0), "var": stats["var"].at[1].set(1)}
+    report = bnjax.diagnose(net, {**variables, "batch_stats": {"bn": lost}}, batches)
+    assert [row["name"] for row in report.layers] == ["bn[clean]", "bn[noisy]"]
+    assert {finding.layers for finding in report.findings} == {("bn[noisy]",)}
+
+
+def test_a_diagnosis_tells_renormalization_at_its_limits():
+    net = Net(settings=(("using", policies.Renorm(1.05, 0.05)),))
+    keys = jax.random.split(jax.random.key(2), 16)
+    batches = [jax.random.normal(key, (4, 2, 2, 3)) + 2 for key in keys]
+    variables = bnjax.recalibrate(net, net.init(jax.random.key(1), X), batches)
+    kinds = [finding.kind for finding in bnjax.diagnose(net, variables, batches).findings]
+    assert "renorm at its limits" in kinds
+    wide = Net(settings=(("using", policies.Renorm()),))
+    kinds = [finding.kind for finding in bnjax.diagnose(wide, variables, batches).findings]
+    assert "renorm at its limits" not in kinds
+    warmup = Net(settings=(("using", policies.Renorm(1, 0)),))  # that is batch norm
+    kinds = [finding.kind for finding in bnjax.diagnose(warmup, variables, batches).findings]
+    assert "renorm at its limits" not in kinds
+
+
+def test_a_diagnosis_tells_a_policy_by_which_an_evaluation_depends_on_the_batch():
+    net = Net(nn.BatchNorm, (("use_running_average", True),))
+    variables = bnjax.recalibrate(net, trained(net), [X])
+    assert bnjax.diagnose(net, variables, [X] * 3).healthy
+    with bnjax.override("**", using=policies.Blend(prior=4)):
+        (finding,) = bnjax.diagnose(net, variables, [X] * 3).findings
+    assert (finding.kind, finding.severity) == ("eval depends on the batch", "warning")
+    assert "using=Blend(prior=4) in 1 layer" in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            (("using", policies.Batch()),),
+            "the batch norm normalizes with its input in evaluation, by using=Batch()",
+        ),
+        (
+            (("using", policies.Example(0.1)),),
+            "the batch norm normalizes with its input in evaluation, by using=Example(weight=0.1)",
+        ),
+        (
+            (("banks", 2),),
+            "the batch norm has banks: fold what bnjax.select_bank(variables, bank) returns",
+        ),
+    ],
+)
+def test_what_no_conv_can_do_is_not_folded_and_told(settings, reason):
+    net = Net(settings=settings)
+    variables = net.init(jax.random.key(1), X)
+    with pytest.raises(ValueError, match=re.escape(f"conv, bn: {reason}.")), bnjax.bank(0):
+        bnjax.fold(net, variables, X)
+
+
+@pytest.mark.parametrize(
+    "settings", [(("using", policies.Renorm.paper()),), (("momentum", "pooled"),)]
+)
+def test_what_evaluates_as_a_batch_norm_is_folded(settings):
+    net = Net(settings=settings)
+    variables = trained(net)
+    folded = bnjax.fold(net, variables, X)
+    np.testing.assert_allclose(
+        folded.apply(folded.variables, X), net.apply(variables, X), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_conditional_norm_is_not_folded_and_told():
+    class Generator(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(3, (1, 1), name="conv")(x)
+            return bnjax.ConditionalBatchNorm2d(3, 4, name="cbn")(x, jnp.arange(16) % 4)
+
+    variables = Generator().init(jax.random.key(0), X)
+    message = "conv, cbn/norm: the batch norm is given a scale or a bias for each example."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bnjax.fold(Generator(), variables, X)
+
+
+BANKS = {"batch_stats": {"bn": {"mean": jnp.zeros((2, 3)), "var": jnp.ones((2, 3))}}}
+PLAIN = {"batch_stats": {"bn": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: bnjax.to_banks(BANKS, 2),
+            "The batch norm at 'bn' has statistics with 2 axes: it has banks already, or several "
+            "feature axes. Leave it out by `paths`.",
+        ),
+        (
+            lambda: bnjax.to_banks(PLAIN, ("a", "a")),
+            "`banks` must be the number of sets of statistics or their names, all different, as in "
+            "banks=('clean', 'adversarial'), got ('a', 'a').",
+        ),
+        (
+            lambda: bnjax.select_bank(BANKS, "nobody's"),
+            'Which bank is "nobody\'s"? Here no layer has told its names. Pass all names in their '
+            "order, as in banks=(\"nobody's\", 'other'), or the number of the bank.",
+        ),
+        (
+            lambda: bnjax.select_bank(BANKS, "c", banks=("a", "b")),
+            "There is no bank 'c'; the banks are ['a', 'b'].",
+        ),
+        (
+            lambda: bnjax.select_bank(BANKS, 2),
+            "`bank` must lie between 0 and 1, the banks of the batch norm at 'bn', got 2.",
+        ),
+        (
+            lambda: bnjax.select_bank(PLAIN, 0),
+            "`variables` must have batch norms with banks, statistics of shape (K, C), but have "
+            "none. bnjax.to_banks makes them.",
+        ),
+        (
+            lambda: bnjax.to_banks(PLAIN, 2, paths="encoder/**"),
+            "The pattern 'encoder/**' fits the path of no batch norm: there are ['bn'].",
+        ),
+    ],
+)
+def test_each_mistake_is_told(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["bnjax", "flax"])
+def test_an_override_of_an_nnx_model_holds_in_its_block(own):
+    class Two(nnx.Module):
+        def __init__(self):
+            kind = bnjax.nnx.BatchNorm if own else nnx.BatchNorm
+            self.a, self.b = kind(3, rngs=nnx.Rngs(0)), kind(3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.a(x), self.b(x)
+
+    model = Two()
+    model.eval()
+    graph = nnx.graphdef(model)
+    plain = model(X)
+    override = bnjax.nnx.override(model, "b", using=policies.Batch())
+    for _ in range(2):
+        with override:
+            found = nnx.jit(lambda model, x: model(x))(model, X)
+        np.testing.assert_array_equal(found[0], plain[0])
+        np.testing.assert_allclose(found[1].mean((0, 1, 2)), np.zeros(3), atol=1e-6)
+    np.testing.assert_array_equal(model(X)[1], plain[1])
+    assert nnx.graphdef(model) == graph
+    with pytest.raises(ValueError, match="The pattern 'c' fits the path of no batch norm"):
+        bnjax.nnx.override(model, "c", using=policies.Batch())

@@ -1,0 +1,448 @@
+"""Branches of one input that are added become one conv, or the report says why not."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import export
+
+import bnjax
+from tests.support.folded import EVAL, IMAGES, divisions, inputs, outputs, prepare, trained
+from tests.support.hlo import primitives
+
+pytestmark = pytest.mark.quick_compile
+
+
+def branches(folded: Any) -> dict[tuple[str, str], str | None]:
+    return {(each.branch, each.into): each.reason for each in folded.report.branches}
+
+
+def convolutions(folded: Any, x: Any) -> int:
+    found = primitives(folded.apply, folded.variables, x)
+    return found["conv_general_dilated"] + found["dot_general"]
+
+
+def assert_same(model: Any, variables: Any, x: Any, rtol: float = 2e-5) -> Any:
+    """The folded model gives the same, for other batch sizes too."""
+    folded = bnjax.fold(model, variables, x)
+    for each in (x, x[:1], jnp.concatenate([x, x + 1])):
+        expected, actual = outputs(model, variables, folded, each)
+        assert np.std(expected) > 0.01
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * np.abs(expected).max())
+        assert actual.dtype == expected.dtype
+    return folded
+
+
+class Sum(nn.Module):
+    """Layers of one input, by name, each with a batch norm, and a batch norm of its own, added."""
+
+    layers: Any
+    identity: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        found = [EVAL(name=f"{k}_bn")(make(name=k)(x)) for k, make in self.layers.items()]
+        found += [EVAL(name="identity")(x)] if self.identity else []
+        return nn.relu(sum(found))
+
+
+C = nn.Conv
+SUMS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "repvgg": (Sum({"a": partial(C, 3, (3, 3)), "b": partial(C, 3, (1, 1))}, True), IMAGES),
+    "the small one first": (
+        Sum({"b": partial(C, 3, (1, 1)), "a": partial(C, 3, (3, 3))}, True),
+        IMAGES,
+    ),
+    "torch's padding and stride": (
+        Sum(
+            {
+                "a": partial(C, 4, (3, 3), 2, padding=1),
+                "b": partial(C, 4, (1, 1), 2, padding=0),
+            }
+        ),
+        IMAGES,
+    ),
+    "same, strided": (
+        Sum({"a": partial(C, 4, (3, 3), 2), "b": partial(C, 4, (1, 1), 2)}),
+        IMAGES,
+    ),
+    "same, strided, odd": (
+        Sum({"a": partial(C, 4, (3, 3), 2), "b": partial(C, 4, (1, 1), 2)}),
+        (2, 7, 6, 3),
+    ),
+    "depthwise": (
+        Sum(
+            {
+                "a": partial(C, 3, (3, 3), feature_group_count=3),
+                "b": partial(C, 3, (1, 1), feature_group_count=3),
+            },
+            True,
+        ),
+        IMAGES,
+    ),
+    "several overparameterized": (
+        Sum({**{f"a{i}": partial(C, 3, (3, 3)) for i in range(4)}, "b": partial(C, 3, (1, 1))}),
+        IMAGES,
+    ),
+    "grouped, and the identity": (
+        Sum({"a": partial(C, 6, (3, 3), feature_group_count=2)}, True),
+        (2, 6, 6, 6),
+    ),
+    "groups of other sizes": (
+        Sum(
+            {
+                "a": partial(C, 8, (3, 3), feature_group_count=2),
+                "b": partial(C, 8, (3, 3), feature_group_count=4),
+                "c": partial(C, 8, (1, 1), feature_group_count=8),
+            }
+        ),
+        (2, 6, 6, 8),
+    ),
+    "a depthwise branch of a full conv": (
+        Sum({"a": partial(C, 6, (3, 3)), "b": partial(C, 6, (3, 3), feature_group_count=3)}),
+        IMAGES,
+    ),
+    "asymmetric": (
+        Sum(
+            {
+                "a": partial(C, 4, (3, 3)),
+                "b": partial(C, 4, (1, 3)),
+                "c": partial(C, 4, (3, 1)),
+                "d": partial(C, 4, (2, 2), padding=((1, 0), (1, 0))),
+            }
+        ),
+        IMAGES,
+    ),
+    "a dilated branch of a large kernel": (
+        Sum({"a": partial(C, 4, (7, 7)), "b": partial(C, 4, (3, 3), kernel_dilation=3)}),
+        (2, 9, 9, 3),
+    ),
+    "dilated alike": (
+        Sum(
+            {
+                "a": partial(C, 4, (5, 5), kernel_dilation=2),
+                "b": partial(C, 4, (3, 3), kernel_dilation=2),
+                "c": partial(C, 4, (1, 1)),
+            }
+        ),
+        (2, 9, 9, 3),
+    ),
+    "valid": (
+        Sum(
+            {
+                "a": partial(C, 4, (3, 3), padding="VALID"),
+                "b": partial(C, 4, (3, 3), padding="VALID"),
+            }
+        ),
+        IMAGES,
+    ),
+    "circular": (
+        Sum(
+            {
+                "a": partial(C, 3, (5, 5), padding="CIRCULAR"),
+                "b": partial(C, 3, (3, 3), padding="CIRCULAR"),
+                "c": partial(C, 3, (1, 1)),
+            },
+            True,
+        ),
+        IMAGES,
+    ),
+    "1d and causal": (
+        Sum({"a": partial(C, 3, (5,), padding="CAUSAL"), "b": partial(C, 3, (1,))}, True),
+        (2, 8, 3),
+    ),
+    "3d": (
+        Sum({"a": partial(C, 3, (3, 3, 3)), "b": partial(C, 3, (1, 1, 1))}, True),
+        (2, 4, 4, 4, 3),
+    ),
+    "dilated input": (
+        Sum(
+            {
+                "a": partial(C, 4, (3, 3), padding=1, input_dilation=2),
+                "b": partial(C, 4, (1, 1), padding=0, input_dilation=2),
+            }
+        ),
+        IMAGES,
+    ),
+    "a mask on a branch": (
+        Sum({"a": partial(C, 3, (3, 3)), "b": partial(C, 3, (1, 1), mask=jnp.tri(3)[None, None])}),
+        IMAGES,
+    ),
+    "two batch axes": (
+        Sum({"a": partial(C, 3, (3, 3)), "b": partial(C, 3, (1, 1))}, True),
+        (2, 2, 6, 6, 3),
+    ),
+    "no biases": (
+        Sum(
+            {
+                "a": partial(C, 3, (3, 3), use_bias=False),
+                "b": partial(C, 3, (1, 1), use_bias=False),
+            },
+            True,
+        ),
+        IMAGES,
+    ),
+    "dense": (Sum({"a": partial(nn.Dense, 3), "b": partial(nn.Dense, 3)}, True), (5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_branches_become_one_layer(name):
+    model, shape = SUMS[name]
+    model, variables, x = prepare(model, shape)
+    for norm in ("a_bn", "identity"):
+        if norm in variables["params"]:
+            scale = variables["params"][norm]["scale"]
+            variables["params"][norm]["scale"] = scale.at[0].set(-1).at[1].set(0)
+    folded = assert_same(model, variables, x)
+    assert convolutions(folded, x) == 1
+    assert divisions(folded.apply, folded.variables, x) == 0
+    assert len(folded.variables["params"]) == 1
+    assert set(branches(folded).values()) == {None}
+    assert len(branches(folded)) == len(model.layers) + model.identity - 1
+
+
+def test_the_sum_is_gone_from_the_compiled_program():
+    model, variables, x = prepare(SUMS["repvgg"][0])
+    folded = bnjax.fold(model, variables, x)
+    text = jax.jit(folded.apply).lower(folded.variables, x).compile().as_text()
+    assert len(re.findall(r"= \S+ convolution\(|custom-call\(.*conv", text or "")) == 1
+    one = nn.Sequential([C(3, (3, 3)), nn.relu])
+    plain = jax.jit(one.apply).lower({"params": {"layers_0": folded.variables["params"]["a"]}}, x)
+    count = lambda text: len(re.findall(r" add\(", text or ""))  # noqa: E731 - twice the same
+    assert count(text) == count(plain.compile().as_text())
+
+
+class Around(nn.Module):
+    way: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Any:
+        x = nn.relu(EVAL(name="other_bn")(nn.Dense(3, name="other")(x)))
+        return self.way(nn.Conv(3, (3, 3), name="a"), nn.Conv(3, (1, 1), name="b"), x)
+
+
+def norm(name: str = "bn", **fields: Any) -> nn.Module:
+    return EVAL(name=name, **fields)
+
+
+MERGED: dict[str, Any] = {
+    "without batch norms": Around(lambda a, b, x: nn.relu(a(x) + b(x))),
+    "one batch norm after the sum": Around(lambda a, b, x: norm()(a(x) + b(x))),
+    "batch norms within and after": Around(
+        lambda a, b, x: norm()(norm("c")(a(x)) + b(x) + norm("d")(x)) + norm("e")(x)
+    ),
+    "another summand": Around(lambda a, b, x: a(x) + x.mean() + b(x)),
+    "the input itself": Around(lambda a, b, x: norm()(b(x)) + x + norm("c")(a(x))),
+    "used twice": Around(lambda a, b, x: nn.relu(a(x) + b(x)).mean() + (a(z := x + 1) + b(z))),
+    "under remat": Around(
+        lambda a, b, x: (
+            nn.remat(lambda m, n, x: norm()(m(x)) + n(x))(a, b, x)
+            if False
+            else nn.remat(lambda m, x: m(x))(a, x) + b(x)
+        )
+    ),
+    "cast between": Around(lambda a, b, x: a(x).astype(jnp.float32) + b(x)),
+    "a batch norm before, too": Around(lambda a, b, x: a(y := norm()(x)) + b(y) + norm("c")(y)),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_branches_are_found_wherever_they_stand(name):
+    model, variables, x = prepare(MERGED[name])
+    folded = assert_same(model, variables, x)
+    assert branches(folded)["b", "a"] is None
+    assert "b" not in folded.variables["params"]
+    if name != "the input itself":
+        assert divisions(folded.apply, folded.variables, x) == 0
+
+
+def test_batch_norms_within_and_after_leave_one_conv():
+    model, variables, x = prepare(MERGED["batch norms within and after"])
+    folded = bnjax.fold(model, variables, x)
+    assert folded.variables["params"].keys() == {"other", "a"}
+    assert branches(folded) == {("b", "a"): None, ("d", "a"): None, ("e", "a"): None}
+
+
+def twice(*arguments: Any, **options: Any) -> jax.Array:
+    return 2 * jax.lax.conv_general_dilated(*arguments, **options)
+
+
+ELSEWHERE = "'{}' is used elsewhere too"
+REFUSALS: dict[str, tuple[Any, dict[tuple[str, str], str]]] = {
+    "another input": (Around(lambda a, b, x: a(x) + b(x * 2)), {}),
+    "relu between": (Around(lambda a, b, x: a(x) + nn.relu(b(x))), {}),
+    "a product": (Around(lambda a, b, x: a(x) * b(x)), {}),
+    "a difference": (Around(lambda a, b, x: a(x) - b(x)), {}),
+    "used again": (Around(lambda a, b, x: (a(x) + (y := b(x))) * y), {}),
+    "broadcast": (Around(lambda a, b, x: a(x) + b(x).mean((1, 2), keepdims=True)), {}),
+    "used elsewhere": (
+        Around(lambda a, b, x: (a(x) + b(x)) * b(x + 1)),
+        {("b", "a"): ELSEWHERE.format("b")},
+    ),
+    "twice the same": (Around(lambda a, b, x: a(x) + a(x) + 0 * b(x).mean()), {}),
+    "other strides": (
+        Around(lambda a, b, x: nn.Conv(3, (3, 3), 2, name="c")(y := x[:, :1, :1]) + a(y)),
+        {("a", "c"): "its strides differ"},
+    ),
+    "beyond the kernel": (
+        Around(lambda a, b, x: nn.Conv(3, (1, 5), name="c")(x) + a(x)),
+        {("c", "a"): "its kernel reaches where that of the other does not"},
+    ),
+    "shifted beyond": (
+        Around(lambda a, b, x: a(x) + nn.Conv(3, (3, 3), padding=((2, 0), (1, 1)), name="c")(x)),
+        {("c", "a"): "its kernel reaches where that of the other does not"},
+    ),
+    "padded otherwise": (
+        Around(lambda a, b, x: a(x) + nn.Conv(3, (3, 3), padding="CIRCULAR", name="c")(x)),
+        {("c", "a"): "it is padded with other values"},
+    ),
+    "groups that do not divide": (
+        Around(
+            lambda a, b, x: (
+                nn.Conv(6, (3, 3), feature_group_count=2, name="c")(y := x.repeat(2, 3))
+                + nn.Conv(6, (1, 1), feature_group_count=3, name="d")(y)
+            )
+        ),
+        {("d", "c"): "its groups are not parts of those of the other"},
+    ),
+    "half precision": (
+        Around(lambda a, b, x: a(x) + nn.Conv(3, (1, 1), dtype=jnp.bfloat16, name="c")(x)),
+        {("c", "a"): "it computes in another dtype or precision"},
+    ),
+    "a mask on the largest": (
+        Around(lambda a, b, x: b(x) + nn.Conv(3, (3, 3), mask=np.ones((3, 3, 3, 3)), name="c")(x)),
+        {("b", "c"): "the other has a mask for its kernel"},
+    ),
+    "a mask that is computed": (
+        Around(lambda a, b, x: a(x) + nn.Conv(3, (1, 1), mask=jnp.ones((1, 1, 3, 3)), name="c")(x)),
+        {("c", "a"): "one of them has a mask that is computed in the model"},
+    ),
+    "a function of its own": (
+        Around(lambda a, b, x: a(x) + nn.Conv(3, (1, 1), conv_general_dilated=twice, name="c")(x)),
+        {("c", "a"): "one of them computes with a function of its own"},
+    ),
+    "conv and dense": (
+        Around(lambda a, b, x: a(x) + nn.DenseGeneral(3, name="c")(x)),
+        {("c", "a"): "a Conv and a DenseGeneral are not merged"},
+    ),
+    "tied": (
+        Around(lambda a, b, x: a(x) + b(x) + b.variables["params"]["kernel"].sum()),
+        {("b", "a"): "the kernel of 'b' is used outside of it"},
+    ),
+    "a batch norm over another axis": (
+        Around(lambda a, b, x: a(x) + norm(axis=1)(x)),
+        {("bn", "a"): "its channels are not the last axis"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_would_be_wrong_is_not_merged_and_the_report_says_why(name):
+    model, reasons = REFUSALS[name]
+    model, variables, x = prepare(model)
+    folded = bnjax.fold(model, variables, x)
+    expected, actual = outputs(model, variables, folded, x)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    assert branches(folded) == reasons
+    stay = variables["params"].keys() - {"other_bn"}
+    assert folded.variables["params"].keys() == stay
+
+
+def test_a_size_that_is_padded_otherwise_is_an_error():
+    model, variables, x = prepare(SUMS["same, strided"][0])
+    folded = bnjax.fold(model, variables, x)
+    message = (
+        "`x` must give 'a' an input whose size is padded as that of `example_x` was, for 'b' was "
+        "merged into it, but got (2, 7, 6, 3) where it was (2, 6, 6, 3). Fold the model with an "
+        "input of this size."
+    )
+    with pytest.raises(ValueError, match=rf"(?m)\A{re.escape(message)}$"):
+        folded.apply(folded.variables, inputs((2, 7, 6, 3)))
+    more = inputs((3, 8, 10, 3))
+    expected, actual = outputs(model, variables, folded, more)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_report_names_branches():
+    model, variables, x = prepare(REFUSALS["beyond the kernel"][0])
+    text = re.sub(r"[ │┃\n]+", " ", str(bnjax.fold(model, variables, x).report))
+    assert "c - not merged into a: its kernel reaches where that of the other does not" in text
+    model, variables, x = prepare(SUMS["repvgg"][0])
+    text = re.sub(r"[ │┃\n]+", " ", str(bnjax.fold(model, variables, x).report))
+    assert "3 layers folded, 2 branches merged" in text
+    assert "identity - merged into a" in text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_keeps_its_dtype(dtype):
+    both = {"dtype": dtype, "param_dtype": dtype}
+    layers = {"a": partial(C, 3, (3, 3), **both), "b": partial(C, 3, (1, 1), **both)}
+    model, variables, x = prepare(Sum(layers, True))
+    folded = assert_same(model, variables, x, 3e-2)
+    assert folded.variables["params"]["a"]["kernel"].dtype == dtype
+
+
+# Models
+
+
+class RepVGG(nn.Module):
+    """RepVGG of Ding et al. 2021, with groups in every other block."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i, (width, stride) in enumerate(((8, 2), (8, 1), (8, 1), (16, 2), (16, 1))):
+            groups = 2 if i % 2 else 1
+            conv = partial(
+                nn.Conv, width, strides=stride, use_bias=False, feature_group_count=groups
+            )
+            y = EVAL(name=f"dense_bn{i}")(conv(kernel_size=(3, 3), padding=1, name=f"dense{i}")(x))
+            y += EVAL(name=f"point_bn{i}")(conv(kernel_size=(1, 1), padding=0, name=f"point{i}")(x))
+            if stride == 1:
+                y += EVAL(name=f"identity{i}")(x)
+            x = nn.relu(y)
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+def test_repvgg_becomes_a_vgg():
+    model, variables, x = prepare(RepVGG(), (2, 16, 16, 3))
+    folded = assert_same(model, variables, x)
+    assert convolutions(folded, x) == 6
+    assert folded.variables["params"].keys() == {"Dense_0", *(f"dense{i}" for i in range(5))}
+    any_batch = jax.ShapeDtypeStruct((*export.symbolic_shape("b"), *x.shape[1:]), x.dtype)
+    exported = export.export(jax.jit(folded.apply))(folded.variables, any_batch)
+    more = inputs((5, *x.shape[1:]))
+    np.testing.assert_allclose(
+        exported.call(folded.variables, more), model.apply(variables, more), rtol=1e-3, atol=1e-4
+    )
+
+
+class RepBlock(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, groups: int = 1) -> None:
+        conv = partial(nnx.Conv, 4, 4, use_bias=False, feature_group_count=groups, rngs=rngs)
+        self.dense, self.point = conv(kernel_size=(3, 3)), conv(kernel_size=(1, 1))
+        self.norms = nnx.List(nnx.BatchNorm(4, rngs=rngs) for _ in range(3))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.norms[0](self.dense(x)) + self.norms[1](self.point(x)) + self.norms[2](x)
+        return nnx.relu(y)
+
+
+def test_an_nnx_model_merges_its_branches():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(RepBlock(rngs), RepBlock(rngs, 4), nnx.Linear(4, 2, rngs=rngs))
+    nnx.update(model, trained(nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    x = inputs((2, 6, 6, 4))
+    folded = bnjax.fold(model, None, x)
+    model.eval()
+    np.testing.assert_allclose(folded.apply(folded.variables, x), model(x), rtol=1e-4, atol=1e-5)
+    assert convolutions(folded, x) == 3
+    assert folded.variables["params"]["layers"]["0"].keys() == {"dense"}
+    assert divisions(folded.apply, folded.variables, x) == 0
