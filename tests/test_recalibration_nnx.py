@@ -1,7 +1,7 @@
 """Population statistics of the layers of an nnx model, which stays as it is."""
 
 import re
-from typing import Any
+from typing import Any, assert_type
 
 import chex
 import jax
@@ -52,7 +52,9 @@ def updated(model: Any, state: nnx.State) -> Any:
 def test_the_statistics_are_those_of_all_data_by_count_and_of_all_uses(norm, batches, mesh):
     model = Branches(nnx.Rngs(0), norm)
     devices = jax.make_mesh((len(jax.devices()),), ("data",)) if mesh else None
-    new = updated(model, bnjax.recalibrate(model, None, batches, mesh=devices))
+    state = bnjax.recalibrate(model, None, batches, mesh=devices)
+    assert_type(state, nnx.State)
+    new = updated(model, state)
     expected = inputs_of_layers(model, batches)
     assert_population(new.first, expected["first"])
     assert_population(new.norms[0], expected["norms/0"])

@@ -389,10 +389,11 @@ def trees(
 ) -> None:
     """What `batch_norm` is given has the keys and shapes that it needs."""
     _keys("params", params, _BANK_PARAMS if banks else _PARAMS)
-    _keys("batch_stats", batch_stats, _BATCH_STATS)
+    pools = isinstance(batch_stats, Mapping) and POOLED[0] in batch_stats
+    _keys("batch_stats", batch_stats, _BATCH_STATS[3:] if pools else _BATCH_STATS[:3])
     if momentum is None and batch_stats and "count" not in batch_stats:
         _keys("batch_stats", batch_stats, _BATCH_STATS[1:2], COUNT)
-    if isinstance(momentum, str) and batch_stats and "values" not in batch_stats:
+    if isinstance(momentum, str) and momentum == "pooled" and batch_stats and not pools:
         repair = 'To pool all values, start with bnjax.init(..., momentum="pooled").'
         _keys("batch_stats", batch_stats, _BATCH_STATS[3:], repair)
     rows = () if banks is None else (banks,)

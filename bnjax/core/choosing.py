@@ -56,8 +56,8 @@ def choose(
 
 def _running(stats: Mapping[str, jax.Array], sharing: Sharing) -> tuple[jax.Array, jax.Array]:
     dtype = sharing.whole.x.dtype
-    mean, var = (sharing.beside(at_least(dtype, stats[key])) for key in ("mean", "var"))
-    return mean, var
+    mean, var = at_least(dtype, stats["mean"]), at_least(jnp.finfo(dtype).dtype, stats["var"])
+    return sharing.beside(mean), sharing.beside(var)
 
 
 def applied(

@@ -53,14 +53,16 @@ class Parts:
         return tuple(self.x.shape[axis] for axis in self.axes)
 
     def examples(self) -> chex.Numeric:
-        """How many examples with a value that counts each part has, beside its statistics."""
+        """How many examples with a value that counts each channel of each part has.
+
+        They broadcast to its statistics.
+        """
         if not self.reduced:
             return 1
         axis = self.reduced[0]
         if self.mask is None:
             return self.x.shape[axis]
-        others = tuple(a for a in range(self.x.ndim) if a not in (axis, self.group))
-        some = jnp.any(self.mask, others, keepdims=True)
+        some = jnp.any(self.mask, self.reduced[1:], keepdims=True)
         unseen = self.x.shape[axis] if self.mask.shape[axis] == 1 else 1
         some = jnp.sum(some, axis, keepdims=True, dtype=jnp.float32) * unseen
         return jnp.squeeze(some, self.reduced)
@@ -182,9 +184,12 @@ class Sharing:
         found = self.parts.examples()
         if self.bank is None:
             return found
-        counted = jnp.broadcast_to(jnp.ravel(jnp.asarray(found, jnp.float32)), self.bank.shape)
-        totals = banks.totals(counted, self.bank, self.banks)
-        return totals.reshape(-1, *(1,) * len(self.whole.axes))
+        found = jnp.asarray(found, jnp.float32)
+        if found.ndim:
+            counted = jnp.moveaxis(found, self.batch, 0)
+        else:
+            counted = jnp.full((len(self.bank), *(1,) * len(self.whole.axes)), found)
+        return banks.totals(counted, self.bank, self.banks)
 
 
 def share(x: jax.Array, mask: jax.Array | None, bank: Any, told: Settings) -> Sharing:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,32 @@ from bnjax.models.visits import Visit, visiting
 Batches = Iterable[Any]
 
 
+@overload
+def recalibrate(
+    model: nn.Module,
+    variables: Any,
+    batches: Batches,
+    *,
+    paths: globs.Paths = ...,
+    sequential: bool = ...,
+    inputs: Inputs = ...,
+    apply_kwargs: Mapping[str, Any] | None = ...,
+    mesh: Mesh | None = ...,
+    progress: bool = ...,
+) -> dict[str, Any]: ...
+@overload
+def recalibrate(
+    model: nnx.Module,
+    variables: Any,
+    batches: Batches,
+    *,
+    paths: globs.Paths = ...,
+    sequential: bool = ...,
+    inputs: Inputs = ...,
+    apply_kwargs: Mapping[str, Any] | None = ...,
+    mesh: Mesh | None = ...,
+    progress: bool = ...,
+) -> nnx.State: ...
 def recalibrate(
     model: nn.Module | nnx.Module,
     variables: Any,

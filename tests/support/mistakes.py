@@ -57,6 +57,7 @@ RANGE = (
     "`momentum` must lie between 0 and 1, got {}. In PyTorch's convention it is the weight of the "
     "new batch (0.1), in Flax's the weight of the old statistics (0.9)."
 )
+TEXT = "`momentum` must be a number, a function of the number of steps, None or 'pooled', got {}."
 NEGATIVE = "`{}` must be a number and not negative, got {}. The usual value is 1e-5."
 ZERO = (
     "`eps` must be positive in training, got {}: a channel of zero variance would give NaN. "

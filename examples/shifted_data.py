@@ -1,0 +1,224 @@
+"""Test data that are not like the training data: what should normalize?
+
+A network trained on clean digits is given noisy, blurred, pale and inverted ones. Its running
+statistics are of clean digits (source). Statistics of the test batch fit better, if it is large
+enough (prediction-time); a blend with the running ones serves small batches, too; `recalibrate`
+measures a set of such digits once; and TENT also adapts scales and biases, without labels.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import typer
+from digits import Data, ResNet, Splits, batches, load, loss_fn
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.ndimage import gaussian_filter
+
+import bnjax
+from bnjax.policies import Batch, Blend
+from bnjax.training import init_state, train_step
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+PRIOR = 16
+WIDTHS = (16, 32, 64)
+WAYS = ("source", "prediction-time", "blend", "recalibrated", "TENT")
+console = Console()
+
+
+def noise(x: np.ndarray) -> np.ndarray:
+    """Gaussian noise, as strong as the digits."""
+    return x + np.random.default_rng(0).normal(0, 1, x.shape)
+
+
+def blur(x: np.ndarray) -> np.ndarray:
+    """A blur of one pixel."""
+    return gaussian_filter(x, (0, 1, 1, 0))
+
+
+def contrast(x: np.ndarray) -> np.ndarray:
+    """A quarter of the contrast, and brighter."""
+    return 0.25 * x + 1
+
+
+def inversion(x: np.ndarray) -> np.ndarray:
+    """Dark for light."""
+    return x.max() + x.min() - x
+
+
+CORRUPTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "none": lambda x: x,
+    "noise": noise,
+    "blur": blur,
+    "contrast": contrast,
+    "inversion": inversion,
+}
+
+
+def corrupted(data: Data, name: str) -> Data:
+    """The data under a corruption."""
+    return Data(CORRUPTIONS[name](data.x).astype(np.float32), data.y)
+
+
+def stream(apply: Callable[..., Any], using: Any) -> Callable[..., jax.Array]:
+    """Evaluation of one batch after another, (batches, N, H, W, C), with a policy."""
+
+    @jax.jit
+    def run(variables: Any, xs: jax.Array) -> jax.Array:
+        with bnjax.override("**", using=using):
+            return jax.lax.map(lambda x: apply(variables, x), xs)
+
+    return run
+
+
+def tent(apply: Callable[..., Any], lr: float) -> Callable[..., jax.Array]:
+    """The same, while scales and biases lower the entropy of what it says (Wang et al. 2021)."""
+
+    def entropy(params: Any, rest: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with bnjax.override("**", using=Batch()):
+            logits = apply({**rest, "params": params}, x)
+        p = jax.nn.softmax(logits)
+        return -jnp.mean(jnp.sum(p * jax.nn.log_softmax(logits), -1)), logits
+
+    @jax.jit
+    def run(variables: Any, xs: jax.Array) -> jax.Array:
+        labels = bnjax.trainable_labels(variables["params"], frozen=("**/Conv_*", "**/Dense_*"))
+        adam = {"trainable": optax.adam(lr), "frozen": optax.set_to_zero()}
+        tx = optax.multi_transform(adam, labels)
+
+        def step(state: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+            params, held = state
+            grads, logits = jax.grad(entropy, has_aux=True)(params, variables, x)
+            updates, held = tx.update(grads, held, params)
+            return (optax.apply_updates(params, updates), held), logits
+
+        return jax.lax.scan(step, (variables["params"], tx.init(variables["params"])), xs)[1]
+
+    return run
+
+
+Results = dict[tuple[str, str, int], list[float]]  # by corruption, way and size: of all seeds
+
+
+class Network:
+    """A trained network, in all ways, each compiled once for a size of batches.
+
+    Attributes:
+        ways: for each, whether its result goes by the size of the batches, and how it runs.
+    """
+
+    def __init__(self, splits: Splits, epochs: int, lr: float) -> None:
+        self.splits, self.epochs = splits, epochs
+        self.model = ResNet(splits.classes, WIDTHS)
+        steps = epochs * (len(splits.train) // 64)
+        self.tx = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), mask=bnjax.decay_mask)
+        self.step = train_step(loss_fn)
+        source, apply = stream(self.model.apply, None), self.model.apply
+        self.ways = {
+            "source": (False, source),
+            "prediction-time": (True, stream(apply, Batch())),
+            "blend": (True, stream(apply, Blend(prior=PRIOR))),
+            "recalibrated": (False, source),
+            "TENT": (True, tent(apply, lr)),
+        }
+
+    def train(self, seed: int) -> Any:
+        """The variables of one that has seen clean digits only."""
+        x = self.splits.train.x[:2]
+        state = init_state(self.model, self.tx, jax.random.PRNGKey(seed), x)
+        for epoch in range(self.epochs):
+            for batch in batches(self.splits.train, 64, seed=1000 * seed + epoch):
+                state, _ = self.step(state, batch)
+        return state.variables
+
+    def accuracies(self, variables: Any, seen: Data, test: Data) -> dict[tuple[str, int], float]:
+        """By way and size of batches, on test data; the statistics of `seen` recalibrate."""
+        found = {}
+        for way, (by_size, run) in self.ways.items():
+            of = variables
+            if way == "recalibrated":
+                of = bnjax.recalibrate(self.model, variables, [seen.x])
+            for size in SIZES if by_size else SIZES[-1:]:
+                logits = run(of, test.x.reshape(-1, size, *test.x.shape[1:]))
+                right = np.ravel(logits.argmax(-1)) == test.y
+                found.update({(way, n): right.mean() for n in ((size,) if by_size else SIZES)})
+        return found
+
+
+Results = dict[str, dict[tuple[str, int], np.ndarray]]  # by corruption, way and size: all seeds
+
+
+def measure(splits: Splits, epochs: int, seeds: int, lr: float) -> Results:
+    """Accuracies under each corruption, in each way, for each size of batches and each network."""
+    network, unseen = Network(splits, epochs, lr), (splits.test, splits.validation)
+    x, y = (np.concatenate([getattr(d, name) for d in unseen]) for name in ("x", "y"))
+    whole = len(y) // SIZES[-1] * SIZES[-1]  # so that all batches are full
+    test = Data(x[:whole], y[:whole])
+    found: dict[str, list[Any]] = {name: [] for name in CORRUPTIONS}
+    for seed in range(seeds):
+        variables = network.train(seed)
+        for name in track(CORRUPTIONS, f"network {seed + 1} of {seeds}", console=console):
+            shifted = (corrupted(data, name) for data in (splits.train, test))
+            found[name].append(network.accuracies(variables, *shifted))
+    return {
+        name: {key: np.array([run[key] for run in runs]) for key in runs[0]}
+        for name, runs in found.items()
+    }
+
+
+def show(results: Results, seeds: int) -> None:
+    """Print a table for small batches, and one for large ones."""
+    for size in (4, SIZES[-1]):
+        table = Table("corruption", *WAYS, title=f"Accuracy, batches of {size}, {seeds} networks")
+        for name, found in results.items():
+            table.add_row(name, *(f"{found[way, size].mean():.3f}" for way in WAYS))
+        console.print(table)
+
+
+def draw(results: Results, splits: Splits, path: Path) -> None:
+    """A row of digits for each corruption, and accuracies over the size of the batches."""
+    figure = Figure(figsize=(13, 5.4), dpi=120, layout="constrained")
+    digits, panels = figure.subplots(2, len(results), height_ratios=[1, 3])
+    styles = dict(zip(WAYS, ("k-", "C0o-", "C2s-", "C1--", "C3^-"), strict=True))
+    clean = Data(splits.test.x[:3], splits.test.y[:3])
+    for top, axis, (name, found) in zip(digits, panels, results.items(), strict=True):
+        images = corrupted(clean, name).x[..., 0]
+        top.imshow(np.concatenate(list(images), 1), cmap="gray", vmin=-1, vmax=3)
+        top.set_title("clean, as in training" if name == "none" else name)
+        top.set_axis_off()
+        for way in WAYS:
+            values = np.stack([found[way, size] for size in SIZES])
+            axis.plot(SIZES, values.mean(1), styles[way], label=way, markersize=4)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(SIZES, map(str, SIZES))
+        axis.set(xlabel="test images in a batch", ylim=(0, 1.03))
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy on test digits")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.savefig(path)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The folder of the picture.")] = Path("runs/shifted"),
+    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = 12,
+    seeds: Annotated[int, typer.Option(min=1, help="How many networks.")] = 3,
+    lr: Annotated[float, typer.Option(min=0, help="Of Adam, in TENT.")] = 1e-3,
+) -> None:
+    """Train on clean digits, and classify corrupted ones in five ways."""
+    splits = load()
+    results = measure(splits, epochs, seeds, lr)
+    show(results, seeds)
+    out.mkdir(parents=True, exist_ok=True)
+    draw(results, splits, out / "shifted_data.png")
+    console.print(f"picture: {out / 'shifted_data.png'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

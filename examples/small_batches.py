@@ -1,0 +1,203 @@
+"""Batches of two: batch norm, batch renormalization and virtual batches on scanned digits.
+
+The statistics of two or four images are noisy, and a network that has learned to live with that
+noise meets none in evaluation. `Renorm` trains with what evaluation will use. Virtual batches, of
+so many images of a batch of 64, show what the noise alone does, without that of the gradients.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import optax
+import typer
+from digits import Batch, Splits, batches, load, loss_fn
+from flax import linen as nn
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import bnjax
+from bnjax.policies import Debiased, Policy, Renorm
+
+SIZES = (2, 4, 8, 64)
+LARGEST = SIZES[-1]
+WAYS = ("batch norm", "batch norm, recalibrated", "renorm", "virtual batches")
+State = tuple[Any, Any, Any]  # parameters, statistics, that of the optimizer
+console = Console()
+
+
+class Net(nn.Module):
+    """Four convolutions with batch norm, and a linear classifier."""
+
+    classes: int
+    momentum: Debiased
+    using: Policy | None = None
+    virtual_batch_size: int | None = None
+    widths: tuple[int, ...] = (16, 16, 32, 32)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, H, W, C) to (N, classes)."""
+        for number, width in enumerate(self.widths):
+            stride = 2 if number == 2 else 1
+            x = nn.Conv(width, (3, 3), (stride, stride), use_bias=False)(x)
+            norm = bnjax.BatchNorm2d(
+                momentum=self.momentum,
+                using=self.using,
+                virtual_batch_size=self.virtual_batch_size,
+            )
+            x = nn.relu(norm(x))
+        return nn.Dense(self.classes)(x.mean((1, 2)))
+
+
+def limits(steps: int) -> Renorm:
+    """Batch norm for the first tenth of the training, and limits of 3 and 5 from its half on."""
+    begin, ramp = steps // 10, max(1, steps * 4 // 10)
+    return Renorm(
+        optax.linear_schedule(1.0, 3.0, ramp, begin), optax.linear_schedule(0.0, 5.0, ramp, begin)
+    )
+
+
+def make(way: str, size: int, classes: int, steps: int) -> Net:
+    """A network that trains in this way, with this many images that share statistics.
+
+    Its running statistics are those of the last 640 images, whatever the size of a batch.
+    """
+    if way == "virtual batches":
+        return Net(classes, Debiased(0.1), virtual_batch_size=size)
+    using = limits(steps) if way == "renorm" else None
+    return Net(classes, Debiased(0.1 * size / LARGEST), using)
+
+
+class Trainer:
+    """One way and size, compiled once for all seeds, an epoch at a time."""
+
+    def __init__(self, way: str, size: int, splits: Splits, epochs: int, lr: float) -> None:
+        self.size = LARGEST if way == "virtual batches" else size
+        steps = epochs * (len(splits.train) // self.size)
+        self.splits, self.epochs = splits, epochs
+        self.model = make(way, size, splits.classes, steps)
+        # Adam's steps follow the noise of the gradient, which goes with the root of the size.
+        rate = lr * (self.size / LARGEST) ** 0.5
+        self.tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
+        self.run = jax.jit(lambda state, epoch: jax.lax.scan(self.step, state, epoch)[0])
+
+    def start(self, seed: int) -> State:
+        """New variables, and the state of the optimizer."""
+        new: Any = self.model.init(jax.random.PRNGKey(seed), self.splits.train.x[:2])
+        return new["params"], new["batch_stats"], self.tx.init(new["params"])
+
+    def step(self, state: State, batch: Batch) -> tuple[State, None]:
+        """A step of training; the statistics move in its forward pass."""
+        params, batch_stats, opt_state = state
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, updates = self.model.apply(variables, batch["x"], mutable=["batch_stats"])
+            return loss_fn(logits, batch)[0].mean(), updates["batch_stats"]
+
+        grads, batch_stats = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state = self.tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), batch_stats, opt_state), None
+
+    def train(self, seed: int) -> Any:
+        """The variables after the epochs."""
+        state = self.start(seed)
+        for epoch in range(self.epochs):
+            shuffled = batches(self.splits.train, self.size, seed=1000 * seed + epoch)
+            state = self.run(state, jax.tree.map(lambda *each: np.stack(each), *shuffled))
+        return {"params": state[0], "batch_stats": state[1]}
+
+    def evaluate(self, variables: Any) -> tuple[float, float]:
+        """Accuracy and loss in evaluation, on the test digits."""
+        test = self.splits.test
+        loss, metrics = loss_fn(self.model.apply(variables, test.x), {"x": test.x, "y": test.y})
+        return float(metrics["accuracy"].mean()), float(loss.mean())
+
+    def recalibrated(self, variables: Any) -> Any:
+        """The same parameters with the statistics of the training digits, exactly."""
+        return bnjax.recalibrate(self.model, variables, list(batches(self.splits.train, 256)))
+
+
+Results = dict[tuple[str, int], np.ndarray]  # by way and size: (seeds, accuracy and loss)
+
+
+def measure(splits: Splits, epochs: int, seeds: int, lr: float) -> Results:
+    """Accuracy and loss in evaluation of each way, size and seed."""
+    found: dict[tuple[str, int], list[Any]] = {}
+    ways = [way for way in WAYS if way != "batch norm, recalibrated"]
+    pairs = [p for p in itertools.product(ways, SIZES) if p != ("virtual batches", LARGEST)]
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        for way, size in progress.track(pairs, description="training"):
+            trainer = Trainer(way, size, splits, epochs, lr)
+            for seed in range(seeds):
+                variables = trainer.train(seed)
+                found.setdefault((way, size), []).append(trainer.evaluate(variables))
+                if way == "batch norm":
+                    result = trainer.evaluate(trainer.recalibrated(variables))
+                    found.setdefault((WAYS[1], size), []).append(result)
+            if not console.is_terminal:
+                mean = np.mean(found[way, size], 0)
+                console.print(f"{way}, {size}: accuracy {mean[0]:.3f}, loss {mean[1]:.3f}")
+    found["virtual batches", LARGEST] = found["batch norm", LARGEST]  # that is what they are
+    return {key: np.array(value) for key, value in found.items()}
+
+
+def show(results: Results, seeds: int) -> None:
+    """Print accuracies, with their spread over the seeds, and losses."""
+    title = f"Accuracy in evaluation, and loss: means of {seeds} seeds"
+    table = Table("images that share", *WAYS, title=title)
+    for size in SIZES:
+        cells = []
+        for way in WAYS:
+            accuracy, loss = results[way, size].mean(0)
+            spread = results[way, size][:, 0].std()
+            cells.append(f"{accuracy:.3f} ± {spread:.3f}, {loss:.3f}")
+        table.add_row(str(size), *cells)
+    console.print(table)
+
+
+def draw(results: Results, path: Path) -> None:
+    """Errors and losses over the number of images that share statistics."""
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    styles = dict(zip(WAYS, ("C3o-", "C1s--", "C0D-", "C7^:"), strict=True))
+    for way in WAYS:
+        values = np.stack([results[way, size] for size in SIZES])  # (sizes, seeds, 2)
+        errors, losses = 100 * (1 - values[..., 0]), values[..., 1]
+        for axis, shown in ((left, errors), (right, losses)):
+            axis.plot(SIZES, shown.mean(1), styles[way], label=way, markersize=5)
+            axis.fill_between(
+                SIZES, shown.min(1), shown.max(1), color=styles[way][:2], alpha=0.12, linewidth=0
+            )
+    left.set(title="Wrong test digits, in evaluation", ylabel="per cent (band: all seeds)")
+    right.set(title="Test loss, in evaluation", ylabel="cross entropy", yscale="log")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(SIZES, map(str, SIZES))
+        axis.set_xlabel("images that share statistics in training")
+    left.set_ylim(bottom=0)
+    left.legend()
+    figure.savefig(path)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The folder of the picture.")] = Path("runs/small"),
+    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each kind.")] = 4,
+    lr: Annotated[float, typer.Option(min=0, help="Of Adam, for batches of 64.")] = 1e-2,
+) -> None:
+    """Train on batches of 2, 4, 8 and 64 digits, in several ways, and evaluate."""
+    results = measure(load(), epochs, seeds, lr)
+    show(results, seeds)
+    out.mkdir(parents=True, exist_ok=True)
+    draw(results, out / "small_batches.png")
+    console.print(f"picture: {out / 'small_batches.png'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,155 @@
+"""Policies over devices: the pooled moments decide, and no device says more than without one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnjax
+from bnjax.policies import Blend, Renorm, Running
+from tests.support.cases import Case
+from tests.support.hlo import collectives
+from tests.support.oracle import assert_close
+from tests.support.policies import ROWS, normalized
+from tests.support.ways import (
+    CORE,
+    JIT_WAYS,
+    ONE_AXIS_WAYS,
+    WAYS,
+    core,
+    differentiated,
+    each_of,
+    expected,
+    forward,
+    make,
+    of_layer,
+    spread,
+)
+
+pytestmark = pytest.mark.quick_compile
+
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+# Under vmap there are no devices, and a program says nothing.
+TALKING = tuple(way for way in WAYS if way.name != "vmap")
+
+
+@each_of(WAYS)
+@each_row
+def test_all_devices_agree_on_what_one_gives_for_the_whole_batch(way, row):
+    data = make(rates=None if row.per_example else (0, 0.3, 1, 1, 0.6, 1, 0.1, 1))
+    step = differentiated(core(way.axis_name, using=row.policy, correction=0))
+    found = spread(way, way.compile(step), data)
+    size = 1 if row.per_example else None
+    wanted = normalized(*data[:3], data.cotangent, row.train, mask=data.mask, size=size)
+    after = expected(data, correction=0).batch_stats
+    assert_close(found, wanted._replace(batch_stats=after), rtol=1e-5)
+
+
+@each_of(ONE_AXIS_WAYS + JIT_WAYS)
+@pytest.mark.parametrize("using", [Blend(prior=20), Running(updated=True)], ids=repr)
+def test_test_data_that_are_spread_are_pooled_in_evaluation_too(way, using):
+    data = make(rates=None)
+    settings = {"using": using, "mutable": False}
+    found = spread(way, way.compile(forward(core(way.axis_name, **settings))), data)
+    wanted, _ = bnjax.batch_norm(*data[:3], **settings)
+    assert_close((found.y, found.batch_stats), (wanted, data.batch_stats), rtol=1e-5)
+
+
+@each_of(ONE_AXIS_WAYS)
+@each_row
+def test_virtual_batches_stay_on_their_device(way, row):
+    data = make(rates=None)
+    settings = {"using": row.policy, "virtual_batch_size": 2, "correction": 0}
+    found = spread(way, way.compile(differentiated(core(way.axis_name, **settings))), data)
+    size = 1 if row.per_example else 2
+    wanted = normalized(*data[:3], data.cotangent, row.train, size=size)
+    assert_close(found._replace(batch_stats={}), wanted._replace(batch_stats={}), rtol=1e-5)
+
+
+@each_of(ONE_AXIS_WAYS[:1] + ONE_AXIS_WAYS[3:])
+def test_groups_of_devices_each_have_their_limits(way):
+    data, groups = make(rates=None), [[0, 1, 2, 3], [4, 5, 6, 7]]
+    using = Renorm(1.5, 0.25)
+    settings = {"using": using, "axis_index_groups": groups}
+    step = forward(core(way.axis_name, **settings))
+    found = spread(way, way.compile(step, alike=False), data)
+    halves = [
+        bnjax.batch_norm(*data[:2], x, mutable=True, using=using)
+        for x in (data.x[:16], data.x[16:])
+    ]
+    assert_close(found.y, np.concatenate([y for y, _ in halves]), rtol=1e-5)
+
+
+@each_of(ONE_AXIS_WAYS + JIT_WAYS)
+@pytest.mark.parametrize("kind", ["torch", "drop_in"])
+def test_layers_of_both_conventions(way, kind):
+    data, using = make(rates=None), Renorm(1.5, 0.25)
+    layer: Any = bnjax.BatchNorm1d(axis_name=way.axis_name, using=using)
+    if kind == "drop_in":
+        layer = bnjax.linen.BatchNorm(False, momentum=0.9, axis_name=way.axis_name, using=using)
+    found = spread(way, way.compile(differentiated(of_layer(layer))), data)
+    row = next(row for row in ROWS if row.name == "Renorm")
+    wanted = normalized(*data[:3], data.cotangent, row.train)
+    after = expected(data, correction=int(kind == "torch")).batch_stats
+    assert_close(found, wanted._replace(batch_stats=after), rtol=1e-5)
+
+
+@each_of(TALKING)
+@pytest.mark.parametrize("using", [Renorm(), Renorm.paper()], ids=repr)
+@pytest.mark.parametrize("masked", [False, True])
+def test_renorm_says_what_batch_norm_says(way, using, masked):
+    data = make() if masked else make(rates=None)
+    if using.counts:
+        data = data._replace(batch_stats={**data.batch_stats, "count": np.int32(0)})
+    for kind in (forward, differentiated):
+        for conditional in (False, True):
+            found, plain = (
+                collectives(
+                    way.compile(kind(core(way.axis_name, using=policy))),
+                    way.place(data),
+                    conditional=conditional,
+                )
+                for policy in (using, None)
+            )
+            assert found == plain
+
+
+def kept(using: Any, dtype: Any, size: int | None = None) -> list[tuple]:
+    """Shapes and dtypes of what a gradient keeps of the forward pass, beside the arguments."""
+    case = Case("images", (16, 8, 8, 6), -1, bnjax.BatchNorm2d)
+    rng = np.random.default_rng(0)
+    params, stats = case.params(rng), case.batch_stats(rng)
+
+    def f(params: Any, x: Any) -> Any:
+        settings = {"mutable": True, "using": using, "virtual_batch_size": size}
+        return bnjax.batch_norm(params, stats, jnp.sin(x), **settings)[0]
+
+    _, pull = jax.vjp(f, params, jnp.asarray(case.values(rng), dtype))
+    arrays = [leaf for leaf in jax.tree.leaves(pull) if hasattr(leaf, "dtype")]
+    return sorted((leaf.size * leaf.dtype.itemsize) for leaf in arrays if leaf.size >= 1000)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [None, 4])
+def test_renorm_keeps_no_more_between_the_passes(dtype, size):
+    plain = kept(None, dtype, size)
+    assert plain  # the input of sin, and of the layer
+    assert kept(Renorm(1.5, 0.25), dtype, size) == plain
+
+
+def text(using: Any, mutable: bool) -> str:
+    params, stats = bnjax.init(CORE.channels)
+    settings: Any = {"mutable": mutable} | ({} if using == "left out" else {"using": using})
+    f = lambda params, stats, x: bnjax.batch_norm(params, stats, x, **settings)  # noqa: E731
+    grad = jax.value_and_grad(lambda *held: jnp.sum(f(*held)[0] ** 2), (0, 2))
+    x = jnp.zeros(CORE.shape)
+    return str(jax.make_jaxpr(f)(params, stats, x)) + str(jax.make_jaxpr(grad)(params, stats, x))
+
+
+@pytest.mark.parametrize("mutable", [True, False])
+def test_without_a_policy_a_program_has_nothing_of_one(mutable):
+    assert text(None, mutable) == text("left out", mutable)
+    # In evaluation renorm is batch norm, and so is its program.
+    assert (text(Renorm(), mutable) == text(None, mutable)) == (not mutable)
