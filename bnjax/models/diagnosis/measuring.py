@@ -44,6 +44,11 @@ class Layer:
     seen: bool  # in any batch; not if the layer is frozen, or batches are too small
 
     @property
+    def where(self) -> str:
+        """Its place in words."""
+        return checks.where([self.path])
+
+    @property
     def std(self) -> np.ndarray:
         """What the layer divides by in training: the root of the batches' variance plus eps."""
         return np.sqrt(self.batch_var + self.kind.eps)
