@@ -1,6 +1,7 @@
 """Flax linen layers: PyTorch's `BatchNorm1d/2d/3d`, and a drop-in for `flax.linen.BatchNorm`."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Self
 
 import chex
@@ -29,7 +30,7 @@ class _Layer(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        with conventions.naming(self, _place(self)):
+        with conventions.naming(self, functools.partial(_place, self)):
             conventions.check(self)
 
     @nn.compact
@@ -58,7 +59,7 @@ class _Layer(nn.Module):
                 PyTorch's convention, one value per channel in training.
             TypeError: in PyTorch's convention, an integer or complex input.
         """
-        with conventions.naming(self, _place(self)):
+        with conventions.naming(self, functools.partial(_place, self)):
             return _normalize(self, jnp.asarray(x), use_running_average, mask)
 
 
