@@ -206,7 +206,7 @@ def momentum_inverted(evidence: Evidence) -> Finding | None:
     noisiest = max(bad, key=lambda x: x.spread)
     several = evidence.measured.batches > 1
     scatter = (
-        f"; batches vary by {noisiest.spread:.2f} standard deviations at '{noisiest.path}'"
+        f"; batches vary by {noisiest.spread:.2f} standard deviations at {noisiest.where}"
         if several
         else ""
     )
@@ -338,7 +338,7 @@ def too_few_data(evidence: Evidence) -> Finding | None:
         "warning",
         worst.path,
         paths_of(bad),
-        f"'{worst.path}' is {worst.distance:.2g} standard deviations from these data, and "
+        f"{worst.where} is {worst.distance:.2g} standard deviations from these data, and "
         f"{number_of(measured.batches, 'batch')} of {number_of(measured.examples, 'example')} may "
         "be as far by chance.",
         {"distance": worst.distance, "batches": measured.batches, "examples": measured.examples},
