@@ -283,8 +283,8 @@ MISTAKES = {
     "NaN": (
         lambda model: bnjax.recalibrate(model.first, None, [jnp.full((2, 3), jnp.nan)]),
         ValueError,
-        "These layers saw no finite mean and variance:  (3 channels). Is there NaN or inf in the "
-        "batches or the parameters, or a mask without True?",
+        "These layers saw no finite mean and variance: the top of the model (3 channels). Is there "
+        "NaN or inf in the batches or the parameters, or a mask without True?",
     ),
 }
 
