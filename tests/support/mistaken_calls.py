@@ -17,6 +17,7 @@ from tests.support.mistaken_models import (
     state,
 )
 from tests.support.mistakes import (
+    COUNT,
     KEY,
     NC,
     NHWC,
@@ -67,7 +68,7 @@ CALLS = (
         "nothing like it",
         lambda: bn.BatchNorm1d().init(KEY, NC, colour=1),
         "A call of BatchNorm1d takes no argument `colour`. It takes x, use_running_average, "
-        "mask.\n"
+        "mask, bank, scale, bias.\n"
         "In BatchNorm1d at the top of the model.",
         TypeError,
     ),
@@ -193,9 +194,7 @@ CALLS = (
         "an old checkpoint for the cumulative average",
         lambda: apply(bn.BatchNorm1d(momentum=None))(),
         "The batch norm at the top of the model misses ['count'] in `batch_stats`: it has "
-        "['mean', 'var']. With momentum=None the running statistics are the average of all "
-        "batches, and `count` is how many those were. Add it to each layer, such as {'mean': "
-        "mean, 'var': var, 'count': jnp.array(1000)}.\n"
+        "['mean', 'var']. " + COUNT + "\n"
         "In BatchNorm1d at the top of the model.",
         ValueError,
     ),
@@ -220,7 +219,7 @@ TOOLS = (
         "no batch",
         lambda: bn.recalibrate(NET, state().variables, []),
         "`batches` must hold at least one batch, got none. An iterator that was used before "
-        "is empty: pass a list, or make it anew.",
+        "is empty: pass a list, or create it again.",
         ValueError,
     ),
     Mistake(
@@ -320,7 +319,7 @@ TOOLS = (
     Mistake(
         "a number as a glob",
         lambda: bn.freeze(3),
-        "A path is given by a glob, or several, such as 'encoder/**', got 3.",
+        "Paths must be a glob or several, such as 'encoder/**', got 3.",
         TypeError,
     ),
     Mistake(
@@ -340,7 +339,8 @@ TOOLS = (
     Mistake(
         "a suffix of no format",
         lambda: bn.save("model.xyz", VARIABLES),
-        "The suffix of model.xyz says of no format what it is. Formats are .safetensors, .pth "
+        "Cannot save to model.xyz: '.xyz' is the suffix of no format that is written here. Formats "
+        "are .safetensors, .pth "
         "and .pt (PyTorch), .msgpack (Flax), and a folder without a suffix (orbax).",
         ValueError,
     ),

@@ -27,6 +27,7 @@ from tests.support.mistakes import (
     SINGLE,
     STAT_KEYS,
     STATS,
+    TEXT,
     TOP,
     ZERO,
     Mistake,
@@ -143,7 +144,7 @@ NUMBERS = (
         train(bnjax.BatchNorm1d(3, eps=0.0)),
         ZERO.format(0.0) + TOP.format("BatchNorm1d"),
     ),
-    Mistake("text momentum", core(momentum="0.1"), RANGE.format("'0.1'")),
+    Mistake("text momentum", core(momentum="0.1"), TEXT.format("'0.1'")),
     Mistake("nan eps", core(eps=float("nan")), NEGATIVE.format("eps", "nan")),
     Mistake(
         "text eps",

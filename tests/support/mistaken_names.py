@@ -167,7 +167,8 @@ ARGUMENTS = (
         lambda: bn.BatchNorm2d(colour=3),
         "bnjax.linen.BatchNorm2d takes no argument `colour`. It takes num_features, eps, "
         "momentum, affine, track_running_stats, axis, use_running_average, axis_name, "
-        "axis_index_groups, virtual_batch_size, dtype, param_dtype, scale_init, bias_init.",
+        "axis_index_groups, virtual_batch_size, using, banks, dtype, param_dtype, scale_init, "
+        "bias_init.",
         TypeError,
     ),
     Mistake(

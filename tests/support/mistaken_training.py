@@ -30,7 +30,7 @@ TRAINING = (
     Mistake(
         "an nnx model",
         lambda: training.init_state(Deep(3), optax.sgd(0.1), KEY, NC),
-        "`model` is an nnx model, whose parameters and statistics are its own. Train it with "
+        "`model` is an nnx model, which holds its own parameters and statistics. Train it with "
         "optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param); step = "
         "bnjax.nnx.train_step(loss_fn); metrics = step(model, optimizer, batch).",
         TypeError,
@@ -110,8 +110,8 @@ TRAINING = (
     Mistake(
         "a mutable of one's own",
         lambda: training.train_step(loss_fn, apply_kwargs={"mutable": True}),
-        "`apply_kwargs` must leave `mutable` out: a training step keeps what every collection "
-        "of the model becomes.",
+        "`apply_kwargs` must leave `mutable` out: a training step keeps the updates of all "
+        "collections.",
         TypeError,
     ),
     Mistake(
@@ -161,25 +161,25 @@ TRAINING = (
     Mistake(
         "a state that was used",
         lambda: used(),
-        "This state was passed to a step before, which reuses its memory, so its arrays are "
-        "gone. Go on with the state that the step returned: state, metrics = step(state, "
-        "batch); or keep it by train_step(..., donate=False).",
+        "This state was passed to an earlier step, which reused its memory, so its arrays are "
+        "gone. Continue with the state that the step returned: state, metrics = step(state, "
+        "batch); or keep it with train_step(..., donate=False).",
         ValueError,
     ),
     Mistake(
         "a state that was used, evaluated",
         lambda: training.eval_step(loss_fn)(spent(), {"x": NC}),
-        "This state was passed to a step before, which reuses its memory, so its arrays are "
-        "gone. Go on with the state that the step returned: state, metrics = step(state, "
-        "batch); or keep it by train_step(..., donate=False).",
+        "This state was passed to an earlier step, which reused its memory, so its arrays are "
+        "gone. Continue with the state that the step returned: state, metrics = step(state, "
+        "batch); or keep it with train_step(..., donate=False).",
         ValueError,
     ),
     Mistake(
         "the variables of a state that was used",
         lambda: spent().variables,
-        "This state was passed to a step before, which reuses its memory, so its arrays are "
-        "gone. Go on with the state that the step returned: state, metrics = step(state, "
-        "batch); or keep it by train_step(..., donate=False).",
+        "This state was passed to an earlier step, which reused its memory, so its arrays are "
+        "gone. Continue with the state that the step returned: state, metrics = step(state, "
+        "batch); or keep it with train_step(..., donate=False).",
         ValueError,
     ),
     Mistake(
@@ -249,7 +249,8 @@ TRAINING = (
     Mistake(
         "a decay above one",
         lambda: training.Average.start(state(), decay=2),
-        "`decay` must be between 0 and 1, such as 0.999, or None to weigh all steps alike, got 2.",
+        "`decay` must be between 0 and 1, such as 0.999, or None to weigh all steps equally, got "
+        "2.",
         ValueError,
     ),
     Mistake(
@@ -290,21 +291,21 @@ TRAINING = (
         "no batch for evaluate",
         lambda: training.evaluate(training.eval_step(loss_fn), state(), []),
         "`batches` must hold at least one example that counts, got none. An iterator that was "
-        "used before is empty: pass a list, or make it anew.",
+        "used before is empty: pass a list, or create it again.",
         ValueError,
     ),
     Mistake(
         "a linen state in nnx",
         lambda: bn.nnx.train_step(loss_fn)(state(), nnx_optimizer(), {"x": NC}),
-        "`model` must be a flax.nnx.Module, got TrainState. For a linen model there are "
+        "`model` must be a flax.nnx.Module, got TrainState. For a linen model use "
         "bnjax.training.train_step and eval_step.",
         TypeError,
     ),
     Mistake(
         "optax's optimizer in nnx",
         lambda: bn.nnx.train_step(loss_fn)(Deep(3), optax.sgd(0.1), {"x": NC}),
-        "`optimizer` must be an nnx.Optimizer, as nnx.Optimizer(model, optax.adam(1e-3), "
-        "wrt=nnx.Param) makes it, got GradientTransformationExtraArgs.",
+        "`optimizer` must be an nnx.Optimizer, such as nnx.Optimizer(model, "
+        "optax.adam(1e-3), wrt=nnx.Param), got GradientTransformationExtraArgs.",
         TypeError,
     ),
 )
