@@ -5,7 +5,7 @@ noise meets none in evaluation. `Renorm` trains with what evaluation will use. V
 so many images of a batch of 64, show what the noise alone does, without that of the gradients.
 """
 
-import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,9 +23,8 @@ from rich.table import Table
 import bnjax
 from bnjax.policies import Debiased, Policy, Renorm
 
-SIZES = (2, 4, 8, 64)
-LARGEST = SIZES[-1]
-EPOCHS, SEEDS, RATE = 8, 3, 1e-2
+SIZES, LARGEST = (2, 4, 8), 64
+EPOCHS, SEEDS, RATE = 6, 3, 1e-2
 WAYS = ("batch norm", "batch norm, recalibrated", "renorm", "virtual batches")
 State = tuple[Any, Any, Any]  # parameters, statistics, that of the optimizer
 console = Console()
@@ -128,11 +127,21 @@ class Trainer:
 Results = dict[str, dict[str, list[tuple[float, float]]]]  # by way and size: of each seed
 
 
-def measure(splits: Splits, epochs: int = EPOCHS, seeds: int = SEEDS, lr: float = RATE) -> Results:
+def measure(
+    splits: Splits,
+    sizes: Sequence[int] = SIZES,
+    epochs: int = EPOCHS,
+    seeds: int = SEEDS,
+    lr: float = RATE,
+) -> Results:
     """Accuracy and loss in evaluation of each way, size and seed."""
-    found: Results = {way: {str(size): [] for size in SIZES} for way in WAYS}
-    ways = [way for way in WAYS if way != "batch norm, recalibrated"]
-    pairs = [p for p in itertools.product(ways, SIZES) if p != ("virtual batches", LARGEST)]
+    found: Results = {way: {str(size): [] for size in (*sizes, LARGEST)} for way in WAYS}
+    pairs = [
+        (way, size)
+        for way in WAYS
+        for size in (*sizes, LARGEST)
+        if way != "batch norm, recalibrated" and (way, size) != ("virtual batches", LARGEST)
+    ]
     for way, size in track(pairs, "training", console=console):
         trainer = Trainer(way, size, splits, epochs, lr)
         for seed in range(seeds):
@@ -150,7 +159,7 @@ def show(results: Results) -> None:
     """Print accuracies, with their spread over the seeds, and losses."""
     table = Table("images", *WAYS, title="In evaluation: accuracy, loss")
     table.caption = "by how many images shared statistics in training; means over the seeds"
-    for size in map(str, SIZES):
+    for size in results[WAYS[0]]:
         cells = []
         for way in WAYS:
             accuracy, loss = np.mean(results[way][size], 0)
@@ -164,19 +173,20 @@ def draw(results: Results, path: Path) -> None:
     """Errors and losses over the number of images that share statistics."""
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots(1, 2)
+    sizes = [int(size) for size in results[WAYS[0]]]
     styles = dict(zip(WAYS, ("C3o-", "C1s--", "C0D-", "C7^:"), strict=True))
     for way in WAYS:
-        values = np.array([results[way][str(size)] for size in SIZES])  # (sizes, seeds, 2)
+        values = np.array(list(results[way].values()))  # (sizes, seeds, 2)
         for axis, shown in zip(axes, (100 * (1 - values[..., 0]), values[..., 1]), strict=True):
             low, high, color = shown.min(1), shown.max(1), styles[way][:2]
-            axis.plot(SIZES, shown.mean(1), styles[way], label=way, markersize=5)
-            axis.fill_between(SIZES, low, high, color=color, alpha=0.12, linewidth=0)
+            axis.plot(sizes, shown.mean(1), styles[way], label=way, markersize=5)
+            axis.fill_between(sizes, low, high, color=color, alpha=0.12, linewidth=0)
     axes[0].set(title="Test digits read wrongly", ylabel="per cent (bands: all seeds)")
-    axes[1].set(title="Test loss", ylabel="cross entropy", yscale="log")
-    axes[0].set_ylim(bottom=0)
+    axes[1].set(title="Test loss", ylabel="cross entropy")
     for axis in axes:
+        axis.set_ylim(bottom=0)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(SIZES, map(str, SIZES))
+        axis.set_xticks(sizes, map(str, sizes))
         axis.set_xlabel("images that shared statistics in training")
     axes[0].legend(title="trained with, then evaluated")
     figure.savefig(path)
@@ -187,9 +197,12 @@ def main(
     epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = EPOCHS,
     seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each kind.")] = SEEDS,
     lr: Annotated[float, typer.Option(min=0, help="Of Adam, for batches of 64.")] = RATE,
+    size: Annotated[
+        list[int] | None, typer.Option(min=2, help="Try this one, beside 64. Repeatable.")
+    ] = None,
 ) -> None:
     """Train on batches of 2, 4, 8 and 64 digits, in several ways, and evaluate."""
-    results = measure(load(), epochs, seeds, lr)
+    results = measure(load(), size or SIZES, epochs, seeds, lr)
     show(results)
     out.mkdir(parents=True, exist_ok=True)
     draw(results, out / "small_batches.png")
