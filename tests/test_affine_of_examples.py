@@ -114,8 +114,8 @@ def test_it_broadcasts_to_examples_and_channels(shape, case, name):
     if len(shape) == 4:  # in x's layout
         shape = tuple(np.moveaxis(np.empty(shape), -1, case.axis).shape)
     value = np.random.default_rng(1).normal(size=shape).astype("f")
-    told = {"mutable": True, "axis": case.axis}
-    y, moved = bnjax.batch_norm(params, stats, x, **told, **{name: value})
+    told: Any = {"mutable": True, "axis": case.axis}
+    y, moved = bnjax.batch_norm(params, stats, x, **{**told, name: value})
     plain, new = bnjax.batch_norm(params, stats, x, **told)
     wide = value
     if len(shape) < 4:
