@@ -1,9 +1,8 @@
 """Checks of what a tool is given: a model, its variables, batches."""
 
 import contextlib
-import operator
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from jax.sharding import Mesh
 from bnjax._names import nearest
 from bnjax._words import number_of
 from bnjax.core.checks import POOLED as POOLED
-from bnjax.core.checks import bank_names as bank_names
 from bnjax.core.checks import feature_axes as feature_axes
 from bnjax.core.checks import given as given
 from bnjax.core.checks import mask as mask
@@ -185,54 +183,6 @@ def number_of_calls(counted: Any, path: str) -> int:
             f"How often `{path}` is called depends on the data, so there are no exact statistics "
             "over micro-batches. Train with microbatches=1."
         ) from error
-
-
-def no_banks_yet(ndim: int, path: str) -> None:
-    """A layer that gets banks has one set of statistics."""
-    if ndim > 1:
-        raise ValueError(
-            f"The batch norm at {where([path])} has statistics with {ndim} axes: it has banks "
-            "already, or several feature axes. Leave it out by `paths`."
-        )
-
-
-def one_bank(
-    bank: Any, banks: int | Sequence[str] | None, named: Collection[tuple[str, ...]]
-) -> tuple[int | None, int]:
-    """How many banks there are, if that is known, and the number of one of them."""
-    if not isinstance(bank, str):
-        index = operator.index(bank)
-        return (banks if banks is None or isinstance(banks, int) else len(banks)), index
-    if isinstance(banks, int):
-        banks = tuple(map(str, range(banks)))
-    known = [each for each in named if bank in each] if banks is None else [tuple(banks)]
-    if banks is not None and bank not in known[0]:
-        raise ValueError(f"There is no bank {bank!r}; the banks are {list(known[0])}.")
-    if len(known) != 1:
-        found = f"several layers name theirs {known}" if known else "no layer has told its names"
-        raise ValueError(
-            f"Which bank is {bank!r}? Here {found}. Pass all names in their order, as in "
-            f"banks=({bank!r}, 'other'), or the number of the bank."
-        )
-    return len(known[0]), known[0].index(bank)
-
-
-def bank_is_there(index: int, banks: int, path: str) -> None:
-    """A layer has a bank of that number."""
-    if not 0 <= index < banks:
-        raise ValueError(
-            f"`bank` must lie between 0 and {banks - 1}, the banks of the batch norm at "
-            f"{where([path])}, got {index}."
-        )
-
-
-def some_banks(some: bool) -> None:
-    """Variables from which a bank is taken have some."""
-    if not some:
-        raise ValueError(
-            "`variables` must have batch norms with banks, statistics of shape (K, C), but have "
-            "none. bnjax.to_banks makes them."
-        )
 
 
 def is_initializing(layer: Any) -> bool:
