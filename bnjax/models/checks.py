@@ -174,6 +174,17 @@ def step_of_schedule(step: Any, path: Any, what: str = "momentum") -> Any:
     return step
 
 
+def keeps_for_momentum(momentum: Any, kept: Collection[str], path: str) -> None:
+    """Require that a layer keeps what an overriding momentum moves."""
+    needed = ("count",) if momentum is None else POOLED if isinstance(momentum, str) else ()
+    if kept and (missing := [name for name in needed if name not in kept]):
+        raise ValueError(
+            f"override(momentum={momentum!r}) needs {missing} in the `batch_stats` of the batch "
+            f"norm at {where([path])}, which has {sorted(kept)}. Give momentum={momentum!r} to a "
+            "layer of bnjax's when it is made."
+        )
+
+
 def number_of_calls(counted: Any, path: str) -> int:
     """Require a known number of calls, as moments are kept for each call of a layer."""
     try:

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 from bnjax.core.policies import Policy
-from bnjax.layers.conventions import is_torch
+from bnjax.layers.conventions import as_written, is_torch
 from bnjax.layers.modes import asked_to_train
 from bnjax.models import checks
 from bnjax.models.attributes import COLLECTION, PATH, path_of, variables_of
@@ -178,6 +178,8 @@ def _visit(
     checks.layer_has_fields(layer, told, fields, "/".join(path))
     if "momentum" in fields:
         checks.overriding_momentum(fields["momentum"], is_torch(told))
+        kept = variables_of(layer).get(COLLECTION, {})
+        checks.keeps_for_momentum(fields["momentum"], kept, "/".join(path))
     does = facts(layer, fields, told)
     running = does.running if given is None or "use_running_average" in fields else given
     if running is None and isinstance(layer, nn.Module) and does.by_mutability:
@@ -202,7 +204,7 @@ def _fields(layer: Any, path: Path, frames: tuple[Frame, ...]) -> dict[str, Any]
     for frame in frames:
         if isinstance(frame, Settings) and (not linen if frame.of_nnx else linen or watches):
             fields |= frame.meet("/".join(path))
-    schedule = fields.get("momentum")
+    schedule = as_written(fields.get("momentum"), torch=is_torch(layer))
     if callable(schedule) and watches:
         fields["momentum"] = watches[-1].momentum(schedule)
     elif callable(schedule):
