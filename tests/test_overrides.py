@@ -13,7 +13,7 @@ from flax import nnx
 
 import bnjax
 from bnjax.globs import matcher
-from bnjax.models import overrides
+from bnjax.models import frames
 from bnjax.training import init_state, train_step
 
 pytestmark = pytest.mark.quick_compile
@@ -211,7 +211,7 @@ def test_globs(pattern, path, fits):
 
 
 def test_a_pattern_that_fits_nothing_lists_the_paths_there_are(x, monkeypatch):
-    monkeypatch.setattr(overrides, "_fitted", set())  # of other tests' programs
+    monkeypatch.setattr(frames, "_fitted", set())  # of other tests' programs
     model = SetupNet()
     variables = model.init(jax.random.key(0), x)
     there = "there are ['encoder_0/bn', 'encoder_1/bn', 'head/bn']"
