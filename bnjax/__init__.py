@@ -24,12 +24,14 @@ Training
     training.init_state                     parameters, optimizer and statistics in one state
     training.Average                        averaged weights, with statistics of their own
     training.history                        a record of the running statistics
+    training.scalars                        running statistics as a flat dict for loggers
     decay_mask, trainable_labels            which parameters an optimizer should treat differently
     remat_policy                            what a checkpointed backward pass keeps
 
 Files
     load, save              .safetensors, .pth, .msgpack and orbax checkpoints
     from_torch, to_torch    variables from a PyTorch state dict, and back
+    torch_outputs           what a PyTorch model gives, layer by layer, to check against
 
 On the command line, `bnjax inspect`, `bnjax convert` and `bnjax diagnose`.
 """

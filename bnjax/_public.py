@@ -1,7 +1,7 @@
 """What `bnjax` shows. It loads JAX, which `bnjax --help` can do without."""
 
 from bnjax import diagnosis, linen, masks, nnx, policies, training
-from bnjax.checkpoints.conversion import from_torch, to_torch
+from bnjax.checkpoints.conversion import from_torch, to_torch, torch_outputs
 from bnjax.checkpoints.files import load, save
 from bnjax.core.batch_norm import batch_norm, init
 from bnjax.core.moments import remat_policy
@@ -43,6 +43,7 @@ __all__ = [
     "select_bank",
     "to_banks",
     "to_torch",
+    "torch_outputs",
     "trainable_labels",
     "training",
 ]

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import bnjax
+from bnjax._names import nearest
 from bnjax._tables import Name
 from bnjax._words import number_of
 
@@ -158,7 +159,7 @@ def show(layers: "list[Layer]", problems: list[str], notes: list[str], title: st
         ]
     for note in notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
-    verdict = "fine" if not problems else f"{len(problems)} problems found"
+    verdict = "fine" if not problems else f"{number_of(len(problems), 'problem')} found"
     console.print(f"verdict: {verdict} ({number_of(len(layers), 'batch norm')})")
 
 
@@ -221,7 +222,7 @@ def convert(
         options = {
             "rename": dict(pair(text) for text in rename) if rename else None,
             "ignore": ignore or (),
-            "flatten": {layer: shape(text) for layer, text in map(pair, flatten or ())},
+            "flatten": {layer: shape(text) for layer, text in map(pair, flatten or ())} or None,
             "transposed": transposed,
         }
         if template is not None:
@@ -248,6 +249,7 @@ def diagnose(
             help="The inputs: an .npy file, or an .npz file with one array or one named `x`."
         ),
     ],
+    key: Key = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="The batch size that the model was trained with.")
     ] = 64,
@@ -273,7 +275,7 @@ def diagnose(
     from bnjax.models.diagnosis import diagnose as diagnosed
 
     with failing(FAILED):
-        made, tree, x = made_by(model), files.load(variables), inputs(data)
+        made, tree, x = made_by(model), files.load(variables, key=key), inputs(data)
         if isinstance(made, nnx.Module):
             made.eval()
         batches = [x[start : start + batch_size] for start in range(0, len(x), batch_size)]
@@ -296,9 +298,20 @@ def made_by(target: str) -> Any:
             f"Expected package.module:make_model, with dots as in an import, got {target!r}."
         )
     sys.path.insert(0, "")  # as `python -m` does for modules in the current folder
-    make = getattr(importlib.import_module(module), name, None)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, and imports what is not
+        raise ValueError(
+            f"There is no module {error.name!r} in {Path.cwd()} or among the installed packages. "
+            "Run the command in the folder that the module is in, or set PYTHONPATH to it."
+        ) from error
+    make = getattr(found, name, None)
     if make is None:
-        raise ValueError(f"The module {module} has no {name!r}.")
+        close = nearest(name, vars(found))
+        hint = f" Did you mean {module}:{close}?" if close else ""
+        raise ValueError(f"The module {module} has no {name!r}.{hint}")
     try:
         signature(make).bind()
     except TypeError as error:
@@ -379,8 +392,11 @@ def is_flax(tree: dict[str, Any]) -> bool:
     """Whether names are those of linen variables or an nnx state."""
     from flax.traverse_util import flatten_dict
 
-    last = {names[-1] for names in flatten_dict(tree)}
-    return bool({"params", "batch_stats"} & {*tree} or {"kernel", "scale", "mean", "var"} & last)
+    from bnjax.models.variables import of_variable
+
+    last = {of_variable(tuple(map(str, names)))[-1] for names in flatten_dict(tree)}
+    known = {"kernel", "scale", "embedding", "mean", "var"} & last
+    return bool(known or ({"params", "batch_stats"} & {*tree} and not "".join(last).count(".")))
 
 
 def as_variables(tree: dict[str, Any]) -> Any:
@@ -393,8 +409,13 @@ def as_variables(tree: dict[str, Any]) -> Any:
     from bnjax.models.variables import of_variable
 
     flat = {of_variable(keys): x for keys, x in flatten_dict(tree).items()}
+    streams = {keys[:-1] for keys in flat if keys[-1] == "key"}
     kinds = {"mean": nnx.BatchStat, "var": nnx.BatchStat, "count": nnx.BatchStat}
-    return nnx.from_flat_state((k, kinds.get(k[-1], nnx.Param)(x)) for k, x in flat.items())
+
+    def kind(keys: tuple[Any, ...]) -> Any:
+        return nnx.RngState if keys[:-1] in streams else kinds.get(keys[-1], nnx.Param)
+
+    return nnx.from_flat_state((keys, kind(keys)(x)) for keys, x in flat.items())
 
 
 def pair(text: str) -> tuple[str, str]:

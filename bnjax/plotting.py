@@ -167,7 +167,7 @@ def _layer_legend(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def _apart(order: Sequence[int], gap: int) -> list[int]:
-    """The first few, skipping those whose names would overlap."""
+    """The first few, but none whose name would be written over another."""
     shown: list[int] = []
     for index in order:
         if len(shown) < _NAMED and all(abs(index - other) > gap for other in shown):
@@ -199,7 +199,7 @@ def _ratio_axis(axis: Any) -> None:
 
 
 def _figure(rows: int, columns: int) -> tuple[Any, np.ndarray]:
-    # The object interface instead of pyplot: no global state, and no window.
+    # The object interface, without pyplot: no global state, and no window wanted.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * columns, 2.7 * rows + 0.3), dpi=120, layout="constrained")

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,6 +46,20 @@ def test_diagnose_prints_a_report_and_says_by_its_code_whether_all_is_well(tmp_p
     assert (tmp_path / "report.png").stat().st_size > 10_000
     code, output = run(*arguments, "--json")
     assert json.loads(output)["healthy"] is healthy
+
+
+def test_diagnose_takes_one_model_of_several(tmp_path):
+    x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
+    model = trained_dense()
+    variables = bnjax.recalibrate(model, model.init(jax.random.key(0), x), [x])
+    files.save(tmp_path / "model.msgpack", {"ema": variables, "net": variables})
+    np.save(tmp_path / "x.npy", x)
+    arguments = ("diagnose", f"{__name__}:trained_dense", "--variables", tmp_path / "model.msgpack")
+    arguments = (*arguments, "--data", tmp_path / "x.npy")
+    message = "`variables` hold those of several models, at ['ema', 'net']: pass one of them.\n"
+    assert run(*arguments) == (2, message)
+    code, output = run(*arguments, "--key", "ema")
+    assert (code, "All is well: 1 batch norm fits" in output) == (0, True)
 
 
 def trained_nnx() -> nnx.Module:
@@ -97,7 +112,10 @@ def test_diagnose_says_what_it_cannot_read(tmp_path):
     for target, message in (
         ("tests.test_cli", f"{dotted} 'tests.test_cli'."),
         ("tests/test_cli.py:trained_dense", f"{dotted} 'tests/test_cli.py:trained_dense'."),
-        (f"{__name__}:absent", "has no 'absent'"),
+        (f"{__name__}:absent", f"The module {__name__} has no 'absent'.\n"),
+        (f"{__name__}:trained_dens", f"Did you mean {__name__}:trained_dense?"),
+        ("nowhere:make_model", f"There is no module 'nowhere' in {Path.cwd()} or among the"),
+        ("nowhere.at.all:make_model", "There is no module 'nowhere' in"),
         (f"{__name__}:trained_dense", "There is no checkpoint at"),
     ):
         code, output = run("diagnose", target, *paths)

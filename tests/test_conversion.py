@@ -85,6 +85,7 @@ def test_all_that_does_not_fit_is_in_one_error_with_the_nearest_names():
         fc={"kernel": np.zeros((9, 5), F32), "bias": np.zeros(5, F32)},
     )
     message = misfit(
+        'these names fit with rename={"cnov1": "conv1"}, ignore=["head/**"]',
         "only in PyTorch: cnov1.weight (4, 3, 3, 3); nearest: params/conv1/kernel",
         "only in PyTorch: head.num_batches_tracked ()",
         "only in Flax: params/conv1/kernel (3, 3, 3, 4); nearest: cnov1.weight",
@@ -102,7 +103,7 @@ def test_several_counterparts_are_an_error():
     variables = params(a={"b": {"c": {"bias": zero}}})
     line = "ambiguous: a.b_c.bias, a_b.c.bias for params/a/b/c/bias"
     with pytest.raises(ValueError, match=misfit(line)):
-        bnjax.from_torch({"a.b_c.bias": zero, "a_b.c.bias": zero}, None, variables)
+        bnjax.from_torch({"a.b_c.bias": zero, "a_b.c.bias": zero + 1}, None, variables)
     line = "ambiguous: b.0.bias for params/b/0/bias, params/b_0/bias"
     with pytest.raises(ValueError, match=misfit(line)):
         bnjax.to_torch(params(b={"0": {"bias": zero}}, b_0={"bias": zero}), numpy=True)
@@ -122,10 +123,35 @@ def test_ignored_names_are_dropped_or_keep_their_values():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ignore": "head.*"}, "The pattern 'head.*' fits the path of no name: there are ['a/b"),
-        ({"rename": {"head": "fc"}}, "The pattern 'head' fits the path of no name to rename: the"),
-        ({"transposed": "up"}, "The pattern 'up' fits the path of no convolution: none was call"),
-        ({"flatten": {"fc": (1, 2)}}, "The pattern 'fc' fits the path of no dense layer: there "),
+        (
+            {"ignore": "head.*"},
+            "`ignore` names 'head.*', which fits no name; nearest: 'a/bias', 'a/weight', "
+            "'a/kernel'.",
+        ),
+        (
+            {"rename": {"head": "fc"}},
+            "`rename` goes from names of PyTorch to those of Flax, and PyTorch has no 'head'; "
+            "nearest: 'a', 'a.bias', 'a.weight'.",
+        ),
+        (
+            {"rename": {"b": "a"}},
+            "`rename` goes from names of PyTorch to those of Flax, and PyTorch has no 'b'; "
+            "nearest: 'a.bias', 'a.weight', 'a'.",
+        ),
+        (
+            {"transposed": "up"},
+            "`transposed` names 'up', which fits no convolution: there is none.",
+        ),
+        (
+            {"flatten": {"fc": (1, 2)}},
+            "`flatten` names 'fc', which fits no dense layer, normalization or recurrent cell: "
+            "there is 'a'.",
+        ),
+        (
+            {"flatten": {"a": 8}},
+            "`flatten['a']` must be the shape (C, H, W) that PyTorch flattens into the 8 inputs of "
+            "this layer, got 8.",
+        ),
         (
             {"flatten": {"a": (3, 2)}},
             "`flatten['a']` must be the shape (C, H, W) that PyTorch flattens into the 8 inputs of "
@@ -136,8 +162,18 @@ def test_ignored_names_are_dropped_or_keep_their_values():
 def test_an_option_that_fits_nothing_is_an_error(options, message):
     variables = params(a={"kernel": np.zeros((8, 2), F32), "bias": np.zeros(2, F32)})
     state_dict = {"a.weight": np.zeros((2, 8), F32), "a.bias": np.zeros(2, F32)}
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.from_torch(state_dict, None, variables, **options)
+
+
+def test_a_flatten_that_is_no_mapping_is_an_error():
+    message = (
+        "`flatten` must map the paths of layers in Flax to shapes (C, H, W), such as "
+        '{"head/fc": (512, 7, 7)}, got tuple.'
+    )
+    shape: Any = (512, 7, 7)
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        bnjax.from_torch({}, None, params(), flatten=shape)
 
 
 @pytest.mark.parametrize(
@@ -234,17 +270,47 @@ def test_statistics_in_half_precision_become_float32(dtype):
     chex.assert_trees_all_equal(new["batch_stats"]["bn"]["var"], np.array([4, 5], F32))
 
 
+def impossible(*lines: str) -> str:
+    head = "There are running statistics that no batch norm can have, so nothing was converted."
+    return "^" + re.escape("\n  ".join((head, *lines))) + "$"
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16])
 def test_an_impossible_variance_is_refused_by_name(dtype):
     state_dict = batch_norm(4)
     state_dict["bn.running_var"] = np.array([-1, np.nan, np.inf, 1], dtype)
     state_dict["bn.running_mean"] = np.array([-1, np.nan, 0, 1], dtype)
-    message = misfit(
+    message = impossible(
         "impossible mean: bn.running_mean has 1 non-finite of 4 values",
         "impossible variance: bn.running_var has 2 non-finite and 1 negative of 4 values",
     )
     with pytest.raises(ValueError, match=message):
         bnjax.from_torch(state_dict, None, batch_norm_variables(4))
+
+
+def test_a_variance_a_little_below_zero_is_refused_with_both_repairs():
+    state_dict = batch_norm(4)
+    state_dict["bn.running_var"] = np.array([-5e-6, 1, -1e-6, 1], F32)
+    message = impossible(
+        "impossible variance: bn.running_var has 2 negative of 4 values, none below -5e-06. Set "
+        "those to 0, if they are of rounding, or add the eps again that was taken off all of them"
+    )
+    with pytest.raises(ValueError, match=message):
+        bnjax.from_torch(state_dict, None, batch_norm_variables(4))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16])
+def test_a_count_that_was_averaged_or_kept_in_half_precision_is_a_whole_number(dtype):
+    state_dict = {**batch_norm(), "bn.num_batches_tracked": np.array(6.75, dtype)}
+    counting = batch_norm_variables(count=np.array(0, np.int32))
+    new = bnjax.from_torch(state_dict, None, counting)
+    assert new["batch_stats"]["bn"]["count"] == 7
+    for value in (np.nan, np.inf):
+        state_dict["bn.num_batches_tracked"] = np.array(value, dtype)
+        line = f"impossible count: bn.num_batches_tracked is {value}; leave it out with `ignore`"
+        with pytest.raises(ValueError, match=misfit(line)):
+            bnjax.from_torch(state_dict, None, counting)
+        bnjax.from_torch(state_dict, None, batch_norm_variables())
 
 
 @pytest.mark.parametrize("count", [2**31, -(2**31) - 1])

@@ -1,8 +1,10 @@
 """Checkpoints as other programs leave them: read by what they are, whatever their names."""
 
 import json
+import pickle
 import re
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +214,9 @@ def test_a_step_with_an_item_for_each_collection_is_read_as_a_whole(tmp_path):
 
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         for step in (9, 10):
-            saves = {name: ocp.args.StandardSave(part) for name, part in VARIABLES.items()}
+            saves: dict[str, Any] = {
+                name: ocp.args.StandardSave(part) for name, part in VARIABLES.items()
+            }
             saves["records"] = ocp.args.JsonSave({"loss": step})
             manager.save(step, args=ocp.args.Composite(**saves))
         manager.wait_until_finished()
@@ -229,3 +233,26 @@ def test_a_link_to_the_newest_step_is_no_second_checkpoint(tmp_path):
     (tmp_path / "around").symlink_to(tmp_path)
     np.testing.assert_array_equal(bnjax.load(tmp_path)["w"], [2, 2])
     np.testing.assert_array_equal(bnjax.load(tmp_path / "latest")["w"], [2, 2])
+
+
+def test_an_orbax_folder_without_its_metadata_is_told(tmp_path):
+    bnjax.save(tmp_path / "m", VARIABLES)
+    (tmp_path / "m" / "manifest.ocdbt").write_bytes(b"damage")
+    (tmp_path / "m" / "_METADATA").write_bytes(b"damage")
+    message = REFUSED.format(
+        tmp_path / "m", "an orbax checkpoint", "its metadata are damaged. Copy it again."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        bnjax.load(tmp_path / "m")
+
+
+def test_other_files_beside_the_only_checkpoint_do_not_count(tmp_path):
+    np.savez(tmp_path / "inputs.npz", x=np.ones(2))
+    (tmp_path / "history.pkl").write_bytes(pickle.dumps({"loss": [1.0]}))
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04")
+    (tmp_path / "config.json").write_text('{"weight": 1}')
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        archive.add(tmp_path / "config.json")
+    torch_file(tmp_path / "epoch=3.ckpt", PLAIN)
+    chex.assert_trees_all_equal(bnjax.load(tmp_path), PLAIN)

@@ -236,6 +236,10 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         Around(lambda bn, a, b, x: a(bn(x) * 2)),
         GOES.removesuffix("its output goes into {}") + "its output is multiplied by 2 before 'a'",
     ),
+    "a sum of one": (
+        Around(lambda bn, a, b, x: a(bn(x)[:, None].sum(1))),
+        GOES.removesuffix("its output goes into {}") + "its output is summed before 'a'",
+    ),
     "tied kernel": (
         Around(lambda bn, a, b, x: a(bn(x)) @ a.variables["params"]["kernel"].T),
         GOES.removesuffix("its output goes into {}") + "the kernel of 'a' is used outside of it",
@@ -306,7 +310,7 @@ def test_a_layer_between_two_batch_norms_takes_both():
 def test_what_cannot_go_back_goes_forward():
     model = Around(lambda bn, a, b, x: b(bn(y := a(x))) + y)
     folded = assert_folded(*prepare(model, (5, 4)))
-    assert reasons(folded)["a", "bn"] == (
+    assert reasons(folded)["a", ""] == (
         "its output goes into 'bn' and add, not only into a batch norm"
     )
     assert reasons(folded)["b", "bn"] is None

@@ -128,6 +128,12 @@ def test_a_statistic_that_is_missing_is_called_missing(changes, problem):
     assert (row.name, row.problems) == ("bn", ("the running variance is missing",))
 
 
+def test_names_with_slashes_in_them_are_those_of_modules():
+    tree = {name.replace(".", "/"): array for name, array in layer().items()}
+    (row,) = inspect({"net": tree})
+    assert (row.name, row.updates, row.problems) == ("net/bn", 70_000, ())
+
+
 def test_a_shard_alone_says_that_it_is_one(tmp_path):
     path = tmp_path / "model-00001-of-00002.safetensors"
     bnjax.save(path, {"bn.running_mean": TRAINED})

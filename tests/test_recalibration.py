@@ -1,7 +1,7 @@
 """Population statistics of the layers of a model: exact, pure, and of all data alike."""
 
 import re
-from typing import Any
+from typing import Any, assert_type
 
 import chex
 import jax
@@ -82,6 +82,7 @@ def test_two_batches_far_apart_have_the_variance_of_both(rng):
     layer = bnjax.BatchNorm1d()
     batches = [jnp.asarray(rng.normal(mean, 1, (500, 2)), jnp.float32) for mean in (0, 10)]
     new = bnjax.recalibrate(layer, layer.init(jax.random.key(0), batches[0]), batches)
+    assert_type(new, dict[str, Any])
     np.testing.assert_allclose(new["batch_stats"]["var"], 26, atol=1)
 
 
@@ -201,7 +202,7 @@ NO_BATCH = (
         (
             {"variables": {"params": {}}},
             "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
-            "norms has it, got ['params'].",
+            "norms has it, got ['params']. Pass {'params': params, 'batch_stats': batch_stats}.",
         ),
         (
             {"batches": [BATCH * np.nan]},

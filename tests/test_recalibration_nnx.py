@@ -1,7 +1,7 @@
 """Population statistics of the layers of an nnx model, which stays as it is."""
 
 import re
-from typing import Any
+from typing import Any, assert_type
 
 import chex
 import jax
@@ -52,7 +52,9 @@ def updated(model: Any, state: nnx.State) -> Any:
 def test_the_statistics_are_those_of_all_data_by_count_and_of_all_uses(norm, batches, mesh):
     model = Branches(nnx.Rngs(0), norm)
     devices = jax.make_mesh((len(jax.devices()),), ("data",)) if mesh else None
-    new = updated(model, bnjax.recalibrate(model, None, batches, mesh=devices))
+    state = bnjax.recalibrate(model, None, batches, mesh=devices)
+    assert_type(state, nnx.State)
+    new = updated(model, state)
     expected = inputs_of_layers(model, batches)
     assert_population(new.first, expected["first"])
     assert_population(new.norms[0], expected["norms/0"])
@@ -256,12 +258,14 @@ MISTAKES = {
     "no model": (
         lambda model: bnjax.recalibrate(model.__call__, None, []),
         TypeError,
-        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got method.",
+        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got method. "
+        "Pass the model itself, not its variables or its apply.",
     ),
     "no statistics": (
         lambda model: bnjax.recalibrate(model.dense, None, []),
         ValueError,
-        "`model` must call a batch norm, bnjax's or Flax's own, but calls none.",
+        "`model` must call a batch norm, bnjax's or Flax's own, but calls none. If it has "
+        "one of another class, bnjax.register makes that known.",
     ),
     "no batch": (
         lambda model: bnjax.recalibrate(model, None, []),
@@ -279,8 +283,8 @@ MISTAKES = {
     "NaN": (
         lambda model: bnjax.recalibrate(model.first, None, [jnp.full((2, 3), jnp.nan)]),
         ValueError,
-        "These layers saw no finite mean and variance:  (3 channels). Is there NaN or inf in the "
-        "batches or the parameters, or a mask without True?",
+        "These layers saw no finite mean and variance: the top of the model (3 channels). Is there "
+        "NaN or inf in the batches or the parameters, or a mask without True?",
     ),
 }
 

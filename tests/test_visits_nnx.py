@@ -127,7 +127,7 @@ def test_an_nnx_batch_norm_that_is_not_known_is_named():
     model = WithOwn()
     with pytest.raises(ValueError, match=re.escape(stranger("own", "OwnNorm"))):
         bnjax.recalibrate(model, None, PARTS)
-    new = bnjax.recalibrate(model, None, PARTS, paths="bn")
+    new: Any = bnjax.recalibrate(model, None, PARTS, paths="bn")
     np.testing.assert_allclose(new["bn"]["mean"][...], X.mean(0), rtol=1e-5)
     findings = bnjax.diagnose(model, None, PARTS).findings
     assert "not diagnosed" in [finding.kind for finding in findings]

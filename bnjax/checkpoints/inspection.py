@@ -137,11 +137,12 @@ def _arrays(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, np.nda
             # Of an nnx variable, orbax saves {"value": array}.
             yield from _arrays(value, path if key == "value" else (*path, key))
     elif isinstance(tree, np.ndarray) and path and _is_number(tree.dtype):
-        inner, _, leaf = path[-1].rpartition(".")
-        parts = [part for part in path[:-1] if part not in ("params", "batch_stats")]
+        *above, last = "/".join(path).split("/")
+        inner, _, leaf = last.rpartition(".")
+        parts = [part for part in above if part not in ("params", "batch_stats")]
         if leaf in _NAMES:
             module = "/".join([*parts, inner] if inner else parts)
-            flax = "batch_stats" in path[:-1] and leaf in ("mean", "var")
+            flax = "batch_stats" in above and leaf in ("mean", "var")
             yield module, leaf, tree, flax or leaf in ("running_mean", "running_var")
 
 

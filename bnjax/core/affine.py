@@ -32,25 +32,32 @@ def composed(dtype: jax.typing.DTypeLike, *maps: dict[str, jax.Array]) -> dict[s
 
 def normalize(
     parts: Parts,
-    moments: Moments,
-    params: dict[str, jax.Array],
-    eps: chex.Numeric,
+    origin: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """`(x - mean) / sqrt(var + eps) * scale + bias` as `dtype`, by these moments."""
-    scale, shift = _scale_and_shift(params, moments, eps)
+    """`(x - origin) * scale + shift` as `dtype`; each is beside x, or beside the parts."""
     if parts.group is not None:  # some may be the same for all parts
         scale, shift = (jnp.broadcast_to(each, parts.features) for each in (scale, shift))
-    new = compat.varying_axes(parts.x) - compat.varying_axes(scale) - compat.varying_axes(shift)
-    if new:  # alike on all devices, used where x differs: one sum in a backward pass
-        scale, shift = lax.pcast(jnp.stack([scale, shift]), tuple(sorted(new)), to="varying")
     apply = _affine.fun if compat.plain.value else _affine
-    return apply(parts, moments.origin, scale, shift, dtype)
+    return apply(parts, origin, scale, shift, dtype)
+
+
+def alike(
+    parts: Parts, origin: jax.Array, scale: jax.Array, shift: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What is alike on all devices, to be used where x differs: one sum in a backward pass."""
+    new = compat.varying_axes(parts.x) - compat.varying_axes(scale) - compat.varying_axes(shift)
+    if new:
+        scale, shift = jnp.broadcast_arrays(scale, shift)
+        scale, shift = lax.pcast(jnp.stack([scale, shift]), tuple(sorted(new)), to="varying")
+    return origin, scale, shift
 
 
 # What is compiled by itself is traced, differentiated and lowered once for all layers of a shape.
 @jax.jit
-def _scale_and_shift(
+def scale_and_shift(
     params: dict[str, jax.Array], moments: Moments, eps: chex.Numeric
 ) -> tuple[jax.Array, jax.Array]:
     """What x minus the origin is multiplied by, and what is added."""

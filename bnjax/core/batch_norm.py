@@ -133,7 +133,8 @@ def batch_norm(
         bank: which of several sets of statistics, kept as arrays of K rows, this batch is
             normalized by and moves: a number, or one for each example, int32 (N,). Then the
             examples of a bank share their statistics, and a bank without examples keeps its own.
-            Where a traced number is none of 0 to K - 1, the output is NaN, and nothing moves.
+            Where a traced number is none of 0 to K - 1, the output is NaN, and nothing moves. An
+            example that the mask leaves out may have any, such as -1.
         scale: for each example, (N, C) or broadcastable: multiplied after the learned scale and
             bias, as in class-conditional batch norm and FiLM.
         bias: for each example, likewise: added last.
@@ -169,10 +170,11 @@ def batch_norm(
     x = checks.floating(x)
     axes = checks.feature_axes(axis, x.ndim)
     features = tuple(x.shape[a] for a in axes)
-    bank, banks = checks.bank(bank, batch_stats, x.shape, axes)
+    mask = None if mask is None else checks.mask(mask, x.shape)
+    bank, banks = checks.bank(bank, batch_stats, x.shape, axes, mask)
     checks.trees(params, batch_stats, features, momentum, banks)
-    stats = dict(batch_stats)
-    weight, using = at(stats.get("count"), momentum, using)
+    stats = {name: jnp.asarray(value) for name, value in batch_stats.items()}
+    weight, using = at(bank_rows.row(stats.get("count"), bank), momentum, using)
     settings = Settings(
         axes=axes,
         mutable=mutable,
@@ -188,9 +190,9 @@ def batch_norm(
         using=using,
         banks=banks,
     ).checked(x)
-    mask = None if mask is None else checks.mask(mask, x.shape)
     given = checks.affine_of_examples(scale, bias, x.shape, axes)
-    arrays = dict(params), stats, x, mask, bank, given
+    params = {name: jnp.asarray(value) for name, value in params.items()}
+    arrays = params, stats, x, mask, bank, given
     with compat.plain_for(x):
         return on_auto_axes(_steps, (*arrays, settings), x, like=(x, stats))
 
@@ -215,6 +217,6 @@ def _steps(
         if told.moves:
             moved = update(stats, batch, sharing.group, told)
     chosen, first = choose(batch, stats, moved, sharing, told)
-    parts, chosen, affine = applied(chosen, first, learned, given, sharing, told)
-    y = normalize(parts, chosen, affine, told.eps, told.dtype)
+    parts, origin, factor, shift = applied(chosen, first, learned, given, sharing, told)
+    y = normalize(parts, origin, factor, shift, told.dtype)
     return partition.join(y, parts, x.shape), bank_rows.put(batch_stats, bank, moved)

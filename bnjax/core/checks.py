@@ -461,9 +461,12 @@ def bank_by_name(given: Any, banks: int | Sequence[str]) -> Any:
 
 
 def bank(
-    value: Any, batch_stats: Any, shape: tuple[int, ...], axes: tuple[int, ...]
+    value: Any, batch_stats: Any, shape: tuple[int, ...], axes: tuple[int, ...], mask: Any
 ) -> tuple[Any, int | None]:
-    """Which bank a call has, as an int or an array of int32, and how many there are."""
+    """Which bank a call has, as an int or an array of int32, and how many there are.
+
+    Examples that the mask leaves out may have any number.
+    """
     mean = batch_stats.get("mean") if isinstance(batch_stats, Mapping) else None
     banks = len(mean) if mean is not None and jnp.ndim(mean) == len(axes) + 1 else None
     if value is None and banks is None:
@@ -491,8 +494,13 @@ def bank(
             f"`bank` must be one number, or one for each of the {size} examples, got shape "
             f"{array.shape}."
         )
-    if not compat.is_traced(array):
-        wrong = sorted({int(n) for n in np.ravel(array) if not 0 <= n < banks})
+    if not (compat.is_traced(array) or compat.is_traced(mask)):
+        counted = True
+        if mask is not None and array.ndim:
+            batch = next(axis for axis in range(len(shape)) if axis not in axes)
+            counted = np.any(mask, tuple(axis for axis in range(mask.ndim) if axis != batch))
+        outside = counted & ((np.asarray(array) < 0) | (np.asarray(array) >= banks))
+        wrong = sorted({*np.broadcast_to(array, np.shape(outside))[outside].tolist()})
         if wrong:
             raise ValueError(f"`bank` must lie between 0 and {banks - 1}, got {wrong}.")
     if array.shape == () and not isinstance(array, jax.Array):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bnjax.core import banks
-from bnjax.core.affine import composed
+from bnjax.core.affine import alike, composed, scale_and_shift
 from bnjax.core.devices import total
 from bnjax.core.measuring import moments_of
 from bnjax.core.moments import Moments, at_least
@@ -67,8 +67,8 @@ def applied(
     given: Affine,
     sharing: Sharing,
     told: Settings,
-) -> tuple[Parts, Moments, Affine]:
-    """The values, and by which moments and which affine map they are normalized.
+) -> tuple[Parts, jax.Array, jax.Array, jax.Array]:
+    """The values, what is taken off them, what they are multiplied by, and what is added.
 
     Args:
         chosen: the moments.
@@ -80,13 +80,18 @@ def applied(
     """
     dtype, per_example = sharing.whole.x.dtype, told.using is not None and told.using.per_example
     learned = {key: sharing.beside(value) for key, value in learned.items()}
+    if per_example:
+        learned = {key: sharing.to_each(value) for key, value in learned.items()}
+    scale, shift = scale_and_shift(composed(dtype, first, learned), chosen, told.eps)
     if not (given or per_example or sharing.bank is not None):
-        return sharing.parts, chosen, composed(dtype, first, learned)
+        return sharing.parts, *alike(sharing.parts, chosen.origin, scale, shift)
+    parts = sharing.each
+    origin, scale, shift = alike(parts, chosen.origin, scale, shift)
     if not per_example:
-        chosen, first = jax.tree.map(sharing.to_each, (chosen, first))
-    learned = {key: sharing.to_each(value) for key, value in learned.items()}
+        origin, scale, shift = map(sharing.to_each, (origin, scale, shift))
     if sharing.bank is not None:
         lost = banks.nowhere(sharing.bank, sharing.banks).reshape(-1, *(1,) * len(told.axes))
         given = {**given, "bias": given.get("bias", 0) + lost}
     given = {key: jnp.moveaxis(value, 0, sharing.batch) for key, value in given.items()}
-    return sharing.each, chosen, composed(dtype, first, learned, given)
+    last = composed(dtype, {"scale": scale, "bias": shift}, given)
+    return parts, origin, last["scale"], last["bias"]

@@ -96,7 +96,7 @@ def linear(
         default = functools.partial(function, **static)
         return lax.platform_dependent(*arrays, default=default, **told)
 
-    made.def_impl(jax.jit(eager, static_argnames=("reduced", "shape")))
+    made.def_impl(jax.jit(eager, static_argnames=("reduced", "shape", "banks")))
     made.def_abstract_eval(
         lambda *avals, **static: list(
             jax.make_jaxpr(functools.partial(function, **static))(*avals).out_avals
@@ -146,6 +146,34 @@ def transposed(made: Primitive, transpose: Function, batched: Function) -> None:
 
     ad.deflinear2(made, transpose_rule)
     batching.primitive_batchers[made] = batching_rule
+
+
+def each_others_transpose(first: Primitive, second: Primitive, batched: Function) -> None:
+    """Teach two primitives of `linear` that each is the other's transpose, given an index.
+
+    Args:
+        first: a primitive of an index, which has no derivative, and of an array.
+        second: the other one; both have the same static keywords.
+        batched: `batched(made, arrays, dims, **static)` gives result and axis of one under `vmap`.
+    """
+    for made, other in ((first, second), (second, first)):
+
+        def jvp(primals: Sequence[Any], tangents: Sequence[Any], made=made, **static: Any) -> Any:
+            index, values = primals
+            tangent = ad.instantiate_zeros(tangents[1])
+            return made.bind(index, values, **static), made.bind(index, tangent, **static)
+
+        def transpose(cotangents: Sequence[Any], index: Any, _: Any, other=other, **static: Any):
+            (cotangent,) = map(ad.instantiate_zeros, cotangents)
+            return [None, *other.bind(index, cotangent, **static)]
+
+        def batching_rule(arrays: Sequence[Any], dims: Sequence[Any], made=made, **static: Any):
+            result, dim = batched(made, arrays, dims, **static)
+            return [result], [dim]
+
+        ad.primitive_jvps[made] = jvp
+        ad.primitive_transposes[made] = transpose
+        batching.primitive_batchers[made] = batching_rule
 
 
 def needed(traced: Any, outputs: Sequence[bool]) -> tuple[Function, list[bool]]:

@@ -50,8 +50,8 @@ def centred(
     With `apart`, the channels may be on devices that should not talk: nothing is decided for all.
     """
     known = all(isinstance(size, int) for size in x.shape)
-    if not reduced:
-        origin = x.astype(working_dtype(x.dtype))
+    if mask is None and known and all(x.shape[axis] == 1 for axis in reduced):
+        origin = lax.squeeze(x, reduced).astype(working_dtype(x.dtype))
         return origin, jnp.zeros_like(origin), jnp.zeros_like(jnp.real(origin))
     if compat.plain.value:
         mean = jnp.sum(where(mask, x.astype(working_dtype(x.dtype))), reduced) / n

@@ -138,6 +138,14 @@ class Sharing:
     def _virtual(self, size: int) -> Parts:
         return virtual(self.whole.x, self.whole.mask, self.whole.axes, size)
 
+    def of_counted(self, bank: jax.Array) -> jax.Array:
+        """The banks of the examples, where those that the mask leaves out may have any number."""
+        mask = self.whole.mask
+        if mask is None:
+            return bank
+        counted = jnp.any(mask, tuple(a for a in range(mask.ndim) if a != self.batch))
+        return jnp.where(counted, bank, jnp.clip(bank, 0, self.banks - 1))
+
     @property
     def batch(self) -> int:
         """The axis of the examples."""
@@ -170,7 +178,7 @@ class Sharing:
         if not jnp.ndim(values):
             return values
         if self.bank is not None:
-            rows = values if len(values) == 1 else banks.to_examples(values, self.bank)
+            rows = values if values.shape[0] == 1 else banks.to_examples(values, self.bank)
             return jnp.moveaxis(rows, 0, self.batch)
         if self.group is None:
             return jnp.expand_dims(values, self.batch)
@@ -196,5 +204,6 @@ def share(x: jax.Array, mask: jax.Array | None, bank: Any, told: Settings) -> Sh
     """Who shares statistics in a call."""
     parts = whole(x, mask, told.axes)
     if banks.by_example(bank):
-        return Sharing(parts, bank=bank, banks=told.banks or 0)
+        sharing = Sharing(parts, bank=bank, banks=told.banks or 0)
+        return dataclasses.replace(sharing, bank=sharing.of_counted(bank))
     return Sharing(parts, size=told.virtual_batch_size if told.measures else None)

@@ -62,6 +62,8 @@ def _in_one_reading(*arrays: jax.Array, reduced: Axes, devices: int) -> Sequence
     values: Sequence[jax.Array] = arrays
     shape = values[0].shape
     known = all(isinstance(size, int) for size in shape)
+    if known and all(shape[axis] == 1 for axis in reduced):
+        return [lax.squeeze(value, reduced) for value in values]
     if not known or (len(values) == 1 and _large(shape, reduced)):
         return _each_by_itself(*values, reduced=reduced)
     if len(values) == 1:  # XLA would make one sum of its sums of sums: not if there are two arrays

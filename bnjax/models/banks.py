@@ -162,6 +162,19 @@ def select_bank(
     return new
 
 
+def with_own_affine(variables: Any) -> Any:
+    """The same, with a scale and a bias for each bank where some were added to shared ones."""
+
+    def own(path: str, arrays: Arrays) -> Arrays:
+        new = {name: value for name, value in arrays.items() if not name.startswith("bank_")}
+        for name in ("scale", "bias"):
+            if f"bank_{name}" in arrays:
+                new[name] = arrays[name] + arrays[f"bank_{name}"]
+        return new
+
+    return _map(own, variables, ())
+
+
 _NAMES = ("scale", "bias", "bank_scale", "bank_bias", "mean", "var", "count", *checks.POOLED)
 
 
@@ -170,7 +183,7 @@ def _map(change: Callable[[str, Arrays], Arrays], variables: Any, paths: globs.P
     state = isinstance(variables, nnx.State)
     if not state:
         checks.has_statistics(variables)
-    flat: Any = dict(nnx.to_flat_state(variables)) if state else flatten_dict(variables, True)
+    flat = _flat(variables)
     norms: dict[str, dict[str, tuple]] = {}
     for keys in flat:
         if keys[-1] in _NAMES and (state or keys[0] in ("params", "batch_stats")):
@@ -180,7 +193,7 @@ def _map(change: Callable[[str, Arrays], Arrays], variables: Any, paths: globs.P
     globs.check_each(paths, norms)
     fits = globs.any_of(paths)
     for path, names in norms.items():
-        if not fits(path):
+        if paths and not fits(path):
             continue
         leaves = {name: flat.pop(keys) for name, keys in names.items()}
         arrays = {name: _array(leaf) for name, leaf in leaves.items()}
@@ -191,6 +204,12 @@ def _map(change: Callable[[str, Arrays], Arrays], variables: Any, paths: globs.P
         return nnx.from_flat_state(flat.items())
     nested = unflatten_dict(flat)
     return FrozenDict(nested) if isinstance(variables, FrozenDict) else nested
+
+
+def _flat(variables: Any) -> dict[tuple, Any]:
+    if isinstance(variables, nnx.State):
+        return dict(nnx.to_flat_state(variables))
+    return flatten_dict(variables, keep_empty_nodes=True)
 
 
 def _array(leaf: Any) -> Any:

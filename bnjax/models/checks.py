@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from bnjax._names import nearest
+from bnjax._words import number_of
 from bnjax.core.checks import POOLED as POOLED
 from bnjax.core.checks import bank_names as bank_names
 from bnjax.core.checks import feature_axes as feature_axes
@@ -23,7 +24,7 @@ from bnjax.core.checks import overriding_momentum as overriding_momentum
 from bnjax.core.checks import policy as policy
 from bnjax.core.checks import shapes as shapes
 from bnjax.core.checks import warn_once as warn_once
-from bnjax.core.checks import where
+from bnjax.core.checks import where as where
 from bnjax.globs import strangers
 
 _MISFITS = (
@@ -80,7 +81,8 @@ def mask_of_examples(mask: Any, size: int) -> None:
     if shape != (size,) or dtype != np.bool_:
         raise ValueError(
             f"The `mask` of a batch of {size} examples must be an array of bool, of shape "
-            f"({size},), got {dtype or type(mask).__name__} of shape {shape}."
+            f"({size},), got {dtype or type(mask).__name__} of shape {shape}. Convert it "
+            "first, as in `mask != 0`."
         )
 
 
@@ -127,7 +129,7 @@ def loss_and_metrics(result: Any) -> tuple[Any, dict[str, Any]]:
         got = f"{what} of {len(result)}" if isinstance(result, tuple | list) else what
         raise TypeError(
             "`loss_fn` must return the loss or (loss, metrics), an array and a dict of arrays, got "
-            f"a {got}."
+            f"a {got}. Write return loss, {{'accuracy': accuracy}}."
         )
     for name, value in {"loss": loss, **metrics}.items():
         if not isinstance(value, jax.Array | np.ndarray | np.number | int | float):
@@ -257,7 +259,8 @@ def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
         )
     for name in sorted(set(fields) - known):
         close = nearest(name, known)
-        hint = f"Did you mean `{close}`?" if close else f"There are {', '.join(sorted(known))}."
+        others = "momentum, eps, axis_name and use_running_average"
+        hint = f"Did you mean `{close}`?" if close else f"It takes fields of theirs, as {others}."
         raise TypeError(f"`override` takes settings of batch norm layers, got `{name}`. {hint}")
 
 
@@ -305,14 +308,21 @@ def flax_model(model: Any) -> None:
     if not isinstance(model, nn.Module | nnx.Module):
         raise TypeError(
             "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got "
-            f"{type(model).__name__}."
+            f"{type(model).__name__}. {_instance(model)}"
         )
+
+
+def _instance(model: Any) -> str:
+    if isinstance(model, type) and issubclass(model, nn.Module | nnx.Module):
+        return f"Make one of the class: {model.__name__}(...)."
+    return "Pass the model itself, not its variables or its apply."
 
 
 def some_batch_norm(some: bool, unknown: Mapping[str, str] | None = None) -> None:
     """Require a model that calls a batch norm."""
     if not some:
-        but = f" {strangers(unknown)}." if unknown else ""
+        other = " If it has one of another class, bnjax.register makes that known."
+        but = f" {strangers(unknown)}." if unknown else other
         raise ValueError(
             f"`model` must call a batch norm, bnjax's or Flax's own, but calls none.{but}"
         )
@@ -369,14 +379,17 @@ def has_statistics(variables: Any) -> None:
         got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(
             "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
-            f"norms has it, got {got}."
+            f"norms has it, got {got}. Pass {{'params': params, 'batch_stats': batch_stats}}."
         )
 
 
 def finite_statistics(bad: Mapping[str, int]) -> None:
     """Require a finite mean and variance in each channel."""
     if bad:
-        layers = ", ".join(f"{path} ({count} channels)" for path, count in sorted(bad.items()))
+        layers = ", ".join(
+            f"{path or where([])} ({number_of(count, 'channel')})"
+            for path, count in sorted(bad.items())
+        )
         raise ValueError(
             f"These layers saw no finite mean and variance: {layers}. Is there NaN or inf in the "
             "batches or the parameters, or a mask without True?"

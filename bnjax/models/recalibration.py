@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,38 @@ from bnjax.models.nnx_copies import Copy
 from bnjax.models.programs import Program, kept_with
 from bnjax.models.saved import variables_of_model
 from bnjax.models.statistics import Path, layers_of, map_layers
-from bnjax.models.visits import Visit, visiting
+from bnjax.models.visit import Visit
+from bnjax.models.visits import visiting
 
 Batches = Iterable[Any]
 
 
+@overload
+def recalibrate(
+    model: nn.Module,
+    variables: Any,
+    batches: Batches,
+    *,
+    paths: globs.Paths = ...,
+    sequential: bool = ...,
+    inputs: Inputs = ...,
+    apply_kwargs: Mapping[str, Any] | None = ...,
+    mesh: Mesh | None = ...,
+    progress: bool = ...,
+) -> dict[str, Any]: ...
+@overload
+def recalibrate(
+    model: nnx.Module,
+    variables: Any,
+    batches: Batches,
+    *,
+    paths: globs.Paths = ...,
+    sequential: bool = ...,
+    inputs: Inputs = ...,
+    apply_kwargs: Mapping[str, Any] | None = ...,
+    mesh: Mesh | None = ...,
+    progress: bool = ...,
+) -> nnx.State: ...
 def recalibrate(
     model: nn.Module | nnx.Module,
     variables: Any,

@@ -4,6 +4,9 @@ import re
 from typing import Any
 
 import numpy as np
+import pytest
+
+import bnjax
 
 F32 = np.float32
 MISFIT = (
@@ -31,3 +34,10 @@ def batch_norm_variables(channels: int = 2, **more: Any) -> dict[str, Any]:
     ones = np.ones(channels, F32)
     stats = {"mean": ones, "var": ones, **more}
     return {"params": {"bn": {"scale": ones, "bias": ones}}, "batch_stats": {"bn": stats}}
+
+
+def refused(state_dict: Any, variables: Any, **options: Any) -> list[str]:
+    """The lines of the error after the first."""
+    with pytest.raises(ValueError, match="do not fit, so nothing was converted") as caught:
+        bnjax.from_torch(state_dict, None, variables, **options)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]

@@ -1,5 +1,6 @@
 """How one array of a layer lies in PyTorch and in Flax."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,44 +13,76 @@ class Layout(NamedTuple):
     Flax: dense kernels (in, out), convs (*kernel, in / groups, out). PyTorch: (out, in), and
     (out, in / groups, *kernel). The kernel of a Flax `ConvTranspose` is (*kernel, in, out) and
     spatially flipped against PyTorch's (in, out, *kernel), unless it has `transpose_kernel=True`:
-    then it is (*kernel, out, in), not flipped, and so lies as that of a conv does.
+    then it is (*kernel, out, in), not flipped, and so lies as that of a conv does. A `DenseGeneral`
+    has several axes where PyTorch's linear layer has one, and the scalar of a `PReLU` is (1,).
     """
 
+    shape: tuple[int, ...]  # in Flax
+    merged: tuple[int, ...]  # the same with axes joined, or one more; `axes` are those of it
     axes: tuple[int, ...]
     flipped: tuple[int, ...] = ()
-    # Of a dense layer after a flatten: (C, *spatial), the order in which PyTorch flattens.
+    # Of a layer after a flatten: (C, *spatial), the order in which PyTorch flattens.
     unflattened: tuple[int, ...] = ()
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """The array as PyTorch has it."""
+        array = array.reshape(self.merged)
         if self.unflattened:
             channels, *spatial = self.unflattened
-            array = np.moveaxis(array.reshape(*spatial, channels, -1), -2, 0)
-            array = array.reshape(np.prod(self.unflattened), -1)
+            array = array.reshape(*spatial, channels, *self.merged[1:])
+            array = np.moveaxis(array, len(spatial), 0).reshape(self.merged)
         return np.flip(array, self.flipped).transpose(self.axes)
 
     def to_flax(self, array: np.ndarray) -> np.ndarray:
         """The array as Flax has it."""
         array = np.flip(array.transpose(np.argsort(self.axes)), self.flipped)
         if self.unflattened:
-            array = np.moveaxis(array.reshape(*self.unflattened, -1), 0, -2)
-            array = array.reshape(np.prod(self.unflattened), -1)
-        return array
+            array = array.reshape(*self.unflattened, *self.merged[1:])
+            array = np.moveaxis(array, 0, len(self.unflattened) - 1)
+        return array.reshape(self.shape)
 
-    def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape that an array of this shape in Flax has in PyTorch."""
-        return tuple(shape[axis] for axis in self.axes)
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """The shape of the array in PyTorch."""
+        return tuple(self.merged[axis] for axis in self.axes)
 
 
 def layout(
-    leaf: str, ndim: int, *, transposed: bool = False, unflattened: Sequence[int] | None = None
+    leaf: str,
+    shape: Sequence[int],
+    *,
+    inputs: int | None = None,
+    transposed: bool = False,
+    unflattened: Sequence[int] = (),
 ) -> Layout:
-    """The layout of the Flax array of this name and rank."""
+    """The layout of the Flax array of this name and shape.
+
+    Args:
+        leaf: its name in its layer.
+        shape: its shape.
+        inputs: how many of its axes are inputs of a `DenseGeneral`; None if it is of none.
+        transposed: it is the flipped kernel of a `ConvTranspose`.
+        unflattened: (C, *spatial), if its first axis is what was flattened.
+    """
+    shape, ndim = tuple(shape), len(shape)
+    if inputs is not None:
+        sizes = (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
+        joined, axes = (sizes, (1, 0)) if leaf == "kernel" else (sizes[1:], (0,))
+        return Layout(shape, joined, axes)
+    if leaf == "negative_slope" and not shape:
+        return Layout(shape, (1,), (0,))
     if leaf != "kernel" or ndim < 2:
-        return Layout(tuple(range(ndim)))
+        return Layout(shape, shape, tuple(range(ndim)), unflattened=tuple(unflattened))
     if ndim == 2:
-        return Layout((1, 0), unflattened=tuple(unflattened or ()))
+        return Layout(shape, shape, (1, 0), unflattened=tuple(unflattened))
     spatial = tuple(range(ndim - 2))
     if transposed:
-        return Layout((ndim - 2, ndim - 1, *spatial), flipped=spatial)
-    return Layout((ndim - 1, ndim - 2, *spatial))
+        return Layout(shape, shape, (ndim - 2, ndim - 1, *spatial), flipped=spatial)
+    return Layout(shape, shape, (ndim - 1, ndim - 2, *spatial))
+
+
+def inputs_of(shape: Sequence[int], torch_shape: Sequence[int]) -> int | None:
+    """How many axes of a kernel of several are inputs, by the two that it has in PyTorch."""
+    splits = range(1, len(shape))
+    fitting = (s for s in splits if math.prod(shape[:s]) == torch_shape[1])
+    return next((s for s in fitting if math.prod(shape[s:]) == torch_shape[0]), None)

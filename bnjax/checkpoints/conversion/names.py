@@ -5,12 +5,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bnjax import globs
+from bnjax.checkpoints.conversion.words import nearest, option
 
 Rename = Mapping[str, str] | Callable[[str], str]
 
-_PARAMETERS = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-_STATISTICS = {"mean": "running_mean", "var": "running_var", "count": "num_batches_tracked"}
+_PARAMETERS: Mapping[str, str] = dict.fromkeys(
+    ("kernel", "scale", "embedding", "negative_slope"), "weight"
+)
+_STATISTICS: Mapping[str, str] = {
+    "mean": "running_mean",
+    "var": "running_var",
+    "count": "num_batches_tracked",
+}
 COUNTER = _STATISTICS["count"]
 
 
@@ -46,31 +52,78 @@ class Matching(NamedTuple):
     flax_only: list[Name]
 
 
-def renamed(names: Sequence[str], rename: Rename | None) -> dict[str, str]:
+def respelled(name: str) -> str:
+    """The arrays of a recurrent layer as those of a module of their own: `rnn.l0.weight_ih`."""
+    return re.sub(r"(weight|bias)_(ih|hh)_(l\d+(?:_reverse)?)$", r"\3.\1_\2", name)
+
+
+def renamed(
+    names: Sequence[str], rename: Rename | None, flax: Iterable[str] = ()
+) -> dict[str, str]:
     """Each PyTorch name with the name to look for. Of a mapping, the longest prefix counts."""
     if rename is None:
         return {name: name for name in names}
-    if callable(rename):
-        return {name: rename(name).replace("/", ".") for name in names}
-    for old in rename:
-        globs.check_fits(old, any(_prefix_of(old, name) for name in names), names, "name to rename")
-    return {name: _by_prefix(name, rename) for name in names}
+    if isinstance(rename, Mapping):
+        _check_mapping(rename, names, [path.replace("/", ".") for path in flax])
+        return {name: _by_prefix(name, rename) for name in names}
+    if not callable(rename):
+        raise TypeError(
+            "`rename` must be a mapping from names of PyTorch to those of Flax, such as "
+            '{"backbone.stem": "encoder/conv1"}, or a function from name to name, got '
+            f"{type(rename).__name__}."
+        )
+    given = {name: rename(name) for name in names}
+    for name, new in given.items():
+        if not isinstance(new, str):
+            raise TypeError(
+                f"`rename` must return a name as a str, got {type(new).__name__} for {name!r}."
+            )
+    return {name: new.replace("/", ".") for name, new in given.items()}
 
 
-def _prefix_of(prefix: str, name: str) -> bool:
-    """Whether this is the name, or that of a module which it is in."""
-    return not prefix or name == prefix or name.startswith(f"{prefix}.")
+def modules(names: Iterable[str]) -> list[str]:
+    """The names and those of all modules that they are in, each once."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        found |= dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return [*found]
+
+
+def _check_mapping(rename: Mapping[Any, Any], names: Sequence[str], flax: Sequence[str]) -> None:
+    """Raise for what is no str, and for a name that PyTorch does not have."""
+    there = {"", *modules(names), *modules(map(respelled, names))}
+    for old, new in rename.items():
+        if not isinstance(old, str) or not isinstance(new, str):
+            raise TypeError(f"`rename` must map names to names, each a str, got {old!r}: {new!r}.")
+        if old in there:
+            continue
+        swapped = new.replace("/", ".")
+        if swapped in there and old.replace("/", ".") in {*modules(flax)}:
+            raise ValueError(
+                "`rename` goes from names of PyTorch to those of Flax, and here it is reversed: "
+                f"write {option('rename', {swapped: old})}."
+            )
+        raise ValueError(
+            "`rename` goes from names of PyTorch to those of Flax, and PyTorch has no "
+            f"{old!r}{nearest(old, modules(names))}."
+        )
 
 
 def _by_prefix(name: str, rename: Mapping[str, str]) -> str:
-    found = max((old for old in rename if _prefix_of(old, name)), key=len, default=None)
-    if found is None:
+    """The name with the longest of its modules that is renamed."""
+    forms = {form: modules([form]) for form in (respelled(name), name)}
+    found = [(old, form) for form, olds in forms.items() for old in ("", *olds) if old in rename]
+    if not found:
         return name
-    rest = name.removeprefix(found).removeprefix(".")
-    return ".".join(filter(None, (rename[found].replace("/", "."), rest)))
+    old, form = max(found, key=lambda each: (len(each[0]), each[1] == name))
+    rest = form.removeprefix(old).removeprefix(".")
+    return ".".join(filter(None, (rename[old].replace("/", "."), rest)))
 
 
-def match(wanted: Mapping[str, str], names: Iterable[Name]) -> Matching:
+def match(
+    wanted: Mapping[str, str], names: Iterable[Name], passes: Sequence[Any] | None = None
+) -> Matching:
     """Pair each PyTorch name, by the one `wanted` in its place, with one of Flax's.
 
     First those that are the same, and then those that are nearly, as `_PASSES` says.
@@ -78,7 +131,7 @@ def match(wanted: Mapping[str, str], names: Iterable[Name]) -> Matching:
     torch, flax = list(wanted), list(names)
     pairs: dict[str, Name] = {}
     ambiguous = []
-    for spelled, form in _PASSES:
+    for spelled, form in passes or _PASSES:
         left, right = defaultdict(list), defaultdict(list)
         for key in torch:
             left[form(wanted[key])].append(key)
@@ -95,19 +148,52 @@ def match(wanted: Mapping[str, str], names: Iterable[Name]) -> Matching:
     return Matching(pairs, sorted(ambiguous), torch, flax)
 
 
+def match_modules(wanted: Sequence[str], paths: Iterable[tuple[str, ...]]) -> dict[str, tuple]:
+    """Pair names of PyTorch's recurrent layers and attention with the paths of Flax's."""
+    names = {name: name for name in wanted}
+    found = match(names, [Name(path, "") for path in paths], _MODULE_PASSES)
+    return {name: there.module for name, there in found.pairs.items()}
+
+
+def _in_flax(name: Name) -> str:
+    return str(name).replace("/", ".")
+
+
+def _in_torch(name: Name) -> str:
+    return name.in_torch
+
+
+def _module(name: Name) -> str:
+    return ".".join(name.module)
+
+
 def _tokens(name: str) -> tuple[str, ...]:
     return tuple(re.split(r"[._]", name))
 
 
 def _without_layers(name: str) -> tuple[str, ...]:
-    return _tokens(re.sub(r"(^|[._])layers[._](?=\d)", r"\1", name))
+    return _tokens(re.sub(r"(^|[._])(?:layers[._])+(?=\d)", r"\1", name))
+
+
+def _as_layers(name: str) -> tuple[str, ...]:
+    """Without `cell`; `l1_reverse`, and what is in the second `backward_rnn`, are 1, reverse."""
+    name = re.sub(r"(^|\.)l(\d+)(?=[._]|$)", r"\1\2", name)
+    name = re.sub(r"(^|\.)forward_rnn(?=\.|$)", r"\1cell", name)
+    name = re.sub(r"(^|\.)backward_rnn(?=\.|$)", r"\1reverse", name)
+    return tuple(part for part in _without_layers(name) if part not in ("cell", ""))
+
+
+def _as_one_layer(name: str) -> tuple[str, ...]:
+    return _as_layers(re.sub(r"(^|\.)l0(?=[._]|$)", r"\1cell", name))
 
 
 # First the names in Flax, which `rename` may give in full; then those in PyTorch: `layer1.0.bn1` is
 # `layer1/0/bn1`; then `layer1_0/bn1`; and the `0` of a PyTorch `Sequential` is Flax's `layers_0`.
 _PASSES: tuple[tuple[Callable[[Name], str], Callable[[str], Any]], ...] = (
-    (lambda name: ".".join((*name.module, name.leaf)), str),
-    (lambda name: name.in_torch, str),
-    (lambda name: name.in_torch, _tokens),
-    (lambda name: name.in_torch, _without_layers),
+    (_in_flax, str),
+    (_in_torch, str),
+    (_in_torch, _tokens),
+    (_in_torch, _without_layers),
 )
+# `rnn.l0` of PyTorch is `rnn/0/cell` or, if it is the only layer, `rnn/cell`.
+_MODULE_PASSES = tuple((_module, form) for form in (str, _tokens, _as_layers, _as_one_layer))

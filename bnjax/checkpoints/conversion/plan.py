@@ -1,33 +1,42 @@
 """Which array goes where, how it lies there, and everything that keeps it from going."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax import nnx
 
-from bnjax import globs
-from bnjax.checkpoints.conversion.layouts import Layout, layout
-from bnjax.checkpoints.conversion.names import COUNTER, Name, Rename, match, renamed
-from bnjax.checkpoints.conversion.trees import Leaf, flipped_layers, mentions_conv_transpose
+from bnjax.checkpoints.conversion import problems
+from bnjax.checkpoints.conversion.blocks import Block, Group, groups
+from bnjax.checkpoints.conversion.layouts import Layout
+from bnjax.checkpoints.conversion.names import COUNTER, Name, match, match_modules, renamed
+from bnjax.checkpoints.conversion.rules import Options, Rules, fitting, rules
+from bnjax.checkpoints.conversion.stacked import Attention, Recurrent, stacked
+from bnjax.checkpoints.conversion.trees import Leaf
 from bnjax.checkpoints.tensors import as_numpy
 
-# Names for which the nearest ones are looked up: each is compared with all of the other side.
-_SEARCHED = 20
-_KINDS = (np.bool_, np.integer, np.floating, np.complexfloating)
+Arrays = Mapping[str, np.ndarray]
 
 
-class Options(NamedTuple):
-    """What a user says about names and layouts, as `from_torch` documents it."""
+class Found(NamedTuple):
+    """All pairs of names, those of parts of stacked arrays too, and what is left over."""
 
-    rename: Rename | None
-    flatten: Mapping[str, Sequence[int]] | None
-    transposed: globs.Paths | None
-    ignore: globs.Paths
+    pairs: dict[str, Name]
+    stacks: list[Attention | Recurrent]
+    twins: dict[str, list[str]]  # other names of PyTorch for the same array
+    ambiguous: list[tuple[list[str], list[Name]]]
+    torch_only: dict[str, str]  # with the names to look for
+    flax_only: list[Name]
+    groups: list[Group]  # with names in `torch_only`
+    blocks: list[Block]  # with names in `flax_only`
+
+    @property
+    def read(self) -> set[str]:
+        """The names of PyTorch's arrays that are converted."""
+        stacks = {key for each in self.stacks for key in each.group.keys.values()}
+        twins = {key for others in self.twins.values() for key in others}
+        return {*self.pairs, *stacks, *twins}
 
 
 @dataclasses.dataclass
@@ -36,18 +45,41 @@ class Plan:
 
     pairs: dict[str, tuple[Name, Layout]]
     problems: list[str]
+    stacks: list[Attention | Recurrent] = dataclasses.field(default_factory=list)
+    twins: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    ignored: list[str] = dataclasses.field(default_factory=list)  # names of PyTorch
+    rules: Rules | None = None
 
-    def check(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raise one error with all problems, those of the values by PyTorch's names among them."""
-        problems = list(self.problems)
-        for key, (name, _) in self.pairs.items():
-            problems += _impossible(key, name, arrays[key])
-        if problems:
-            lines = "".join(f"\n  {line}" for line in problems)
-            raise ValueError(
-                f"PyTorch's state dict and the `variables` do not fit, so nothing was converted. "
-                f"Match names with `rename`, or leave them out with `ignore`.{lines}"
-            )
+        values = [
+            line
+            for key, (name, _) in self.pairs.items()
+            for line in problems.impossible(key, name, arrays[key])
+        ]
+        problems.refuse(self.problems, values)
+
+    def split(self, arrays: Arrays) -> dict[str, np.ndarray]:
+        """PyTorch's arrays, and the parts of those that are stacked, on the way to Flax."""
+        self.problems += [line for each in self.stacks for line in each.lost(arrays)]
+        return {**arrays, **_parts(self.stacks, arrays)}
+
+    def join(self, arrays: dict[str, np.ndarray], old: Arrays) -> dict[str, np.ndarray]:
+        """PyTorch's arrays again, by all their names."""
+        for each in self.stacks:
+            labels = {part: each.label(part) for part in each.split(old)}
+            parts = {part: arrays[label] for part, label in labels.items()}
+            self.problems += each.unknown(parts)
+            arrays |= each.join(parts, old)
+        problems.refuse(self.problems, ())
+        for key, others in self.twins.items():
+            arrays |= dict.fromkeys(others, arrays[key])
+        return {key: arrays[key] for key in old}
+
+    def stale(self, arrays: Arrays, old: Arrays) -> dict[str, str]:
+        """Ignored names with old values, and the names of arrays that were the same before."""
+        equal = problems.equal_ones(old, self.ignored, self.pairs)
+        return {k: o for k, o in equal.items() if not np.array_equal(arrays[o], old[o])}
 
 
 def state_arrays(state_dict: Any, argument: str) -> dict[str, np.ndarray]:
@@ -69,100 +101,81 @@ def state_arrays(state_dict: Any, argument: str) -> dict[str, np.ndarray]:
     return {name: array for name, array in arrays.items() if array is not None}
 
 
-def layouts(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> dict[Name, Layout]:
-    """The layout of each array of a Flax model."""
-    kernels = {
-        "/".join(name.module): leaf.value.shape
-        for name, leaf in leaves.items()
-        if name.leaf == "kernel"
-    }
-    convs = {path for path, shape in kernels.items() if len(shape) > 2}
-    dense = {path for path, shape in kernels.items() if len(shape) == 2}
-    flipped = _flipped(convs, options.transposed, model)
-    flatten = {path.replace(".", "/"): shape for path, shape in (options.flatten or {}).items()}
-    for path, shape in flatten.items():
-        globs.check_fits(path, path in dense, dense, "dense layer")
-        inputs = kernels[path][0]
-        if len(shape) < 2 or np.prod(shape) != inputs:
-            raise ValueError(
-                f"`flatten[{path!r}]` must be the shape (C, H, W) that PyTorch flattens into the "
-                f"{inputs} inputs of this layer, got {tuple(shape)}."
-            )
-    return {
-        name: layout(
-            name.leaf,
-            len(leaf.value.shape),
-            transposed="/".join(name.module) in flipped,
-            unflattened=flatten.get("/".join(name.module)),
-        )
-        for name, leaf in leaves.items()
-    }
-
-
-def _flipped(convs: set[str], transposed: globs.Paths | None, model: Any) -> set[str]:
-    if transposed is not None:
-        return _fitting(transposed, convs, "convolution")
-    if isinstance(model, nnx.Module):
-        return flipped_layers(model)
-    suspects = sorted(
-        path for path in convs if path.rpartition("/")[2].startswith("ConvTranspose_")
-    )
-    if suspects or (convs and isinstance(model, nn.Module) and mentions_conv_transpose(model)):
-        raise ValueError(
-            "`transposed` must say which layers are a `flax.linen.ConvTranspose` with "
-            "transpose_kernel=False, its default, as the model has some ConvTranspose and a kernel "
-            f"does not show it. Give globs over {suspects or sorted(convs)}, or () if each has "
-            "transpose_kernel=True."
-        )
-    return set()
-
-
-def _fitting(patterns: globs.Paths, paths: Iterable[str], what: str) -> set[str]:
-    """The paths that fit one of the patterns; each pattern fits one."""
-    there, found = set(paths), set()
-    for pattern in globs.as_tuple(patterns):
-        fits = globs.matcher(pattern.replace(".", "/"))
-        fitting = {path for path in there if fits(path)}
-        globs.check_fits(pattern, bool(fitting), there, what)
-        found |= fitting
-    return found
-
-
-def plan(
-    torch: Mapping[str, np.ndarray],
-    leaves: Mapping[Name, Leaf],
-    options: Options,
-    model: Any = None,
-) -> Plan:
-    """Pair all arrays of both sides, and note each that has no counterpart or does not fit it."""
-    there = layouts(leaves, options, model)
+def find(torch: Arrays, leaves: Mapping[Name, Leaf], ruled: Rules, options: Options) -> Found:
+    """Pair the names of both sides, arrays first and then layers whose arrays are stacked."""
     as_path = {name: name.replace(".", "/") for name in torch}
-    ignored = _fitting(options.ignore, {*as_path.values(), *map(str, leaves)}, "name")
-    wanted = renamed([name for name in torch if as_path[name] not in ignored], options.rename)
+    ignored = fitting("ignore", options.ignore, {*as_path.values(), *map(str, leaves)}, "name")
+    kept = [name for name in torch if as_path[name] not in ignored]
+    wanted = renamed(kept, options.rename, map(str, leaves))
     matching = match(wanted, [name for name in leaves if str(name) not in ignored])
-    found = {key: matching.pairs[key] for key in wanted if key in matching.pairs}
-    pairs = {key: (name, there[name]) for key, name in found.items()}
-    counters = [name for name in matching.torch_only if _counts_batches(name, pairs)]
-    lost = [name for name in matching.torch_only if name not in counters]
-    alone = matching.flax_only
-    problems = [
-        f"ambiguous: {', '.join(keys)} for {', '.join(leaves[name].path for name in names)}"
-        for keys, names in matching.ambiguous
-    ]
-    problems += _prefix({wanted[name] for name in lost}, alone)
-    problems += _only_in(
-        "PyTorch",
-        [(wanted[name], f"{name} {torch[name].shape}") for name in lost],
-        {name.in_torch: leaves[name].path for name in alone or leaves},
+    pairs, ambiguous = dict(matching.pairs), []
+    for keys, names in matching.ambiguous:
+        if len(names) == 1 and all(_equal(torch[keys[0]], torch[key]) for key in keys[1:]):
+            pairs |= dict.fromkeys(keys, names[0])
+        else:
+            ambiguous.append((keys, names))
+    lost = {key: wanted[key] for key in matching.torch_only}
+    owners = {name: key for key, name in pairs.items()}
+    for key, name in match(lost, owners).pairs.items():
+        if _equal(torch[key], torch[owners[name]]):
+            pairs[key] = name
+            del lost[key]
+    alone = {*matching.flax_only}
+    left = [each for each in ruled.blocks if _inside(each) <= alone]
+    stacks, layers = _stacks(lost, torch, left)
+    alone -= {name for each in stacks for name in _inside(each.block)}
+    paired = {name for each in stacks for name in each.group.keys.values()}
+    for each in stacks:
+        known = {name.in_torch: name for name in leaves if name.module[:-1] == each.block.path}
+        for child, leaf in each.split(torch):
+            name = known.get(each.block.at(child, leaf))
+            if name is not None:
+                pairs[each.label((child, leaf))] = name
+                alone.discard(name)
+    twins, pairs = _twins(torch, pairs, paired)
+    same = {other for others in twins.values() for other in others}
+    return Found(
+        _ordered(pairs, torch, stacks),
+        stacks,
+        twins,
+        ambiguous,
+        {
+            key: name
+            for key, name in lost.items()
+            if key not in paired and key not in same and not _counts_batches(key, pairs)
+        },
+        [name for name in matching.flax_only if name in alone],
+        [each for each in layers if not {*each.keys.values()} & paired],
+        [each for each in left if _inside(each) <= alone],
     )
-    problems += _only_in(
-        "Flax",
-        [(n.in_torch, f"{leaves[n].path} {tuple(leaves[n].value.shape)}") for n in alone],
-        {wanted[key]: key for key in lost or wanted if key not in counters},
-    )
+
+
+def plan(torch: Arrays, leaves: Mapping[Name, Leaf], options: Options, model: Any = None) -> Plan:
+    """Pair all arrays of both sides, and note each that has no counterpart or does not fit it."""
+    ruled = rules(leaves, options, model)
+    found = find(torch, leaves, ruled, options)
+    arrays = {**torch, **_parts(found.stacks, torch)}
+    pairs = {
+        key: (name, ruled.layout(name, leaves[name].value.shape, arrays[key].shape))
+        for key, name in found.pairs.items()
+    }
+
+    def attempt(rename: Mapping[str, str]) -> Found | None:
+        """What is found so, if everything that is missing now is, and in its shape."""
+        after = find(torch, leaves, ruled, options._replace(rename=rename))
+        new, arrays = {*found.flax_only}, {**torch, **_parts(after.stacks, torch)}
+        for key, name in after.pairs.items():
+            shape = leaves[name].value.shape
+            there = arrays[key].shape
+            if name in new and ruled.layout(name, shape, there).torch_shape != there:
+                return None
+        return None if after.flax_only or after.ambiguous else after
+
+    lines = problems.of_names(found, torch, leaves, ruled, options.rename, attempt)
     for key, (name, placed) in pairs.items():
-        problems += _misfits(key, torch[key], leaves[name], placed)
-    return Plan(pairs, problems)
+        lines += problems.misfits(key, arrays[key], leaves[name], name, placed)
+    ignored = [key for key in torch if key not in found.torch_only and key not in found.read]
+    return Plan(pairs, lines, found.stacks, found.twins, ignored, ruled)
 
 
 def exported(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> Plan:
@@ -172,90 +185,89 @@ def exported(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> Plan:
             "`rename` goes from names of PyTorch to those of Flax, so it needs those of PyTorch: "
             "pass `like=torch_model.state_dict()`."
         )
-    planned = Plan({}, [])
-    for name, placed in layouts(leaves, options, model).items():
+    planned, ruled = Plan({}, []), rules(leaves, options, model)
+    for name, leaf in leaves.items():
         if name.exported in planned.pairs:
             both = [leaves[other].path for other in (planned.pairs[name.exported][0], name)]
             planned.problems.append(f"ambiguous: {name.exported} for {', '.join(both)}")
-        planned.pairs[name.exported] = name, placed
+        planned.pairs[name.exported] = name, ruled.layout(name, leaf.value.shape)
     return planned
 
 
-def without(leaves: Mapping[Name, Leaf], ignore: globs.Paths) -> dict[Name, Leaf]:
+def without(leaves: Mapping[Name, Leaf], ignore: Any) -> dict[Name, Leaf]:
     """The arrays of a Flax model that are not ignored."""
-    ignored = _fitting(ignore, map(str, leaves), "name")
+    ignored = fitting("ignore", ignore, map(str, leaves), "name")
     return {name: leaf for name, leaf in leaves.items() if str(name) not in ignored}
 
 
-def _counts_batches(name: str, pairs: Mapping[str, tuple[Name, Layout]]) -> bool:
+def _stacks(
+    wanted: Mapping[str, str], torch: Arrays, there: Iterable[Block]
+) -> tuple[list[Attention | Recurrent], list[Group]]:
+    """The layers with stacked arrays that are one of the blocks, and all of them."""
+    layers = groups(wanted, {key: torch[key].shape for key in wanted})
+    by_path = {each.path: each for each in there}
+    paths = match_modules([each.module for each in layers], by_path)
+    both = [(each, by_path[paths[each.module]]) for each in layers if each.module in paths]
+    return [stacked(group, block) for group, block in both if group.kind == block.kind], layers
+
+
+def _inside(block: Block) -> set[Name]:
+    return {Name((*block.path, child), "kernel") for child in block.children.values()}
+
+
+def _parts(stacks: Iterable[Attention | Recurrent], torch: Arrays) -> dict[str, np.ndarray]:
+    return {each.label(part): array for each in stacks for part, array in each.split(torch).items()}
+
+
+def _ordered(
+    pairs: Mapping[str, Name], torch: Arrays, stacks: Iterable[Attention | Recurrent]
+) -> dict[str, Name]:
+    """The pairs in the order of PyTorch's names."""
+    first = {min(map(list(torch).index, each.group.keys.values())): each for each in stacks}
+    found: dict[str, Name] = {}
+    for number, key in enumerate(torch):
+        if number in first:
+            labels = map(first[number].label, first[number].split(torch))
+            found |= {label: pairs[label] for label in labels if label in pairs}
+        if key in pairs:
+            found.setdefault(key, pairs[key])
+    return found
+
+
+def _twins(
+    torch: Arrays, pairs: Mapping[str, Name], stacks: set[str]
+) -> tuple[dict[str, list[str]], dict[str, Name]]:
+    """Names for the same array, by the first that has a counterpart, and the pairs without them.
+
+    It is the same if it is the same memory, or if `rename` gives equal arrays one name.
+    """
+    places: dict[Any, list[str]] = defaultdict(list)
+    for key, array in torch.items():
+        if array.size:
+            place = array.ctypes.data, array.shape, array.strides, array.dtype
+            places[*place, key.rpartition(".")[2]].append(key)
+    by_name: dict[Name, list[str]] = defaultdict(list)
+    for key, name in pairs.items():
+        by_name[name].append(key)
+    twins = {keys[0]: keys[1:] for keys in by_name.values() if len(keys) > 1}
+    single = {keys[0]: name for name, keys in by_name.items()}
+    done = {*pairs, *stacks}
+    for keys in places.values():
+        written = [key for key in keys if key in single or key in stacks]
+        if written:
+            others = [key for key in keys if key not in done]
+            twins.setdefault(written[0], []).extend(others)
+    return {key: others for key, others in twins.items() if others}, single
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays are the same, bit for bit."""
+    alike = one.shape == other.shape and one.dtype == other.dtype
+    return alike and one.tobytes() == other.tobytes()
+
+
+def _counts_batches(name: str, pairs: Mapping[str, Name]) -> bool:
     """Whether it is the counter of a batch norm that needs none in Flax."""
     module, _, leaf = name.rpartition(".")
     mean = f"{module}.running_mean" if module else "running_mean"
-    return leaf == COUNTER and mean in pairs and pairs[mean][0].statistic
-
-
-def _only_in(
-    side: str, names: Sequence[tuple[str, str]], there: Mapping[str, str]
-) -> Iterator[str]:
-    """Names without a counterpart, and those of the other side that they may be meant to be.
-
-    Names are compared as PyTorch writes them, and shown as the text beside each.
-    """
-    for number, (name, shown) in enumerate(names):
-        near = difflib.get_close_matches(name, there, 2, 0.5) if number < _SEARCHED else ()
-        nearest = ", ".join(there[other] for other in near)
-        yield f"only in {side}: {shown}{nearest and '; nearest: '}{nearest}"
-
-
-def _prefix(lost: set[str], alone: Sequence[Name]) -> Iterator[str]:
-    """The repair where one module's name too many is in front of all of PyTorch's names."""
-    (first, *others) = {name.partition(".")[0] for name in lost} or [""]
-    if first and not others and alone:
-        inner = {name: name.partition(".")[2] for name in lost}
-        if len(match(inner, alone).pairs) == len(alone):
-            yield f'one prefix too many: rename={{"{first}": ""}} takes {first!r} off'
-
-
-def _misfits(key: str, array: np.ndarray, leaf: Leaf, placed: Layout) -> Iterator[str]:
-    shape = tuple(leaf.value.shape)
-    expected = placed.torch_shape(shape)
-    if array.shape != expected:
-        yield (
-            f"wrong shape: {key} {array.shape} for {leaf.path} {shape}, which is {expected} in "
-            f"PyTorch{_reason(array.shape, expected)}"
-        )
-    dtype = leaf.value.dtype
-    kind, other = (
-        next((k for k in _KINDS if jnp.issubdtype(d, k)), None) for d in (array.dtype, dtype)
-    )
-    if kind is not other or kind is None:
-        yield f"wrong dtype: {key} {array.dtype} for {leaf.path} {dtype}"
-    elif kind is np.integer and array.size:
-        limits = jnp.iinfo(dtype)
-        for value in (int(array.min()), int(array.max())):
-            if not limits.min <= value <= limits.max:
-                yield f"too large a number for {leaf.path} {dtype}: {key} has {value}"
-
-
-def _reason(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    if len(shape) < 3 or len(shape) != len(expected):
-        return ""
-    swapped = (expected[1], expected[0], *expected[2:])
-    if shape == swapped:
-        return ". That is the shape of a transposed convolution: is `transposed` right?"
-    if shape[2:] == expected[2:] and shape[0] == expected[0] and not expected[1] % shape[1]:
-        return ". Flax has no transposed convolution with groups" if shape[1] < expected[1] else ""
-    return ""
-
-
-def _impossible(key: str, name: Name, array: np.ndarray) -> Iterator[str]:
-    """What running statistics can't be."""
-    what = {"mean": "mean", "var": "variance"}.get(name.leaf)
-    if what is None or not name.statistic:
-        return
-    counts = {"non-finite": (~np.isfinite(array)).sum()}
-    if what == "variance":
-        with np.errstate(invalid="ignore"):  # NaN in bfloat16
-            counts["negative"] = (array < 0).sum()
-    if found := " and ".join(f"{count} {kind}" for kind, count in counts.items() if count):
-        yield f"impossible {what}: {key} has {found} of {array.size} values"
+    return leaf == COUNTER and mean in pairs and pairs[mean].statistic

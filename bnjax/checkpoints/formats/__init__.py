@@ -65,8 +65,12 @@ def format_of(path: Path) -> Format:
 
 
 def is_read(path: Path) -> bool:
-    """Whether a file has the content of a checkpoint."""
-    return path.is_file() and signature(path) is not None
+    """Whether a file has the content of a checkpoint, and not of another archive or pickle."""
+    try:
+        kind = signature(path) if path.is_file() else None
+        return kind is not None and (kind != "pytorch" or pytorch.is_saved(path))
+    except OSError:  # what may not be read is no checkpoint for this user
+        return False
 
 
 def format_to_write(path: Path) -> tuple[str, Format]:

@@ -66,6 +66,8 @@ def _read(path: Path) -> Any:
         as_array = ocp.RestoreArgs(restore_type=np.ndarray)
         with ocp.PyTreeCheckpointer() as checkpointer:
             found: Any = checkpointer.metadata(path.absolute())
+            if found.item_metadata is None:
+                raise ContentError("its metadata are damaged. Copy it again.")
             arguments = jax.tree.map(
                 lambda leaf: as_array if hasattr(leaf, "shape") else ocp.RestoreArgs(),
                 found.item_metadata.tree,

@@ -14,6 +14,17 @@ from bnjax.checkpoints.formats.needs import needed
 from bnjax.checkpoints.tensors import as_tensor
 
 
+def is_saved(path: Path) -> bool:
+    """Whether `torch.save` wrote a file, as far as its names or its first bytes say."""
+    if not signatures.is_zip(path):
+        return pickles.is_torchs(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _other_archive(archive.namelist()) is None
+    except zipfile.BadZipFile:
+        return False
+
+
 def read(path: Path, _: Only) -> Any:
     """All that was saved, with tensors on the CPU."""
     _check_archive(path)

@@ -12,7 +12,7 @@ from bnjax.models.folding.forward import forward
 from bnjax.models.folding.numbers import Backward, Edit, Forward, Numbers
 from bnjax.models.folding.program import Place, Program, quoted
 from bnjax.models.folding.report import Branch, Row
-from bnjax.models.visits import Path
+from bnjax.models.statistics import Path
 
 
 class Plan(NamedTuple):
@@ -158,8 +158,8 @@ def _channel(flow: Flow, norm: Place) -> tuple[np.ndarray, str | None]:
     channel[outputs] = channels
     if (channel[outputs] != channels).any():
         return channel, where
-    if abs(flow.weight - 1) > 1e-6:
-        return channel, f"its output is multiplied by {flow.weight:.3g} before the batch norm"
+    if flow.scaled:
+        return channel, f"its output is {flow.scaled} before the batch norm"
     return channel, None
 
 
@@ -178,7 +178,8 @@ def _rows(
         ahead[edit.layer.path].append(edit.norm.path)
     for host, norm in branches.norms:
         ahead[host].append(norm)
-    paired = {norm for norms in (*before.targets.values(), *ahead.values()) for norm in norms}
+    after_it = {norm for norms in ahead.values() for norm in norms}
+    paired = after_it.union(*before.targets.values())
     rows = []
     for path, is_norm in {call.path: call.norm for call in program.calls}.items():
         name = "/".join(path)
@@ -187,7 +188,8 @@ def _rows(
             rows += [Row(name, "/".join(norm), None) for norm in ahead[path]]
             for norm in before.targets.get(path, []):
                 why = None if norm in folded else before.reasons.get(path)
-                rows.append(Row(name, "/".join(norm), why))
+                gone = why is not None and norm in after_it
+                rows.append(Row(name, "" if gone else "/".join(norm), why))
             if not (before.targets.get(path) or ahead[path] or path in branches.paths):
                 rows.append(Row(name, "", before.reasons.get(path)))
         elif is_norm and path in there - paired:

@@ -1,0 +1,308 @@
+"""Whether a converted model gives what PyTorch's does, and the first layer that does not."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from bnjax.checkpoints.conversion.names import Name
+from bnjax.checkpoints.conversion.plan import Plan
+from bnjax.checkpoints.conversion.stacked import Attention, Recurrent
+from bnjax.checkpoints.tensors import as_numpy
+from bnjax.models.compat import is_traced
+from bnjax.models.nnx_copies import Copy
+
+_TOLERANCE = 1e-4  # of the largest value, in float32
+Path = tuple[str, ...]
+Outputs = dict[Path, list[Any]]  # of each module, one for each call
+
+
+class Layer(NamedTuple):
+    """A layer with parameters in both models, whose outputs were compared."""
+
+    torch: str
+    flax: str
+    kind: str  # one of its arrays in Flax, or that it is linear
+    difference: float  # of the largest value; infinite where shapes or what is finite differ
+    shapes: str = ""  # that differ
+
+
+def torch_outputs(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What a PyTorch model and each of its modules give, for `check` of `from_torch`.
+
+    Args:
+        module: a `torch.nn.Module`. It runs once, in evaluation and without gradients, and keeps
+            its mode.
+        *args: what it is called with.
+        **kwargs: what it is called with.
+
+    Returns:
+        Outputs by the names of modules, in the order in which those are done, copied at once:
+        what works in place afterwards does not change them. "" is the model. Of a module that is
+        called several times there is a list of outputs.
+
+    >>> import torch
+    >>> list(torch_outputs(torch.nn.Sequential(torch.nn.Linear(1, 2)), torch.zeros(1, 1)))
+    ['0', '']
+    """
+    import torch
+
+    found: dict[str, list[Any]] = {}
+    modes = {each: each.training for each in module.modules()}
+    hooks = []
+    for name, each in module.named_modules():
+
+        def note(_: Any, __: Any, output: Any, name: str = name) -> None:
+            found.setdefault(name, []).append(_copied(output))
+
+        hooks.append(each.register_forward_hook(note))
+    try:
+        module.eval()
+        with torch.no_grad():
+            module(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for each, mode in modes.items():
+            each.training = mode
+    return {name: outputs[0] if len(outputs) == 1 else outputs for name, outputs in found.items()}
+
+
+def check_outputs(
+    model: Any, variables: Any, planned: Plan, check: Any, told: Sequence[str]
+) -> None:
+    """Raise if the outputs of the Flax model are not those of PyTorch's.
+
+    Args:
+        model: a linen or nnx model.
+        variables: what was converted.
+        planned: which name is which.
+        check: the inputs and the outputs, as `from_torch` documents it.
+        told: layers that may come after a flatten.
+    """
+    args, theirs, kwargs = _checked(model, check)
+    ours = _tried(model, variables, args, kwargs)
+    by_name = theirs if isinstance(theirs, Mapping) else {"": theirs}
+    layers = list(_layers(by_name, ours, planned)) if isinstance(theirs, Mapping) else []
+    bad = next((layer for layer in layers if not layer.difference <= _TOLERANCE), None)
+    first = "`check`: the outputs of the Flax model differ from PyTorch's"
+    if "" in by_name:
+        found, shapes = _whole(by_name[""], ours[()][-1])
+        if found <= _TOLERANCE:
+            return
+        first += _by(found, shapes)
+    elif bad is None:
+        return
+    lines = [f"{first}.", _where(layers, bad, isinstance(theirs, Mapping))]
+    if told:
+        lines.append(f"Is there a flatten before {' and '.join(map(repr, told))}? Pass `flatten`.")
+    raise ValueError("\n".join(lines))
+
+
+def _where(layers: Sequence[Layer], bad: Layer | None, by_layer: bool) -> str:
+    if not by_layer:
+        return (
+            "Pass check=(x, bnjax.torch_outputs(torch_model, x_of_torch)) to see at which layer "
+            "they part."
+        )
+    agree = layers[: layers.index(bad)] if bad else layers
+    largest = max((layer.difference for layer in agree), default=0.0)
+    if bad is None:
+        return f"All layers agree to {largest:.0e}: look at what has no parameters, and comes last."
+    before = f"all layers before it agree to {largest:.0e}" if agree else "it is the first layer"
+    return (
+        f"They part at {bad.torch!r}, in Flax {bad.flax!r},{_by(bad.difference, bad.shapes)}; "
+        f"{before}. Compare {_REASONS.get(bad.kind, 'its settings')}, and what comes before it."
+    )
+
+
+_REASONS = {
+    "linear": "whether a flatten is before it",
+    "kernel": "padding, strides, dilation, groups",
+    "scale": "its eps, which is 1e-6 in some layers of Flax",
+    "mean": "its eps",
+}
+
+
+def _by(difference: float, shapes: str) -> str:
+    if shapes:
+        return f" in shape, {shapes}"
+    if not np.isfinite(difference):
+        return " in what is finite"
+    return f" by {difference:.1g} of the largest value"
+
+
+def _checked(model: Any, check: Any) -> tuple[tuple[Any, ...], Any, dict[str, Any]]:
+    """The arguments of the Flax model and the outputs of PyTorch's."""
+    if not isinstance(check, tuple) or len(check) not in (2, 3):
+        raise TypeError(
+            "`check` must be (x, y), the input of the Flax model and the outputs of PyTorch's, or "
+            f"(x, y, kwargs), got {type(check).__name__}."
+        )
+    if model is None:
+        raise ValueError("`check` runs the Flax model: pass `model`, not None.")
+    x, y, *rest = check
+    if hasattr(y, "state_dict"):
+        raise TypeError(
+            "`check` takes the outputs of the PyTorch model, not the model: pass "
+            "check=(x, bnjax.torch_outputs(torch_model, x_of_torch))."
+        )
+    args = x if isinstance(x, tuple) else (x,)
+    return tuple(jax.tree.map(_array, args)), y, dict(rest[0]) if rest else {}
+
+
+def _array(value: Any) -> Any:
+    array = as_numpy(value)
+    return value if array is None else array
+
+
+def _copied(output: Any) -> Any:
+    """Arrays that share nothing with PyTorch's, in the same tuples and dicts."""
+    if isinstance(output, Mapping):
+        return {key: _copied(part) for key, part in output.items()}
+    if isinstance(output, list | tuple):
+        return [_copied(part) for part in output]
+    array = as_numpy(output)
+    return output if array is None else np.array(array)
+
+
+def _tried(model: Any, variables: Any, args: Any, kwargs: Mapping[str, Any]) -> Outputs:
+    """The outputs for these inputs, or, if the model does not take them, with channels last."""
+    try:
+        return _outputs(model, variables, args, kwargs)
+    except Exception as error:
+        last = tuple(np.moveaxis(x, 1, -1) if np.ndim(x) > 2 else x for x in args)
+        with contextlib.suppress(Exception):
+            return _outputs(model, variables, last, kwargs)
+        error.add_note("In `check`, which calls the Flax model with x, channels last.")
+        raise
+
+
+def _outputs(model: Any, variables: Any, args: Any, kwargs: Mapping[str, Any]) -> Outputs:
+    """The outputs of each module of the Flax model, in evaluation."""
+    with jax.default_matmul_precision("highest"):
+        if isinstance(model, nnx.Module):
+            return _outputs_nnx(model, variables, args, kwargs)
+        y, found = nn.apply(
+            lambda module: module(*args, **kwargs),
+            model,
+            mutable=["intermediates"],
+            capture_intermediates=True,
+        )({k: v for k, v in variables.items() if k != "intermediates"})
+    flat: Any = flatten_dict(found.get("intermediates", {}))
+    outputs = {keys[:-1]: list(calls) for keys, calls in flat.items() if keys[-1] == "__call__"}
+    return {**outputs, (): [y]}
+
+
+def _outputs_nnx(model: Any, state: Any, args: Any, kwargs: Mapping[str, Any]) -> Outputs:
+    copy, outputs = Copy(model, state).model, {}
+    for path, module in nnx.iter_modules(copy):
+        calls = outputs.setdefault(tuple(map(str, path)), [])
+        object.__setattr__(module, "__class__", _noting(type(module), calls))
+    outputs[()] = [copy(*args, **kwargs)]  # type: ignore[operator]
+    return {path: calls for path, calls in outputs.items() if calls}
+
+
+def _noting(cls: Any, calls: list[Any]) -> Any:
+    """A subclass that notes what its call gives."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = cls.__call__(self, *args, **kwargs)
+        if not any(is_traced(leaf) for leaf in jax.tree.leaves(output)):
+            calls.append(output)
+        return output
+
+    return type(cls)(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+
+def _layers(theirs: Mapping[str, Any], ours: Outputs, planned: Plan) -> Iterator[Layer]:
+    """All layers that can be compared, in the order in which PyTorch has done them."""
+    plain: dict[str, Name] = {}
+    kinds: dict[str, str] = {}
+    for key, (name, placed) in planned.pairs.items():
+        module = key.rpartition(".")[0]
+        if "[" not in key and (name.leaf in _REASONS or module not in plain):
+            plain[module] = name
+            kinds[module] = "linear" if len(placed.torch_shape) == 2 else name.leaf
+    stacked = {_module(each): each.block.path for each in planned.stacks}
+    for torch, outputs in theirs.items():
+        if torch in stacked:
+            yield from _cell(torch, outputs, stacked[torch], ours)
+        elif torch and torch in plain and plain[torch].module in ours:
+            path = plain[torch].module
+            calls = outputs if isinstance(outputs, list) else [outputs]
+            if len(calls) == len(ours[path]):
+                ordered = _flattened(planned, plain[torch])
+                for one, other in zip(calls, ours[path], strict=True):
+                    found, shapes = _difference(one, other, ordered)
+                    yield Layer(torch, "/".join(path), kinds[torch], found, shapes)
+
+
+def _cell(torch: str, outputs: Any, path: Path, ours: Outputs) -> Iterator[Layer]:
+    """A recurrent layer or attention: the module there, or what runs the cell, if shapes fit."""
+    for end in range(len(path), max(len(path) - 3, 0), -1):
+        for other in ours.get(path[:end], [])[-1:]:
+            found, shapes = _difference(outputs, other)
+            if not shapes:
+                yield Layer(torch, "/".join(path[:end]), "", found)
+                return
+
+
+def _module(each: Attention | Recurrent) -> str:
+    """The module of PyTorch whose arrays are stacked."""
+    key = next(iter(each.group.keys.values()))
+    inner = isinstance(each, Attention) and key.endswith((".weight", ".bias"))
+    return key.rpartition(".")[0].rpartition(".")[0] if inner else key.rpartition(".")[0]
+
+
+def _flattened(planned: Plan, name: Name) -> Callable[[np.ndarray], np.ndarray]:
+    """How the outputs of a normalization after a flatten come in Flax's order."""
+    shape = planned.rules.flattened.get(name, ()) if planned.rules else ()
+
+    def ordered(array: np.ndarray) -> np.ndarray:
+        if not shape or name.leaf == "kernel" or array.ndim != 2:
+            return array
+        return np.moveaxis(array.reshape(-1, *shape), 1, -1).reshape(array.shape)
+
+    return ordered
+
+
+def _whole(theirs: Any, ours: Any) -> tuple[float, str]:
+    """The largest difference of all outputs of a model, if it has as many."""
+    both = jax.tree.leaves(theirs), jax.tree.leaves(ours)
+    if len(both[0]) != len(both[1]):
+        return np.inf, f"{len(both[1])} arrays in Flax and {len(both[0])} in PyTorch"
+    found = [_difference(one, other) for one, other in zip(*both, strict=True)]
+    return max(found, default=(0.0, ""))
+
+
+def _difference(
+    theirs: Any, ours: Any, ordered: Callable[[np.ndarray], np.ndarray] = lambda array: array
+) -> tuple[float, str]:
+    """The largest difference relative to the largest value, and shapes that do not fit."""
+    arrays = [array for leaf in jax.tree.leaves(theirs) if (array := as_numpy(leaf)) is not None]
+    others = [np.asarray(leaf) for leaf in jax.tree.leaves(ours)]
+    if not arrays or not others:
+        return 0.0, ""
+    wanted = ordered(arrays[0])
+    forms = [wanted, np.moveaxis(wanted, 1, -1)] if wanted.ndim > 2 else [wanted]
+    pairs = [(form, other) for form in forms for other in others if form.shape == other.shape]
+    if not pairs:
+        return np.inf, f"{others[0].shape} in Flax and {wanted.shape} in PyTorch"
+    return min(_relative(form, other) for form, other in pairs), ""
+
+
+def _relative(theirs: np.ndarray, ours: np.ndarray) -> float:
+    one, other = theirs.astype(np.float64), ours.astype(np.float64)
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    if not (np.isfinite(one) & np.isfinite(other) | same).all():
+        return np.inf
+    with np.errstate(invalid="ignore"):
+        apart = np.where(same, 0.0, np.abs(one - other))
+    largest = np.max(np.abs(one), where=np.isfinite(one), initial=0.0)
+    return float(apart.max(initial=0.0) / (largest or 1.0))

@@ -1,0 +1,113 @@
+"""Layers that may come after a flatten, of which PyTorch and Flax have another order."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from bnjax.checkpoints.conversion.blocks import ATTENTION
+from bnjax.checkpoints.conversion.layouts import Layout
+from bnjax.checkpoints.conversion.names import Name
+from bnjax.checkpoints.conversion.rules import Path, Rules
+
+_AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
+
+
+class Step(NamedTuple):
+    """A layer, in PyTorch's order."""
+
+    kind: str
+    path: str
+    inputs: int
+    outputs: int
+    rank: int = 0  # of a conv, its spatial axes
+
+    def several_in(self, other: "Step") -> bool:
+        """Whether another layer takes several values for each output of this conv."""
+        times, rest = divmod(other.inputs, self.outputs)
+        return self.kind == "conv" and times > 1 and not rest
+
+
+class Suspect(NamedTuple):
+    """A layer that takes several values for each channel of a conv before it."""
+
+    path: str
+    inputs: int
+    conv: Step
+
+
+def suspects(pairs: Mapping[str, tuple[Name, Layout]], rules: Rules, told: bool) -> list[Suspect]:
+    """The dense layers, recurrent cells and normalizations that may come after a flatten.
+
+    Args:
+        pairs: the arrays in PyTorch's order.
+        rules: those with what the user has told of them.
+        told: the user has told of layers after a flatten. Then it is a normalization alone that may
+            be forgotten, just before such a layer.
+    """
+    steps = list(_steps(pairs, rules))
+    known = {"/".join(name.module[:end]) for name in rules.flattened for end in (None, -1)}
+    found: list[Suspect] = []
+    before: Step | None = None
+    concatenates = False  # as a DenseNet joins the channels of several convs before a norm
+    for number, step in enumerate(steps):
+        if step.kind == "conv":
+            before = step
+        elif before is None:
+            continue
+        elif step.kind == "dense":
+            if before.several_in(step) and step.path not in known and not told:
+                found.append(Suspect(step.path, step.inputs, before))
+            before = None
+        elif step.inputs != before.outputs:
+            rest = (each for each in steps[number + 1 :] if each.kind != "norm")
+            after = next(rest, step)
+            is_last = after.kind == "dense" and after.inputs == step.inputs
+            if concatenates or not is_last or not before.several_in(step):
+                before, concatenates = step, True
+            elif step.path not in known and (not told or after.path in known):
+                found.append(Suspect(step.path, step.inputs, before))
+    return found
+
+
+def warnings(found: list[Suspect]) -> Iterator[str]:
+    """What to tell of these layers, those after one conv together."""
+    for conv in dict.fromkeys(each.conv for each in found):
+        those = [each for each in found if each.conv == conv]
+        for size in dict.fromkeys(each.inputs for each in those):
+            paths = [each.path for each in those if each.inputs == size]
+            axes, number = _AXES.get(conv.rank, "..."), size // conv.outputs
+            shapes = ", ".join(f'"{path}": ({conv.outputs}, {axes})' for path in paths)
+            takes = "takes" if len(paths) == 1 else "take"
+            product = axes.replace(", ", " * ")
+            yield (
+                f"{' and '.join(map(repr, paths))} {takes} {number} values for each of the "
+                f"{conv.outputs} channels of {conv.path!r}, as after a flatten: PyTorch flattens "
+                f"(C, {axes}), Flax ({axes}, C). Pass flatten={{{shapes}}}, where {product} = "
+                f"{number}, or flatten={{}} if both flatten alike or neither does."
+            )
+
+
+def _steps(pairs: Mapping[str, tuple[Name, Layout]], rules: Rules) -> Iterator[Step]:
+    cells: dict[Path, Any] = {
+        (*block.path, child): (block, side)
+        for block in rules.blocks
+        if block.kind != ATTENTION
+        for side, child in block.children.items()
+    }
+    seen = set()
+    for name, placed in pairs.values():
+        path, shape = "/".join(name.module), placed.shape
+        if name.module in cells:
+            block, side = cells[name.module]
+            path = "/".join(block.path)
+            if path not in seen and side[0] == "i" and name.leaf == "kernel":
+                yield Step("dense", path, shape[0], 0)
+                seen.add(path)
+        elif name.leaf == "kernel" and len(shape) == 2:
+            yield Step("dense", path, *shape)
+        elif name.leaf == "kernel" and len(shape) > 2 and len(placed.merged) > 2:
+            yield Step("conv", path, shape[-2], shape[-1], len(shape) - 2)
+        elif name.leaf in ("scale", "mean") and len(shape) == 1 and path not in seen:
+            yield Step("norm", path, shape[0], shape[0])
+            seen.add(path)
+        elif len(shape) > 1 and name.leaf in ("kernel", "embedding"):
+            yield Step("dense", path, 0, 0)  # no order of channels comes through

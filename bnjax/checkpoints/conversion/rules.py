@@ -1,0 +1,171 @@
+"""How the arrays of a Flax model lie in PyTorch: what its layers say, and what a user does."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax import nnx
+
+from bnjax import globs
+from bnjax.checkpoints.conversion.blocks import ATTENTION, Block, blocks
+from bnjax.checkpoints.conversion.layouts import Layout, inputs_of, layout
+from bnjax.checkpoints.conversion.names import Name, Rename
+from bnjax.checkpoints.conversion.trees import Leaf, flipped_layers, mentions_conv_transpose
+from bnjax.checkpoints.conversion.words import check_fits
+
+Path = tuple[str, ...]
+
+
+class Options(NamedTuple):
+    """What a user says about names and layouts, as `from_torch` documents it."""
+
+    rename: Rename | None
+    flatten: Mapping[str, Sequence[int]] | None
+    transposed: globs.Paths | None
+    ignore: globs.Paths
+
+
+class Rules(NamedTuple):
+    """What decides about layouts beside names and shapes."""
+
+    flipped: set[str]  # paths of the transposed convolutions with flipped kernels
+    flattened: Mapping[Name, tuple[int, ...]]  # (C, *spatial), of what comes after a flatten
+    general: Mapping[Path, int]  # how many axes of each `DenseGeneral` are inputs
+    blocks: list[Block]
+
+    def layout(
+        self, name: Name, shape: Sequence[int], torch: Sequence[int] | None = None
+    ) -> Layout:
+        """The layout of an array; with the shape that it has in PyTorch, where that is known."""
+        if torch is not None and _is_same_row(name.leaf, shape, torch):
+            return Layout(tuple(shape), tuple(torch), tuple(range(len(torch))))
+        inputs = None
+        if name.leaf == "kernel" and len(shape) > 2 and not name.statistic:
+            inputs = self.general.get(name.module)
+            if torch is not None and len(torch) == 2:
+                inputs = inputs_of(shape, torch) or inputs
+        elif name.leaf == "bias" and len(shape) > 1 and not name.statistic:
+            is_flat = torch is not None and len(torch) == 1
+            inputs = 0 if is_flat or name.module in self.general else None
+        return layout(
+            name.leaf,
+            shape,
+            inputs=inputs,
+            transposed="/".join(name.module) in self.flipped,
+            unflattened=self.flattened.get(name, ()),
+        )
+
+
+def rules(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> Rules:
+    """The rules for the arrays of a Flax model."""
+    shapes = {name: tuple(leaf.value.shape) for name, leaf in leaves.items()}
+    found = blocks(shapes)
+    general = _general(shapes, found)
+    convs = {
+        "/".join(name.module)
+        for name, shape in shapes.items()
+        if name.leaf == "kernel" and len(shape) > 2 and name.module not in general
+    }
+    flipped = _flipped(convs, options.transposed, model)
+    return Rules(flipped, _flattened(shapes, found, options.flatten), general, found)
+
+
+def fitting(argument: str, patterns: globs.Paths, paths: Iterable[str], what: str) -> set[str]:
+    """The paths that fit one of the patterns; each pattern fits one."""
+    there, found = set(paths), set()
+    for pattern in globs.as_tuple(patterns):
+        fits = globs.matcher(pattern.replace(".", "/"))
+        fitting = {path for path in there if fits(path)}
+        check_fits(argument, pattern, bool(fitting), there, what)
+        found |= fitting
+    return found
+
+
+def _is_same_row(leaf: str, shape: Sequence[int], torch: Sequence[int]) -> bool:
+    """Whether it is one number in both, or the scale of a WeightNorm: (out, 1) in PyTorch."""
+    if leaf.endswith("/scale"):
+        return [*torch[:1]] == [*shape] and set(torch[1:]) <= {1}
+    return {tuple(shape), tuple(torch)} <= {(), (1,)}
+
+
+def _general(shapes: Mapping[Name, tuple[int, ...]], found: Iterable[Block]) -> dict[Path, int]:
+    """The layers whose kernels have several axes for inputs or outputs, and are no convs."""
+    general = {}
+    for name, shape in shapes.items():
+        if name.leaf == "bias" and len(shape) > 1 and not name.statistic:
+            kernel = shapes.get(name._replace(leaf="kernel"), ())
+            if kernel[-len(shape) :] == shape and len(kernel) > len(shape):
+                general[name.module] = len(kernel) - len(shape)
+    for block in found:
+        if block.kind == ATTENTION:
+            paths = {head: (*block.path, child) for head, child in block.children.items()}
+            kernels = {head: shapes[Name(path, "kernel")] for head, path in paths.items()}
+            if all(len(kernel) == 3 for kernel in kernels.values()):
+                general |= {path: 2 if head == "out" else 1 for head, path in paths.items()}
+    return general
+
+
+def _flipped(convs: set[str], transposed: globs.Paths | None, model: Any) -> set[str]:
+    if transposed is not None:
+        return fitting("transposed", transposed, convs, "convolution")
+    if isinstance(model, nnx.Module):
+        return flipped_layers(model)
+    suspects = sorted(
+        path for path in convs if path.rpartition("/")[2].startswith("ConvTranspose_")
+    )
+    if suspects or (convs and isinstance(model, nn.Module) and mentions_conv_transpose(model)):
+        raise ValueError(
+            "`transposed` must say which layers are a `flax.linen.ConvTranspose` with "
+            "transpose_kernel=False, its default, as the model has some ConvTranspose and a kernel "
+            f"does not show it. Give globs over {suspects or sorted(convs)}, or () if each has "
+            "transpose_kernel=True."
+        )
+    return set()
+
+
+def _flattened(
+    shapes: Mapping[Name, tuple[int, ...]], found: Iterable[Block], flatten: Any
+) -> dict[Name, tuple[int, ...]]:
+    """The arrays whose first axis is what PyTorch has flattened in another order."""
+    if not isinstance(flatten, Mapping | None):
+        raise TypeError(
+            "`flatten` must map the paths of layers in Flax to shapes (C, H, W), such as "
+            f'{{"head/fc": (512, 7, 7)}}, got {type(flatten).__name__}.'
+        )
+    if not flatten:
+        return {}
+    takers = _takers(shapes, found)
+    flattened = {}
+    for path, shape in flatten.items():
+        path = path.replace(".", "/")
+        what = "dense layer, normalization or recurrent cell"
+        check_fits("flatten", path, path in takers, takers, what)
+        inputs = shapes[takers[path][0]][0]
+        is_shape = isinstance(shape, Sequence) and all(isinstance(size, int) for size in shape)
+        if not is_shape or len(shape) < 2 or math.prod(shape) != inputs:
+            got = tuple(shape) if is_shape else repr(shape)
+            raise ValueError(
+                f"`flatten[{path!r}]` must be the shape (C, H, W) that PyTorch flattens into the "
+                f"{inputs} inputs of this layer, got {got}."
+            )
+        flattened |= dict.fromkeys(takers[path], tuple(shape))
+    return flattened
+
+
+def _takers(
+    shapes: Mapping[Name, tuple[int, ...]], found: Iterable[Block]
+) -> dict[str, list[Name]]:
+    """The layers that may come after a flatten, with the arrays that have an axis of its size."""
+    kernels = {name.module: name for name, shape in shapes.items() if name.leaf == "kernel"}
+    takers: dict[str, list[Name]] = {}
+    for name, shape in shapes.items():
+        is_dense = name.leaf == "kernel" and len(shape) == 2
+        is_norm = len(shape) == 1 and name.module not in kernels
+        if is_dense or is_norm:
+            takers.setdefault("/".join(name.module), []).append(name)
+    for block in found:
+        if block.kind != ATTENTION:
+            children = [child for side, child in block.children.items() if side[0] == "i"]
+            takers["/".join(block.path)] = [Name((*block.path, c), "kernel") for c in children]
+    return takers

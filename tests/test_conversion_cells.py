@@ -1,0 +1,441 @@
+"""Recurrent layers, attention and PReLU beside PyTorch's, live: outputs, and back."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import bnjax
+from tests.support.state_dicts import F32, misfit, params, refused
+
+pytestmark = pytest.mark.quick_compile
+
+torch = pytest.importorskip("torch", reason="PyTorch is pinned for Python < 3.12 only")
+
+CELLS = {
+    "LSTM": (nn.LSTMCell, nnx.LSTMCell),
+    "OptimizedLSTM": (nn.OptimizedLSTMCell, nnx.OptimizedLSTMCell),
+    "GRU": (nn.GRUCell, nnx.GRUCell),
+    "RNN": (nn.SimpleCell, nnx.SimpleCell),
+}
+INPUTS = np.random.default_rng(0).standard_normal((2, 7, 6)).astype(F32)
+
+
+def outputs(theirs: Any, *inputs: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        y = theirs.eval()(*map(torch.tensor, inputs))
+    return (y[0] if isinstance(y, tuple) else y).numpy()
+
+
+class Torch(torch.nn.Module):
+    """A recurrent layer, with a name."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__()
+        make = getattr(torch.nn, name.removeprefix("Optimized"))
+        self.rnn = make(6, 5, batch_first=True, **options)
+
+    def forward(self, x: Any) -> Any:
+        return self.rnn(x)[0]
+
+
+class Linen(nn.Module):
+    """The same in linen."""
+
+    cell: Any
+    layers: int = 1
+    both: bool = False
+
+    def setup(self):
+        make: Any = lambda: nn.RNN(self.cell(5))  # noqa: E731
+        one: Any = lambda: nn.Bidirectional(make(), make()) if self.both else make()  # noqa: E731
+        self.rnn: Any = one() if self.layers == 1 else [one() for _ in range(self.layers)]
+
+    def __call__(self, x):
+        for layer in [self.rnn] if self.layers == 1 else self.rnn:
+            x = layer(x)
+        return x
+
+
+class Nnx(nnx.Module):
+    """The same in nnx."""
+
+    def __init__(self, cell: Any, layers: int = 1, both: bool = False) -> None:
+        rngs = nnx.Rngs(0)
+        make: Any = lambda size: nnx.RNN(cell(size, 5, rngs=rngs))  # noqa: E731
+        sizes = [6, *[10 if both else 5] * (layers - 1)]
+        made: list[Any] = [
+            nnx.Bidirectional(make(size), make(size)) if both else make(size) for size in sizes
+        ]
+        self.rnn: Any = made[0] if layers == 1 else nnx.List(made)
+
+    def __call__(self, x: Any) -> Any:
+        for layer in [self.rnn] if not isinstance(self.rnn, nnx.List) else self.rnn:
+            x = layer(x)
+        return x
+
+
+def biased_inside(model: Any) -> None:
+    """Give the GRU cells of nnx the bias that PyTorch's have."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.GRUCell):
+            module.dense_h = nnx.Linear(5, 15, rngs=nnx.Rngs(0))
+
+
+def goes_both_ways(theirs: Any, model: Any, **options: Any) -> None:
+    """Outputs agree; the state dict comes back; another model takes it too."""
+    state_dict = theirs.state_dict()
+    if isinstance(model, nnx.Module):
+        variables: Any = bnjax.from_torch(state_dict, model, **options)
+        nnx.update(model, variables)
+        found = model(INPUTS)  # type: ignore[operator]
+    else:
+        shapes = jax.eval_shape(model.init, jax.random.key(0), INPUTS)
+        variables = bnjax.from_torch(state_dict, model, shapes, **options)
+        found = model.apply(variables, INPUTS)
+    wanted = outputs(theirs, INPUTS)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    back = bnjax.to_torch(variables, state_dict, **options)
+    assert list(back) == list(state_dict)
+    assert all(torch.equal(back[key], tensor) for key, tensor in state_dict.items())
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    theirs.load_state_dict(bnjax.to_torch(variables, theirs.state_dict(), **options))
+    np.testing.assert_allclose(outputs(theirs, INPUTS), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in CELLS),
+        *((name, {"bias": False}) for name in CELLS if name != "OptimizedLSTM"),
+        ("LSTM", {"num_layers": 2}),
+        ("RNN", {"bidirectional": True}),
+        ("GRU", {"num_layers": 2, "bidirectional": True}),
+        ("OptimizedLSTM", {"num_layers": 2, "bidirectional": True}),
+    ],
+)
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_recurrent_layers_go_both_ways(name, options, framework):
+    layers, both = options.get("num_layers", 1), options.get("bidirectional", False)
+    linen, cell = CELLS[name]
+    model = Linen(linen, layers, both) if framework == "linen" else Nnx(cell, layers, both)
+    biased_inside(model) if framework == "nnx" else None
+    goes_both_ways(Torch(name, **options), model)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_a_cell_by_itself_goes_both_ways(name):
+    theirs = getattr(torch.nn, f"{name}Cell")(6, 5)
+    model = CELLS[name][0](5)
+    x, h = INPUTS[:, 0], np.ones((2, 5), F32)
+    carry = (np.full((2, 5), 2, F32), h) if name == "LSTM" else h
+    variables: Any = model.init(jax.random.key(0), carry, x)
+    variables = bnjax.from_torch(theirs.state_dict(), model, variables)
+    hidden = (torch.tensor(h), torch.tensor(carry[0])) if name == "LSTM" else torch.tensor(h)
+    expected = theirs(torch.tensor(x), hidden)
+    expected = expected[0] if name == "LSTM" else expected
+    found: Any = model.apply(variables, carry, x)
+    np.testing.assert_allclose(found[1], expected.detach(), atol=1e-6)
+    back = bnjax.to_torch(variables, theirs.state_dict())
+    assert all(torch.equal(back[key], tensor) for key, tensor in theirs.state_dict().items())
+
+
+def test_half_precision_biases_are_added_in_float32():
+    state_dict = Torch("LSTM").half().state_dict()
+    shapes: Any = jax.eval_shape(Linen(nn.LSTMCell).init, jax.random.key(0), INPUTS)
+    variables = bnjax.from_torch(state_dict, None, shapes)
+    biases = [state_dict[f"rnn.bias_{side}h_l0"].float() for side in "ih"]
+    found = variables["params"]["rnn"]["cell"]["hi"]["bias"]
+    np.testing.assert_array_equal(found, (biases[0] + biases[1])[:5])
+    back = bnjax.to_torch(variables, state_dict)
+    assert all(torch.equal(back[key].half(), tensor) for key, tensor in state_dict.items())
+
+
+def test_gates_split_by_hand_are_taken_as_they_are():
+    theirs = Torch("LSTM")
+    state_dict = {}
+    for side in "ih":
+        rows = theirs.state_dict()[f"rnn.weight_{side}h_l0"].split(5)
+        state_dict |= {f"rnn.cell.{side}{g}.weight": w for g, w in zip("ifgo", rows, strict=True)}
+    sums = (theirs.rnn.bias_ih_l0 + theirs.rnn.bias_hh_l0).split(5)
+    state_dict |= {f"rnn.cell.h{g}.bias": b for g, b in zip("ifgo", sums, strict=True)}
+    model = Linen(nn.OptimizedLSTMCell)
+    shapes: Any = jax.eval_shape(model.init, jax.random.key(0), INPUTS)
+    found: Any = model.apply(bnjax.from_torch(state_dict, model, shapes), INPUTS)
+    np.testing.assert_allclose(found, outputs(theirs, INPUTS), atol=1e-6)
+
+
+def test_stacked_gates_of_a_flax_model_stay_as_they_are():
+    state_dict = Torch("LSTM").state_dict()
+    variables = params(
+        rnn={k.partition(".")[2]: np.zeros(v.shape, F32) for k, v in state_dict.items()}
+    )
+    new = bnjax.from_torch(state_dict, None, variables)
+    np.testing.assert_array_equal(
+        new["params"]["rnn"]["weight_ih_l0"], state_dict["rnn.weight_ih_l0"]
+    )
+
+
+class Auto(nn.Module):
+    """Two cells, which Flax names."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.RNN(nn.OptimizedLSTMCell(5))(jnp.asarray(x))
+        return x
+
+
+def test_a_recurrent_layer_without_counterpart_is_told_as_what_it_is():
+    theirs = Torch("LSTM", num_layers=2)
+    shapes: Any = jax.eval_shape(Auto().init, jax.random.key(0), INPUTS)
+    arrays = [
+        ", ".join(f"rnn.{w}_{s}h_l{n}" for w in ("weight", "bias") for s in "ih") for n in (0, 1)
+    ]
+    assert refused(theirs.state_dict(), shapes) == [
+        'by order and shape, these names fit: rename={"rnn.l0": "OptimizedLSTMCell_0", "rnn.l1": '
+        '"OptimizedLSTMCell_1"}. Make sure with `check`',
+        f"only in PyTorch: LSTM, its gates stacked, rnn.l0 (6, 5) of {arrays[0]}",
+        f"only in PyTorch: LSTM, its gates stacked, rnn.l1 (5, 5) of {arrays[1]}",
+        "only in Flax: LSTM cell OptimizedLSTMCell_0 (6, 5)",
+        "only in Flax: LSTM cell OptimizedLSTMCell_1 (5, 5)",
+    ]
+    rename = {"rnn.l0": "OptimizedLSTMCell_0", "rnn.l1": "OptimizedLSTMCell_1"}
+    goes_both_ways(theirs, Auto(), rename=rename)
+    goes_both_ways(
+        theirs,
+        Auto(),
+        rename=lambda name: re.sub(r"rnn\.(.*)_l(\d)", r"OptimizedLSTMCell_\2.\1", name),
+    )
+
+
+def test_a_layer_of_another_kind_or_size_is_refused():
+    gru: Any = jax.eval_shape(Linen(nn.GRUCell).init, jax.random.key(0), INPUTS)
+    arrays = ", ".join(f"rnn.{w}_{s}h_l0" for w in ("weight", "bias") for s in "ih")
+    assert refused(Torch("LSTM").state_dict(), gru) == [
+        f"only in PyTorch: LSTM, its gates stacked, rnn.l0 (6, 5) of {arrays}",
+        "only in Flax: GRU cell rnn/cell (6, 5)",
+    ]
+    other: Any = jax.eval_shape(Linen(nn.LSTMCell).init, jax.random.key(0), INPUTS[..., :4])
+    first, *_ = refused(Torch("LSTM").state_dict(), other)
+    assert first == (
+        "wrong shape: rnn.weight_ih_l0[0:5] (5, 6) for params/rnn/cell/ii/kernel (4, 5), which is "
+        "(5, 4) in PyTorch"
+    )
+
+
+def test_a_bias_inside_the_reset_gate_has_no_place_in_most_cells_of_nnx():
+    message = misfit(
+        "no place for a bias of rnn.bias_ih_l0 and rnn.bias_hh_l0 in rnn/cell: flax.nnx.GRUCell "
+        "has none inside its reset gate. Give it one before: cell.dense_h = nnx.Linear(5, 15, "
+        "rngs=rngs)"
+    )
+    theirs: Any = Torch("GRU")
+    with pytest.raises(ValueError, match=message):
+        bnjax.from_torch(theirs.state_dict(), Nnx(nnx.GRUCell))
+    theirs.rnn.bias_hh_l0.data[10:] = 0
+    goes_both_ways(theirs, Nnx(nnx.GRUCell))
+
+
+def test_a_projection_has_no_counterpart():
+    theirs = Torch("LSTM", proj_size=2)
+    shapes: Any = jax.eval_shape(Linen(nn.LSTMCell).init, jax.random.key(0), INPUTS)
+    assert refused(theirs.state_dict(), shapes)[-1] == (
+        "only in PyTorch: rnn.weight_hr_l0 (2, 5). It is the projection of an LSTM (proj_size), "
+        "which Flax's cells do not have"
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_biases_that_are_not_finite_come_back(value):
+    state_dict = {key: tensor * value for key, tensor in Torch("GRU").state_dict().items()}
+    shapes: Any = jax.eval_shape(Linen(nn.GRUCell).init, jax.random.key(0), INPUTS)
+    back = bnjax.to_torch(bnjax.from_torch(state_dict, None, shapes), state_dict)
+    for key, tensor in state_dict.items():
+        torch.testing.assert_close(back[key], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_bias_of_flax_has_no_place_where_pytorch_has_none():
+    theirs = Torch("LSTM", bias=False)
+    variables: Any = Linen(nn.LSTMCell).init(jax.random.key(0), INPUTS)
+    variables["params"]["rnn"]["cell"]["hi"]["bias"] += 1
+    line = "no place for the biases of rnn/cell in rnn.l0: it has bias=False"
+    with pytest.raises(ValueError, match=misfit(line)):
+        bnjax.to_torch(variables, theirs.state_dict())
+
+
+# After a flatten
+
+
+class FlatTorch(torch.nn.Module):
+    """A conv, whose channels and rows are read by a GRU column by column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 3, 3, padding=1)
+        self.rnn = torch.nn.GRU(12, 5, batch_first=True)
+
+    def forward(self, x: Any) -> Any:
+        x = self.conv(x).permute(0, 3, 1, 2)
+        return self.rnn(x.flatten(2))[0]
+
+
+class FlatFlax(nn.Module):
+    def setup(self):
+        self.conv = nn.Conv(3, (3, 3), padding=1)
+        self.rnn = nn.RNN(nn.GRUCell(5))
+
+    def __call__(self, x):
+        x = self.conv(x).transpose(0, 2, 1, 3)
+        return self.rnn(x.reshape(*x.shape[:2], -1))
+
+
+def test_a_recurrent_layer_after_a_flatten_is_permuted_when_told(rng):
+    x = rng.standard_normal((2, 2, 4, 7)).astype(F32)
+    theirs, last = FlatTorch(), np.moveaxis(x, 1, -1)
+    shapes: Any = jax.eval_shape(FlatFlax().init, jax.random.key(0), last)
+    with pytest.warns(UserWarning, match=r"^'rnn/cell' takes 4 values for each of the 3 channels"):
+        bnjax.from_torch(theirs.state_dict(), FlatFlax(), shapes)
+    flatten = {"rnn/cell": (3, 4)}
+    variables = bnjax.from_torch(theirs.state_dict(), FlatFlax(), shapes, flatten=flatten)
+    found: Any = FlatFlax().apply(variables, last)
+    np.testing.assert_allclose(found, outputs(theirs, x), atol=1e-6)
+    back = bnjax.to_torch(variables, theirs.state_dict(), flatten=flatten)
+    assert all(torch.equal(back[key], tensor) for key, tensor in theirs.state_dict().items())
+
+
+# Attention
+
+
+class Attention(nn.Module):
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        make = nn.MultiHeadDotProductAttention(2, use_bias=self.bias, name="attn")
+        return make(x)
+
+
+class NnxAttention(nnx.Module):
+    def __init__(self) -> None:
+        self.attn = nnx.MultiHeadAttention(2, 6, 6, decode=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: Any) -> Any:
+        return self.attn(x)
+
+
+class TorchAttention(torch.nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(6, 2, batch_first=True, **options)
+        for name, parameter in self.attn.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.3) if "bias" in name else None
+
+    def forward(self, x: Any) -> Any:
+        return self.attn(x, x, x)[0]
+
+
+class Projections(torch.nn.Module):
+    """Attention as vision transformers have it."""
+
+    def __init__(self, stacked: bool) -> None:
+        super().__init__()
+        self.attn = torch.nn.Module()
+        sizes: dict[str, int] = (
+            {"qkv": 18} if stacked else dict.fromkeys(("q_proj", "k_proj", "v_proj"), 6)
+        )
+        for name, size in {**sizes, "proj" if stacked else "out_proj": 6}.items():
+            setattr(self.attn, name, torch.nn.Linear(6, size))
+
+    def forward(self, x: Any) -> Any:
+        *inner, out = self.attn.children()
+        heads = torch.cat([layer(x) for layer in inner], -1).unflatten(-1, (3, 2, 3))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("model", [Attention(), NnxAttention()])
+@pytest.mark.parametrize(
+    "theirs",
+    [TorchAttention(), TorchAttention(kdim=6, vdim=6), Projections(True), Projections(False)],
+)
+def test_attention_goes_both_ways(model, theirs):
+    goes_both_ways(theirs, model)
+
+
+def test_attention_without_biases_and_with_a_name_that_flax_gives():
+    goes_both_ways(TorchAttention(bias=False), Attention(bias=False))
+    shapes: Any = jax.eval_shape(Attention().init, jax.random.key(0), INPUTS)
+    auto = params(MultiHeadDotProductAttention_0=shapes["params"]["attn"])
+    first, second, *_ = refused(TorchAttention().state_dict(), auto)
+    rename = {"attn": "MultiHeadDotProductAttention_0"}
+    assert first == 'these names fit with rename={"attn": "MultiHeadDotProductAttention_0"}'
+    arrays = "attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias"
+    assert second == f"only in PyTorch: attention attn (6, 6) of {arrays}"
+    bnjax.from_torch(TorchAttention().state_dict(), None, auto, rename=rename)
+
+
+def test_attention_and_dense_general_are_linear_layers_of_pytorch_without_like():
+    variables: Any = Attention().init(jax.random.key(0), INPUTS)
+    shapes = {k: v.shape for k, v in bnjax.to_torch(variables, numpy=True).items()}
+    names = ("key", "out", "query", "value")
+    assert shapes == {
+        f"attn.{name}.{leaf}": shape
+        for name in names
+        for leaf, shape in (("bias", (6,)), ("weight", (6, 6)))
+    }
+    wide = params(
+        fc=nn.DenseGeneral((2, 3), axis=(-2, -1)).init(jax.random.key(0), INPUTS)["params"]
+    )
+    shapes = {k: v.shape for k, v in bnjax.to_torch(wide, numpy=True).items()}
+    assert shapes == {"fc.bias": (6,), "fc.weight": (6, 42)}
+
+
+def test_a_linear_layer_goes_into_a_dense_general():
+    theirs = torch.nn.Linear(42, 6)
+    model = nn.DenseGeneral((2, 3), axis=(-2, -1), use_bias=True)
+    variables: Any = model.init(jax.random.key(0), INPUTS)
+    variables = bnjax.from_torch(theirs.state_dict(), model, variables)
+    found: Any = model.apply(variables, INPUTS)
+    np.testing.assert_allclose(
+        found.reshape(2, 6), outputs(theirs, INPUTS.reshape(2, 42)), atol=1e-6
+    )
+    back = bnjax.to_torch(variables, theirs.state_dict())
+    assert all(torch.equal(back[key], tensor) for key, tensor in theirs.state_dict().items())
+
+
+# PReLU
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_a_prelu_has_its_slope(framework):
+    theirs = torch.nn.PReLU(init=0.375)
+    model: Any = nn.PReLU() if framework == "linen" else nnx.PReLU()
+    variables = nnx.state(model) if framework == "nnx" else model.init(jax.random.key(0), INPUTS)
+    variables = bnjax.from_torch(theirs.state_dict(), model, variables)
+    nnx.update(model, variables) if framework == "nnx" else None
+    found = model(INPUTS) if framework == "nnx" else model.apply(variables, INPUTS)
+    np.testing.assert_array_equal(found, outputs(theirs, INPUTS))
+    for like in (theirs.state_dict(), None):
+        back = bnjax.to_torch(variables, like)
+        assert back["weight"].tolist() == [0.375]
+    scalar = {"weight": torch.tensor(0.5)}
+    assert jax.tree.leaves(bnjax.from_torch(scalar, None, params(negative_slope=F32(0)))) == [0.5]
+
+
+def test_a_slope_for_each_channel_is_refused():
+    message = misfit(
+        "wrong shape: act.weight (3,) for params/act/negative_slope (), which is (1,) in PyTorch. "
+        "Flax's PReLU has one slope for all channels"
+    )
+    with pytest.raises(ValueError, match=message):
+        bnjax.from_torch(
+            {"act.weight": np.ones(3, F32)}, None, params(act={"negative_slope": F32(0)})
+        )
