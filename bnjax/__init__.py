@@ -24,6 +24,7 @@ Training
     training.init_state                     parameters, optimizer and statistics in one state
     training.Average                        averaged weights, with statistics of their own
     training.history                        a record of the running statistics
+    training.scalars                        running statistics as a flat dict for loggers
     decay_mask, trainable_labels            which parameters an optimizer should treat differently
     remat_policy                            what a checkpointed backward pass keeps
 

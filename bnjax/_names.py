@@ -47,4 +47,4 @@ def _hint(module: str, name: str) -> str:
     own = nearest(name, public[module])
     others = [f"{m}.{close}" for m, names in public.items() if (close := nearest(name, names))]
     found = exact or ([f"{module}.{own}"] if own else others[:1])
-    return f" Did you mean {' or '.join(found)}?" if found else ""
+    return f" Did you mean {' or '.join(found)}?" if found else f" help({module}) lists its names."

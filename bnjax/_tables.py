@@ -9,18 +9,23 @@ from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.text import Text
 
-# Where a long name or a line of code may be broken, the better places first.
+# Where a sentence, a long name or a line of code may be broken, the better places first.
 _JOINTS = tuple(
     map(
         re.compile,
-        ("(?<=[/ ])(?=[^/ ])", r"(?<=[/ ._,(\[])(?=[^/ ._,(\[])", "(?<=[a-z0-9_])(?=[A-Z])"),
+        (
+            "(?<= )(?=[^ ])",
+            "(?<=/)(?=[^/])",
+            r"(?<=[._,(\[])(?=[^._,(\[])",
+            "(?<=[a-z0-9])(?=[A-Z])",
+        ),
     )
 )
 _PAGE = '<pre style="font-family:monospace;white-space:pre;line-height:1.25">{code}</pre>'
 
 
 class Name:
-    """A path or a line of code in a table, never broken inside a word.
+    """A path, a line of code or a sentence with such, never broken inside a word.
 
     >>> print(plain(Name("encoder/block_12/BatchNorm2d_0"), width=20))
     encoder/block_12/

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import bnjax
+from bnjax._names import nearest
 from bnjax._tables import Name
 from bnjax._words import number_of
 
@@ -158,7 +159,7 @@ def show(layers: "list[Layer]", problems: list[str], notes: list[str], title: st
         ]
     for note in notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
-    verdict = "fine" if not problems else f"{len(problems)} problems found"
+    verdict = "fine" if not problems else f"{number_of(len(problems), 'problem')} found"
     console.print(f"verdict: {verdict} ({number_of(len(layers), 'batch norm')})")
 
 
@@ -297,9 +298,20 @@ def made_by(target: str) -> Any:
             f"Expected package.module:make_model, with dots as in an import, got {target!r}."
         )
     sys.path.insert(0, "")  # as `python -m` does for modules in the current folder
-    make = getattr(importlib.import_module(module), name, None)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, and imports what is not
+        raise ValueError(
+            f"There is no module {error.name!r} in {Path.cwd()} or among the installed packages. "
+            "Run the command in the folder that the module is in, or set PYTHONPATH to it."
+        ) from error
+    make = getattr(found, name, None)
     if make is None:
-        raise ValueError(f"The module {module} has no {name!r}.")
+        close = nearest(name, vars(found))
+        hint = f" Did you mean {module}:{close}?" if close else ""
+        raise ValueError(f"The module {module} has no {name!r}.{hint}")
     try:
         signature(make).bind()
     except TypeError as error:

@@ -6,7 +6,7 @@ enough (prediction-time); a blend with the running ones serves small batches, to
 measures a set of such digits once; and TENT also adapts scales and biases, without labels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +26,9 @@ import bnjax
 from bnjax.policies import Batch, Blend
 from bnjax.training import init_state, train_step
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+SIZES = (1, 2, 4, 8, 32, 128)
 PRIOR = 16
+EPOCHS, SEEDS, RATE = 12, 2, 5e-3
 WIDTHS = (16, 32, 64)
 WAYS = ("source", "prediction-time", "blend", "recalibrated", "TENT")
 console = Console()
@@ -90,7 +91,7 @@ def tent(apply: Callable[..., Any], lr: float) -> Callable[..., jax.Array]:
     @jax.jit
     def run(variables: Any, xs: jax.Array) -> jax.Array:
         labels = bnjax.trainable_labels(variables["params"], frozen=("**/Conv_*", "**/Dense_*"))
-        adam = {"trainable": optax.adam(lr), "frozen": optax.set_to_zero()}
+        adam: Any = {"trainable": optax.adam(lr), "frozen": optax.set_to_zero()}
         tx = optax.multi_transform(adam, labels)
 
         def step(state: Any, x: jax.Array) -> tuple[Any, jax.Array]:
@@ -102,9 +103,6 @@ def tent(apply: Callable[..., Any], lr: float) -> Callable[..., jax.Array]:
         return jax.lax.scan(step, (variables["params"], tx.init(variables["params"])), xs)[1]
 
     return run
-
-
-Results = dict[tuple[str, str, int], list[float]]  # by corruption, way and size: of all seeds
 
 
 class Network:
@@ -138,66 +136,78 @@ class Network:
                 state, _ = self.step(state, batch)
         return state.variables
 
-    def accuracies(self, variables: Any, seen: Data, test: Data) -> dict[tuple[str, int], float]:
-        """By way and size of batches, on test data; the statistics of `seen` recalibrate."""
+    def accuracies(
+        self, variables: Any, seen: Data, test: Data, sizes: Sequence[int]
+    ) -> dict[str, list[float]]:
+        """By way, for each size of batches, on test data; recalibrated on what was seen."""
         found = {}
         for way, (by_size, run) in self.ways.items():
             of = variables
             if way == "recalibrated":
                 of = bnjax.recalibrate(self.model, variables, [seen.x])
-            for size in SIZES if by_size else SIZES[-1:]:
+            right = []
+            for size in sizes if by_size else sizes[-1:]:
                 logits = run(of, test.x.reshape(-1, size, *test.x.shape[1:]))
-                right = np.ravel(logits.argmax(-1)) == test.y
-                found.update({(way, n): right.mean() for n in ((size,) if by_size else SIZES)})
+                digits = np.asarray(logits).reshape(len(test), -1).argmax(-1)
+                right.append(float((digits == test.y).mean()))
+            found[way] = right if by_size else right * len(sizes)
         return found
 
 
-Results = dict[str, dict[tuple[str, int], np.ndarray]]  # by corruption, way and size: all seeds
+Results = dict[str, Any]  # "sizes", and by corruption: "digits", and accuracies by way and network
 
 
-def measure(splits: Splits, epochs: int, seeds: int, lr: float) -> Results:
+def measure(
+    splits: Splits,
+    sizes: Sequence[int] = SIZES,
+    epochs: int = EPOCHS,
+    seeds: int = SEEDS,
+    lr: float = RATE,
+) -> Results:
     """Accuracies under each corruption, in each way, for each size of batches and each network."""
     network, unseen = Network(splits, epochs, lr), (splits.test, splits.validation)
     x, y = (np.concatenate([getattr(d, name) for d in unseen]) for name in ("x", "y"))
-    whole = len(y) // SIZES[-1] * SIZES[-1]  # so that all batches are full
-    test = Data(x[:whole], y[:whole])
-    found: dict[str, list[Any]] = {name: [] for name in CORRUPTIONS}
+    whole = len(y) // max(sizes) * max(sizes)  # so that all batches are full
+    test, some = Data(x[:whole], y[:whole]), Data(x[:3], y[:3])
+    found: Results = {"sizes": list(sizes)}
+    for name in CORRUPTIONS:
+        found[name] = {"digits": np.concatenate(list(corrupted(some, name).x[..., 0]), 1).tolist()}
+        found[name] |= {way: [] for way in WAYS}
     for seed in range(seeds):
         variables = network.train(seed)
         for name in track(CORRUPTIONS, f"network {seed + 1} of {seeds}", console=console):
             shifted = (corrupted(data, name) for data in (splits.train, test))
-            found[name].append(network.accuracies(variables, *shifted))
-    return {
-        name: {key: np.array([run[key] for run in runs]) for key in runs[0]}
-        for name, runs in found.items()
-    }
+            for way, accuracies in network.accuracies(variables, *shifted, sizes).items():
+                found[name][way].append(accuracies)
+    return found
 
 
-def show(results: Results, seeds: int) -> None:
+def show(results: Results) -> None:
     """Print a table for small batches, and one for large ones."""
-    for size in (4, SIZES[-1]):
-        table = Table("corruption", *WAYS, title=f"Accuracy, batches of {size}, {seeds} networks")
-        for name, found in results.items():
-            table.add_row(name, *(f"{found[way, size].mean():.3f}" for way in WAYS))
+    sizes = results["sizes"]
+    for index in dict.fromkeys((min(2, len(sizes) - 1), len(sizes) - 1)):
+        table = Table("corruption", *WAYS, title=f"Accuracy, batches of {sizes[index]}")
+        for name in CORRUPTIONS:
+            means = (np.mean(results[name][way], 0)[index] for way in WAYS)
+            table.add_row(name, *(f"{mean:.3f}" for mean in means))
         console.print(table)
 
 
-def draw(results: Results, splits: Splits, path: Path) -> None:
-    """A row of digits for each corruption, and accuracies over the size of the batches."""
-    figure = Figure(figsize=(13, 5.4), dpi=120, layout="constrained")
-    digits, panels = figure.subplots(2, len(results), height_ratios=[1, 3])
+def draw(results: Results, path: Path) -> None:
+    """Some digits under each corruption, and accuracies over the size of the batches."""
+    figure = Figure(figsize=(10.6, 4.6), dpi=120, layout="constrained")
+    digits, panels = figure.subplots(2, len(CORRUPTIONS), height_ratios=[1, 3], sharey="row")
     styles = dict(zip(WAYS, ("k-", "C0o-", "C2s-", "C1--", "C3^-"), strict=True))
-    clean = Data(splits.test.x[:3], splits.test.y[:3])
-    for top, axis, (name, found) in zip(digits, panels, results.items(), strict=True):
-        images = corrupted(clean, name).x[..., 0]
-        top.imshow(np.concatenate(list(images), 1), cmap="gray", vmin=-1, vmax=3)
+    sizes = results["sizes"]
+    for top, axis, name in zip(digits, panels, CORRUPTIONS, strict=True):
+        top.imshow(results[name]["digits"], cmap="gray", vmin=-1, vmax=2.5)
         top.set_title("clean, as in training" if name == "none" else name)
         top.set_axis_off()
         for way in WAYS:
-            values = np.stack([found[way, size] for size in SIZES])
-            axis.plot(SIZES, values.mean(1), styles[way], label=way, markersize=4)
+            means = np.mean(results[name][way], 0)
+            axis.plot(sizes, means, styles[way], label=way, markersize=4)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(SIZES, map(str, SIZES))
+        axis.set_xticks(sizes, map(str, sizes))
         axis.set(xlabel="test images in a batch", ylim=(0, 1.03))
         axis.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy on test digits")
@@ -207,16 +217,18 @@ def draw(results: Results, splits: Splits, path: Path) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="The folder of the picture.")] = Path("runs/shifted"),
-    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = 12,
-    seeds: Annotated[int, typer.Option(min=1, help="How many networks.")] = 3,
-    lr: Annotated[float, typer.Option(min=0, help="Of Adam, in TENT.")] = 1e-3,
+    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = EPOCHS,
+    seeds: Annotated[int, typer.Option(min=1, help="How many networks.")] = SEEDS,
+    lr: Annotated[float, typer.Option(min=0, help="Of Adam, in TENT.")] = RATE,
+    size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Try batches of this size. Repeatable.")
+    ] = None,
 ) -> None:
     """Train on clean digits, and classify corrupted ones in five ways."""
-    splits = load()
-    results = measure(splits, epochs, seeds, lr)
-    show(results, seeds)
+    results = measure(load(), size or SIZES, epochs, seeds, lr)
+    show(results)
     out.mkdir(parents=True, exist_ok=True)
-    draw(results, splits, out / "shifted_data.png")
+    draw(results, out / "shifted_data.png")
     console.print(f"picture: {out / 'shifted_data.png'}", soft_wrap=True)
 
 

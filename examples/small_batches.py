@@ -5,7 +5,7 @@ noise meets none in evaluation. `Renorm` trains with what evaluation will use. V
 so many images of a batch of 64, show what the noise alone does, without that of the gradients.
 """
 
-import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +17,14 @@ from digits import Batch, Splits, batches, load, loss_fn
 from flax import linen as nn
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
 
 import bnjax
 from bnjax.policies import Debiased, Policy, Renorm
 
-SIZES = (2, 4, 8, 64)
-LARGEST = SIZES[-1]
+SIZES, LARGEST = (2, 4, 8), 64
+EPOCHS, SEEDS, RATE = 6, 3, 1e-2
 WAYS = ("batch norm", "batch norm, recalibrated", "renorm", "virtual batches")
 State = tuple[Any, Any, Any]  # parameters, statistics, that of the optimizer
 console = Console()
@@ -115,7 +115,8 @@ class Trainer:
     def evaluate(self, variables: Any) -> tuple[float, float]:
         """Accuracy and loss in evaluation, on the test digits."""
         test = self.splits.test
-        loss, metrics = loss_fn(self.model.apply(variables, test.x), {"x": test.x, "y": test.y})
+        logits: Any = self.model.apply(variables, test.x)
+        loss, metrics = loss_fn(logits, {"x": test.x, "y": test.y})
         return float(metrics["accuracy"].mean()), float(loss.mean())
 
     def recalibrated(self, variables: Any) -> Any:
@@ -123,77 +124,86 @@ class Trainer:
         return bnjax.recalibrate(self.model, variables, list(batches(self.splits.train, 256)))
 
 
-Results = dict[tuple[str, int], np.ndarray]  # by way and size: (seeds, accuracy and loss)
+Results = dict[str, dict[str, list[tuple[float, float]]]]  # by way and size: of each seed
 
 
-def measure(splits: Splits, epochs: int, seeds: int, lr: float) -> Results:
+def measure(
+    splits: Splits,
+    sizes: Sequence[int] = SIZES,
+    epochs: int = EPOCHS,
+    seeds: int = SEEDS,
+    lr: float = RATE,
+) -> Results:
     """Accuracy and loss in evaluation of each way, size and seed."""
-    found: dict[tuple[str, int], list[Any]] = {}
-    ways = [way for way in WAYS if way != "batch norm, recalibrated"]
-    pairs = [p for p in itertools.product(ways, SIZES) if p != ("virtual batches", LARGEST)]
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        for way, size in progress.track(pairs, description="training"):
-            trainer = Trainer(way, size, splits, epochs, lr)
-            for seed in range(seeds):
-                variables = trainer.train(seed)
-                found.setdefault((way, size), []).append(trainer.evaluate(variables))
-                if way == "batch norm":
-                    result = trainer.evaluate(trainer.recalibrated(variables))
-                    found.setdefault((WAYS[1], size), []).append(result)
-            if not console.is_terminal:
-                mean = np.mean(found[way, size], 0)
-                console.print(f"{way}, {size}: accuracy {mean[0]:.3f}, loss {mean[1]:.3f}")
-    found["virtual batches", LARGEST] = found["batch norm", LARGEST]  # that is what they are
-    return {key: np.array(value) for key, value in found.items()}
+    found: Results = {way: {str(size): [] for size in (*sizes, LARGEST)} for way in WAYS}
+    pairs = [
+        (way, size)
+        for way in WAYS
+        for size in (*sizes, LARGEST)
+        if way != "batch norm, recalibrated" and (way, size) != ("virtual batches", LARGEST)
+    ]
+    for way, size in track(pairs, "training", console=console):
+        trainer = Trainer(way, size, splits, epochs, lr)
+        for seed in range(seeds):
+            variables = trainer.train(seed)
+            found[way][str(size)].append(trainer.evaluate(variables))
+            if way == "batch norm":
+                result = trainer.evaluate(trainer.recalibrated(variables))
+                found["batch norm, recalibrated"][str(size)].append(result)
+    # One virtual batch of all images is batch norm.
+    found["virtual batches"][str(LARGEST)] = found["batch norm"][str(LARGEST)]
+    return found
 
 
-def show(results: Results, seeds: int) -> None:
+def show(results: Results) -> None:
     """Print accuracies, with their spread over the seeds, and losses."""
-    title = f"Accuracy in evaluation, and loss: means of {seeds} seeds"
-    table = Table("images that share", *WAYS, title=title)
-    for size in SIZES:
+    table = Table("images", *WAYS, title="In evaluation: accuracy, loss")
+    table.caption = "by how many images shared statistics in training; means over the seeds"
+    for size in results[WAYS[0]]:
         cells = []
         for way in WAYS:
-            accuracy, loss = results[way, size].mean(0)
-            spread = results[way, size][:, 0].std()
+            accuracy, loss = np.mean(results[way][size], 0)
+            spread = np.std(results[way][size], 0)[0]
             cells.append(f"{accuracy:.3f} ± {spread:.3f}, {loss:.3f}")
-        table.add_row(str(size), *cells)
+        table.add_row(size, *cells)
     console.print(table)
 
 
 def draw(results: Results, path: Path) -> None:
     """Errors and losses over the number of images that share statistics."""
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots(1, 2)
+    sizes = [int(size) for size in results[WAYS[0]]]
     styles = dict(zip(WAYS, ("C3o-", "C1s--", "C0D-", "C7^:"), strict=True))
     for way in WAYS:
-        values = np.stack([results[way, size] for size in SIZES])  # (sizes, seeds, 2)
-        errors, losses = 100 * (1 - values[..., 0]), values[..., 1]
-        for axis, shown in ((left, errors), (right, losses)):
-            axis.plot(SIZES, shown.mean(1), styles[way], label=way, markersize=5)
-            axis.fill_between(
-                SIZES, shown.min(1), shown.max(1), color=styles[way][:2], alpha=0.12, linewidth=0
-            )
-    left.set(title="Wrong test digits, in evaluation", ylabel="per cent (band: all seeds)")
-    right.set(title="Test loss, in evaluation", ylabel="cross entropy", yscale="log")
-    for axis in (left, right):
+        values = np.array(list(results[way].values()))  # (sizes, seeds, 2)
+        for axis, shown in zip(axes, (100 * (1 - values[..., 0]), values[..., 1]), strict=True):
+            low, high, color = shown.min(1), shown.max(1), styles[way][:2]
+            axis.plot(sizes, shown.mean(1), styles[way], label=way, markersize=5)
+            axis.fill_between(sizes, low, high, color=color, alpha=0.12, linewidth=0)
+    axes[0].set(title="Test digits read wrongly", ylabel="per cent (bands: all seeds)")
+    axes[1].set(title="Test loss", ylabel="cross entropy")
+    for axis in axes:
+        axis.set_ylim(bottom=0)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(SIZES, map(str, SIZES))
-        axis.set_xlabel("images that share statistics in training")
-    left.set_ylim(bottom=0)
-    left.legend()
+        axis.set_xticks(sizes, map(str, sizes))
+        axis.set_xlabel("images that shared statistics in training")
+    axes[0].legend(title="trained with, then evaluated")
     figure.savefig(path)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="The folder of the picture.")] = Path("runs/small"),
-    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = 10,
-    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each kind.")] = 4,
-    lr: Annotated[float, typer.Option(min=0, help="Of Adam, for batches of 64.")] = 1e-2,
+    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = EPOCHS,
+    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each kind.")] = SEEDS,
+    lr: Annotated[float, typer.Option(min=0, help="Of Adam, for batches of 64.")] = RATE,
+    size: Annotated[
+        list[int] | None, typer.Option(min=2, help="Try this one, beside 64. Repeatable.")
+    ] = None,
 ) -> None:
     """Train on batches of 2, 4, 8 and 64 digits, in several ways, and evaluate."""
-    results = measure(load(), epochs, seeds, lr)
-    show(results, seeds)
+    results = measure(load(), size or SIZES, epochs, seeds, lr)
+    show(results)
     out.mkdir(parents=True, exist_ok=True)
     draw(results, out / "small_batches.png")
     console.print(f"picture: {out / 'small_batches.png'}", soft_wrap=True)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bnjax
+from bnjax._tables import Name
 from bnjax.diagnosis import Report
 from bnjax.training import TrainState, history, init_state, train_step
 
@@ -207,7 +208,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     table = Table(title="Why is evaluation bad?", caption="accuracy in batches of four")
     for column in ("fault", "diagnosis", "at layer", "fix"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column)
     for column in ("before", "after"):
         table.add_column(column, justify="right")
     for case in itertools.islice(cases(train), first):
@@ -219,7 +220,7 @@ def main(
         if report.findings:
             worst = report.findings[0]
             words = [worst.kind, worst.layer, worst.repair.partition("  #")[0]]
-        table.add_row(case.fault, *words, f"{before:.3f}", f"{after:.3f}")
+        table.add_row(case.fault, *map(Name, words), f"{before:.3f}", f"{after:.3f}")
     console.print(table)
     console.print(f"pictures: {out}", soft_wrap=True)
 

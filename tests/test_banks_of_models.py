@@ -1,6 +1,7 @@
 """Banks of models: made of a trained one, taken out, recalibrated, diagnosed, folded."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,13 @@ class NNXNet(nnx.Module):
         return self.bn(x, **call)
 
 
-def trained(net):
+def trained(net: Any) -> Any:
     variables = net.init(jax.random.key(1), X)
     return jax.tree.map(lambda a: a + 0.1 * jnp.arange(a.size).reshape(a.shape), variables)
+
+
+def evaluated(net: Any, variables: Any) -> Any:
+    return net.apply(variables, X)
 
 
 @pytest.mark.parametrize("affine", [True, "own", "both"])
@@ -55,7 +60,7 @@ def test_banks_of_a_model_of_flax_evaluate_as_it_did_and_go_back(affine):
     for name in NAMES:
         with bnjax.bank(name):
             np.testing.assert_allclose(
-                net.apply(banks, X), plain.apply(variables, X), rtol=1e-6, atol=1e-6
+                evaluated(net, banks), evaluated(plain, variables), rtol=1e-6, atol=1e-6
             )
     with bnjax.bank("noisy"):
         _, moved = net.apply(banks, X, mutable=["batch_stats"])
@@ -63,11 +68,11 @@ def test_banks_of_a_model_of_flax_evaluate_as_it_did_and_go_back(affine):
     assert jax.tree.map(jnp.shape, one) == jax.tree.map(jnp.shape, variables)
     with bnjax.bank("noisy"):
         np.testing.assert_allclose(
-            plain.apply(one, X), net.apply({**banks, **moved}, X), rtol=1e-5, atol=1e-6
+            evaluated(plain, one), evaluated(net, {**banks, **moved}), rtol=1e-5, atol=1e-6
         )
     folded = bnjax.fold(plain, one, X)
     np.testing.assert_allclose(
-        folded.apply(folded.variables, X), plain.apply(one, X), rtol=1e-4, atol=1e-4
+        folded.apply(folded.variables, X), evaluated(plain, one), rtol=1e-4, atol=1e-4
     )
     assert bnjax.select_bank(banks, 0, banks=2)["batch_stats"]["bn"]["mean"].shape == (3,)
 
@@ -130,7 +135,7 @@ def test_a_diagnosis_has_each_bank_by_its_name():
     stats = variables["batch_stats"]["bn"]
     lost = {**stats, "mean": stats["mean"].at[1].set(0), "var": stats["var"].at[1].set(1)}
     report = bnjax.diagnose(net, {**variables, "batch_stats": {"bn": lost}}, batches)
-    assert [row["name"] for row in report.layers] == ["bn[clean]", "bn[noisy]"]
+    assert [row["layer"] for row in report.layers] == ["bn[clean]", "bn[noisy]"]
     assert {finding.layers for finding in report.findings} == {("bn[noisy]",)}
 
 
@@ -191,7 +196,7 @@ def test_what_evaluates_as_a_batch_norm_is_folded(settings):
     variables = trained(net)
     folded = bnjax.fold(net, variables, X)
     np.testing.assert_allclose(
-        folded.apply(folded.variables, X), net.apply(variables, X), rtol=1e-4, atol=1e-4
+        folded.apply(folded.variables, X), evaluated(net, variables), rtol=1e-4, atol=1e-4
     )
 
 

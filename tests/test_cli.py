@@ -211,6 +211,32 @@ def test_convert_like_a_checkpoint_goes_between_pytorch_and_flax(tmp_path):
     chex.assert_trees_all_equal(bnjax.load(back), same)
 
 
+class Nnx(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.bn = bnjax.nnx.BatchNorm2d(3, momentum=None, rngs=rngs)
+        self.convs = nnx.List([nnx.Conv(2, 3, (1, 1), rngs=rngs)])
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+
+@pytest.mark.parametrize("suffix", [".msgpack", ""])
+def test_convert_takes_an_nnx_state_on_either_side_of_like(tmp_path, suffix):
+    state, there = tmp_path / f"state{suffix}", tmp_path / f"there{suffix}"
+    torch, back = (tmp_path / f"{name}.safetensors" for name in ("torch", "back"))
+    state_dict = layer("bn") | {"convs.0.weight": np.ones((3, 2, 1, 1), F32)}
+    state_dict |= {"convs.0.bias": np.ones(3, F32), "bn.num_batches_tracked": np.array(7)}
+    bnjax.save(torch, state_dict)
+    bnjax.save(state, nnx.state(Nnx()))
+    code, output = run("convert", torch, there, "--like", state)
+    assert code == 0, output
+    found, before = bnjax.load(there), bnjax.load(state)
+    assert jax.tree.structure(found) == jax.tree.structure(before)
+    chex.assert_trees_all_equal(found["drop"], before["drop"])
+    code, output = run("convert", there, back, "--like", torch)
+    assert code == 0, output
+    chex.assert_trees_all_equal(bnjax.load(back), state_dict)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

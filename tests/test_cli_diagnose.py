@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -111,7 +112,10 @@ def test_diagnose_says_what_it_cannot_read(tmp_path):
     for target, message in (
         ("tests.test_cli", f"{dotted} 'tests.test_cli'."),
         ("tests/test_cli.py:trained_dense", f"{dotted} 'tests/test_cli.py:trained_dense'."),
-        (f"{__name__}:absent", "has no 'absent'"),
+        (f"{__name__}:absent", f"The module {__name__} has no 'absent'.\n"),
+        (f"{__name__}:trained_dens", f"Did you mean {__name__}:trained_dense?"),
+        ("nowhere:make_model", f"There is no module 'nowhere' in {Path.cwd()} or among the"),
+        ("nowhere.at.all:make_model", "There is no module 'nowhere' in"),
         (f"{__name__}:trained_dense", "There is no checkpoint at"),
     ):
         code, output = run("diagnose", target, *paths)

@@ -148,6 +148,11 @@ def test_ignored_names_are_dropped_or_keep_their_values():
             "there is 'a'.",
         ),
         (
+            {"flatten": {"a": 8}},
+            "`flatten['a']` must be the shape (C, H, W) that PyTorch flattens into the 8 inputs of "
+            "this layer, got 8.",
+        ),
+        (
             {"flatten": {"a": (3, 2)}},
             "`flatten['a']` must be the shape (C, H, W) that PyTorch flattens into the 8 inputs of "
             "this layer, got (3, 2).",
@@ -159,6 +164,16 @@ def test_an_option_that_fits_nothing_is_an_error(options, message):
     state_dict = {"a.weight": np.zeros((2, 8), F32), "a.bias": np.zeros(2, F32)}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.from_torch(state_dict, None, variables, **options)
+
+
+def test_a_flatten_that_is_no_mapping_is_an_error():
+    message = (
+        "`flatten` must map the paths of layers in Flax to shapes (C, H, W), such as "
+        '{"head/fc": (512, 7, 7)}, got tuple.'
+    )
+    shape: Any = (512, 7, 7)
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        bnjax.from_torch({}, None, params(), flatten=shape)
 
 
 @pytest.mark.parametrize(

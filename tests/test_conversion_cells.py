@@ -243,6 +243,24 @@ def test_a_bias_inside_the_reset_gate_has_no_place_in_most_cells_of_nnx():
     goes_both_ways(theirs, Nnx(nnx.GRUCell))
 
 
+def test_a_projection_has_no_counterpart():
+    theirs = Torch("LSTM", proj_size=2)
+    shapes: Any = jax.eval_shape(Linen(nn.LSTMCell).init, jax.random.key(0), INPUTS)
+    assert refused(theirs.state_dict(), shapes)[-1] == (
+        "only in PyTorch: rnn.weight_hr_l0 (2, 5). It is the projection of an LSTM (proj_size), "
+        "which Flax's cells do not have"
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_biases_that_are_not_finite_come_back(value):
+    state_dict = {key: tensor * value for key, tensor in Torch("GRU").state_dict().items()}
+    shapes: Any = jax.eval_shape(Linen(nn.GRUCell).init, jax.random.key(0), INPUTS)
+    back = bnjax.to_torch(bnjax.from_torch(state_dict, None, shapes), state_dict)
+    for key, tensor in state_dict.items():
+        torch.testing.assert_close(back[key], tensor, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_bias_of_flax_has_no_place_where_pytorch_has_none():
     theirs = Torch("LSTM", bias=False)
     variables: Any = Linen(nn.LSTMCell).init(jax.random.key(0), INPUTS)

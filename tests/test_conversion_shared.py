@@ -1,6 +1,7 @@
 """One array under several names, and weights that are computed of others."""
 
 import contextlib
+import re
 from typing import Any
 
 import chex
@@ -59,6 +60,23 @@ def test_equal_weights_of_their_own_are_told_and_can_be_renamed_to_one():
     line = "only in PyTorch: embed.weight (2, 3); nearest: params/embed/embedding"
     with pytest.raises(ValueError, match=misfit(line)):
         bnjax.from_torch(state_dict, None, variables, rename=rename)
+
+
+def test_an_equal_array_that_is_ignored_draws_a_warning_as_it_keeps_its_old_values():
+    state_dict = {name: array.copy() for name, array in tied().items()}
+    variables = params(
+        embed={"embedding": state_dict["embed.weight"]}, head={"bias": np.ones(2, F32)}
+    )
+    assert bnjax.to_torch(variables, state_dict, ignore="head.weight", numpy=True).keys()
+    more = jax.tree.map(lambda a: a + 1, variables)
+    message = (
+        "`like` holds embed.weight as head.weight too, and what is ignored keeps its old values. "
+        "If each is one array in PyTorch, `rename` both to one name instead: they are written "
+        "alike."
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        back = bnjax.to_torch(more, state_dict, ignore="head.weight", numpy=True)
+    np.testing.assert_array_equal(back["head.weight"], state_dict["head.weight"])
 
 
 def test_a_module_registered_twice_is_written_under_both_names():

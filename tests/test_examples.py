@@ -106,6 +106,28 @@ def test_averages_are_compared_with_and_without_their_own_statistics():
     assert accuracy["Adam, EMA", "recalibrated"] > accuracy["Adam, EMA", "of the training"] + 0.1
 
 
+def test_renorm_is_compared_at_small_batches(tmp_path):
+    settings = ("--epochs", "1", "--seeds", "1", "--size", "2")
+    code, output = run(EXAMPLES / "small_batches.py", *settings, "--out", tmp_path)
+    assert code == 0, output
+    cell = r" +0\.\d{3} ± 0\.000, \d\.\d{3} "
+    for size in (2, 64):
+        assert re.search(rf"│ {size} +│({cell}│){{4}}", output), output
+    assert (tmp_path / "small_batches.png").stat().st_size > 10_000
+
+
+def test_policies_are_compared_on_data_that_have_shifted(tmp_path):
+    settings = ("--epochs", "2", "--seeds", "1", "--size", "4", "--size", "64")
+    code, output = run(EXAMPLES / "shifted_data.py", *settings, "--out", tmp_path)
+    assert code == 0, output
+    rows = re.findall(r"│ (\w+) +│ (.+)│", output)
+    found = {name: [float(n) for n in re.findall(r"[01]\.\d{3}", row)] for name, row in rows}
+    assert [*found] == ["none", "noise", "blur", "contrast", "inversion"]
+    source, by_batch, *_ = found["contrast"]  # of the last table, batches of 64
+    assert by_batch > source + 0.1
+    assert (tmp_path / "shifted_data.png").stat().st_size > 10_000
+
+
 def test_a_users_own_images_train(tmp_path):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 120)

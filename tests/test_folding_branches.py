@@ -209,6 +209,46 @@ def test_branches_become_one_layer(name):
     assert len(branches(folded)) == len(model.layers) + model.identity - 1
 
 
+def test_the_kernel_is_the_sum_of_the_padded_ones_in_float64():
+    model, variables, x = prepare(SUMS["repvgg"][0])
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def factor_and_shift(name: str) -> tuple[np.ndarray, np.ndarray]:
+        scale, bias, mean, var = (
+            np.asarray(each, np.float64)
+            for each in (
+                *(params[name][key] for key in ("scale", "bias")),
+                *(stats[name][key] for key in ("mean", "var")),
+            )
+        )
+        factor = scale / np.sqrt(var + 1e-5)
+        return factor, bias - mean * factor
+
+    (a, ta), (b, tb), (c, tc) = map(factor_and_shift, ("a_bn", "b_bn", "identity"))
+    kernels = [np.asarray(params[name]["kernel"], np.float64) for name in "ab"]
+    kernel = kernels[0] * a + np.pad(kernels[1] * b, ((1, 1), (1, 1), (0, 0), (0, 0)))
+    kernel[1, 1] += np.diag(c)
+    biases = [np.asarray(params[name]["bias"], np.float64) for name in "ab"]
+    found = bnjax.fold(model, variables, x).variables["params"]["a"]
+    np.testing.assert_allclose(found["kernel"], kernel, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found["bias"], biases[0] * a + ta + biases[1] * b + tb + tc, 1e-5)
+
+
+def test_a_long_sum_is_one_layer():
+    layers = {f"l{i}": partial(nn.Dense, 3) for i in range(3)}
+
+    class Long(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = sum(EVAL(name=f"{k}_bn")(make(name=k)(x)) for k, make in layers.items())
+            for _ in range(1200):
+                y = y + 0.0
+            return y
+
+    model, variables, x = prepare(Long(), (5, 3))
+    assert len(bnjax.fold(model, variables, x).variables["params"]) == 1
+
+
 def test_the_sum_is_gone_from_the_compiled_program():
     model, variables, x = prepare(SUMS["repvgg"][0])
     folded = bnjax.fold(model, variables, x)

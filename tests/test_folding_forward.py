@@ -236,6 +236,10 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         Around(lambda bn, a, b, x: a(bn(x) * 2)),
         GOES.removesuffix("its output goes into {}") + "its output is multiplied by 2 before 'a'",
     ),
+    "a sum of one": (
+        Around(lambda bn, a, b, x: a(bn(x)[:, None].sum(1))),
+        GOES.removesuffix("its output goes into {}") + "its output is summed before 'a'",
+    ),
     "tied kernel": (
         Around(lambda bn, a, b, x: a(bn(x)) @ a.variables["params"]["kernel"].T),
         GOES.removesuffix("its output goes into {}") + "the kernel of 'a' is used outside of it",

@@ -216,6 +216,27 @@ def test_in_evaluation_everything_that_folds_gives_what_the_folded_model_gives()
     jax.tree.map(partial(close, rtol=1e-6), identical.variables, plain.variables)
 
 
+class Summed(nn.Module):
+    """Branches without batch norms, beside a layer with one."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Conv(3, (3, 3), name="a")(x) + nn.Conv(3, (1, 1), name="b")(x)
+        return EVAL(name="bn")(nn.Dense(2, name="head")(nn.relu(y)))
+
+
+def test_merged_branches_are_quantized_as_one_kernel():
+    model, variables, x = prepare(Summed(), (2, 6, 6, 3))
+    folded = bnjax.fold(model, variables, x, quantize=fake)
+    params = variables["params"]
+    kernel = params["a"]["kernel"].at[1, 1].add(params["b"]["kernel"][0, 0])
+    new = folded.fake_quantize(variables)["params"]
+    close(new["a"]["kernel"] + kernel - params["a"]["kernel"], fake(kernel))
+    np.testing.assert_array_equal(new["b"]["kernel"], params["b"]["kernel"])
+    expected = folded.apply(folded.variables, x)
+    close(model.apply(folded.fake_quantize(variables), x), expected)
+
+
 def test_other_variables_are_folded_again_under_jit_with_gradients():
     model, variables, x = prepare(Branched(), (2, 6, 6, 3))
     folded, other = bnjax.fold(model, variables, x), trained(variables, seed=3)

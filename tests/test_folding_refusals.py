@@ -162,32 +162,35 @@ MODEL, VARIABLES, X = prepare(nn.Sequential([nn.Dense(3), EVAL()]), (5, 3))
 PARAMS = VARIABLES["params"]
 OTHER = {**VARIABLES, "params": {"other": PARAMS["layers_0"]}}
 NARROW = {**VARIABLES, "params": jax.tree.map(lambda leaf: leaf[..., :2], PARAMS)}
+ALL = " Pass {'params': params, 'batch_stats': batch_stats}."
 NO_STATISTICS = "`variables` must be a dict with the collection `batch_stats`, as a model with "
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no model": (
         lambda: bnjax.fold(MODEL.apply, VARIABLES, X),  # pyright: ignore[reportArgumentType]
         TypeError,
-        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got method.",
+        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got method. "
+        "Pass the model itself, not its variables or its apply.",
     ),
     "no statistics": (
         lambda: bnjax.fold(MODEL, {"params": PARAMS}, X),
         ValueError,
-        NO_STATISTICS + "batch norms has it, got ['params'].",
+        NO_STATISTICS + "batch norms has it, got ['params']." + ALL,
     ),
     "parameters alone": (
         lambda: bnjax.fold(MODEL, PARAMS, X),
         ValueError,
-        NO_STATISTICS + "batch norms has it, got ['layers_0', 'layers_1'].",
+        NO_STATISTICS + "batch norms has it, got ['layers_0', 'layers_1']." + ALL,
     ),
     "no dict": (
         lambda: bnjax.fold(MODEL, [PARAMS], X),  # pyright: ignore[reportArgumentType]
         ValueError,
-        NO_STATISTICS + "batch norms has it, got list.",
+        NO_STATISTICS + "batch norms has it, got list." + ALL,
     ),
     "no batch norm": (
         lambda: bnjax.fold(nn.Dense(3), {"params": PARAMS["layers_0"]}, X),
         ValueError,
-        "`model` must call a batch norm, bnjax's or Flax's own, but calls none.",
+        "`model` must call a batch norm, bnjax's or Flax's own, but calls none. If it has "
+        "one of another class, bnjax.register makes that known.",
     ),
     "nothing to fold": (
         lambda: bnjax.fold(EVAL(), {c: t["layers_1"] for c, t in VARIABLES.items()}, X),

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.quick_compile
 README, GUIDES = PAGES[0], PAGES[1:]
 INDEX = ROOT / "examples" / "guides" / "README.md"
 # Each is written, and merged, by itself.
-ELSEWHERE = {"folding.md", "policies.md", "banks.md"}
+ELSEWHERE = {"policies.md", "banks.md"}
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 GUIDE = re.compile(r"Guides?: (.*)")
 OPTION = re.compile(r"--([a-z][a-z-]+)")

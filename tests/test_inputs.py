@@ -336,7 +336,7 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: train_step(metrics_of_three, inputs=("obs", "action"))(start(), BATCHES[0]),
         TypeError,
         "`loss_fn` must return the loss or (loss, metrics), an array and a dict of arrays, got a "
-        "tuple of 3.",
+        "tuple of 3. Write return loss, {'accuracy': accuracy}.",
     ),
     "no_such_input": (
         lambda: train_step(loss, inputs=("obs", "reward"))(start(), BATCHES[0]),
@@ -346,7 +346,8 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
 }
 wrong: Any
 for wrong in (0, -1, 2.0, True):
-    message = f"`microbatches` must be an int of 1 or more, got {wrong!r}."
+    message = f"`microbatches` must be an int of 1 or more, got {wrong!r}. 1 takes the "
+    message += "batch as a whole."
     call: Any = functools.partial(train_step, loss, microbatches=wrong)
     MISTAKES[f"microbatches_{wrong}"] = (call, ValueError, message)
 for wrong in (3, ("x", 1), {"x": 2}, None):

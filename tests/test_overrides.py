@@ -13,7 +13,8 @@ from flax import nnx
 
 import bnjax
 from bnjax.globs import matcher
-from bnjax.models import overrides
+from bnjax.models import frames
+from bnjax.training import init_state, train_step
 
 pytestmark = pytest.mark.quick_compile
 
@@ -210,7 +211,7 @@ def test_globs(pattern, path, fits):
 
 
 def test_a_pattern_that_fits_nothing_lists_the_paths_there_are(x, monkeypatch):
-    monkeypatch.setattr(overrides, "_fitted", set())  # of other tests' programs
+    monkeypatch.setattr(frames, "_fitted", set())  # of other tests' programs
     model = SetupNet()
     variables = model.init(jax.random.key(0), x)
     there = "there are ['encoder_0/bn', 'encoder_1/bn', 'head/bn']"
@@ -269,3 +270,40 @@ def test_a_path_is_a_glob():
     message = r"^Paths must be a glob or several, such as 'encoder/\*\*', got 3\.$"
     with pytest.raises(TypeError, match=message), bnjax.freeze(pattern):
         pass
+
+
+def test_a_debiased_momentum_is_in_the_convention_of_each_layer():
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            nn.BatchNorm(use_running_average=False, name="flax")(x)
+            return bnjax.BatchNorm1d(3, name="torch")(x)
+
+    x = jax.random.normal(jax.random.key(0), (8, 3)) + 5
+    variables = Both().init(jax.random.key(1), x)
+    for layer, momentum in (("flax", 0.9), ("torch", 0.1)):
+        state = init_state(Both(), optax.sgd(0.0), jax.random.key(1), x)
+        step = train_step(lambda y, batch: jnp.mean(y), donate=False)
+        with bnjax.override(layer, momentum=bnjax.policies.Debiased(momentum)):
+            for number in range(3):
+                state, _ = step(state, {"x": x + number})
+        found = state.batch_stats[layer]["mean"]
+        np.testing.assert_allclose(found, x.mean(0) + 1, rtol=1e-6)
+    assert variables["batch_stats"]["flax"].keys() == {"mean", "var"}
+
+
+@pytest.mark.parametrize(
+    ("momentum", "needed"),
+    [(None, "['count']"), ("pooled", "['values', 'values_low', 'mean_low', 'var_low']")],
+)
+def test_a_momentum_that_needs_more_than_a_layer_keeps_is_refused(momentum, needed):
+    model, x = nn.Sequential([nn.BatchNorm(use_running_average=False)]), jnp.ones((4, 3))
+    variables = model.init(jax.random.key(0), x)
+    message = (
+        f"override(momentum={momentum!r}) needs {needed} in the `batch_stats` of the batch norm at "
+        f"'layers_0', which has ['mean', 'var']. Give momentum={momentum!r} to a layer of bnjax's "
+        "when it is made."
+    )
+    override = bnjax.override("**", momentum=momentum)
+    with pytest.raises(ValueError, match=re.escape(message)), override:
+        model.apply(variables, x, mutable=["batch_stats"])

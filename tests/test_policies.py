@@ -309,3 +309,20 @@ def test_the_oracle_of_policies_gives_its_own_finite_differences():
         slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
         dx = normalized(params, stats, x, cotangent, choice, mask=mask, size=4).dx
         np.testing.assert_allclose(np.sum(dx * tangent), slope, rtol=1e-8)
+
+
+@each_row
+@pytest.mark.parametrize("mask", [None, *MASKS.values()], ids=["all", *MASKS])
+@pytest.mark.parametrize("case", [NC, NCHW], ids=lambda case: case.name)
+def test_each_bank_chooses_for_the_examples_that_are_its_own(case, mask, row):
+    params, stats, x, cotangent = arrays(case)
+    others = case.batch_stats(np.random.default_rng(7))
+    both = {name: np.stack([stats[name], others[name]]) for name in stats}
+    bank, mask = np.arange(len(x)) % 2, None if mask is None else mask(case)
+    settings = {"mutable": False, "axis": case.axis, "using": row.policy}
+    found = run(params, both, x, cotangent, bank=bank, mask=mask, **settings)
+    for number, held in enumerate((stats, others)):
+        own = bank == number
+        part = mask if mask is None or len(mask) == 1 else mask[own]
+        alone = run(params, held, x[own], cotangent[own], mask=part, **settings)
+        assert_close((found.y[own], found.dx[own]), (alone.y, alone.dx), rtol=2e-5)

@@ -2,19 +2,15 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bnjax
 from bnjax.policies import Blend, Renorm, Running
-from tests.support.cases import Case
 from tests.support.hlo import collectives
 from tests.support.oracle import assert_close
 from tests.support.policies import ROWS, normalized
 from tests.support.ways import (
-    CORE,
     JIT_WAYS,
     ONE_AXIS_WAYS,
     WAYS,
@@ -114,42 +110,3 @@ def test_renorm_says_what_batch_norm_says(way, using, masked):
                 for policy in (using, None)
             )
             assert found == plain
-
-
-def kept(using: Any, dtype: Any, size: int | None = None) -> list[tuple]:
-    """Shapes and dtypes of what a gradient keeps of the forward pass, beside the arguments."""
-    case = Case("images", (16, 8, 8, 6), -1, bnjax.BatchNorm2d)
-    rng = np.random.default_rng(0)
-    params, stats = case.params(rng), case.batch_stats(rng)
-
-    def f(params: Any, x: Any) -> Any:
-        settings = {"mutable": True, "using": using, "virtual_batch_size": size}
-        return bnjax.batch_norm(params, stats, jnp.sin(x), **settings)[0]
-
-    _, pull = jax.vjp(f, params, jnp.asarray(case.values(rng), dtype))
-    arrays = [leaf for leaf in jax.tree.leaves(pull) if hasattr(leaf, "dtype")]
-    return sorted((leaf.size * leaf.dtype.itemsize) for leaf in arrays if leaf.size >= 1000)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("size", [None, 4])
-def test_renorm_keeps_no_more_between_the_passes(dtype, size):
-    plain = kept(None, dtype, size)
-    assert plain  # the input of sin, and of the layer
-    assert kept(Renorm(1.5, 0.25), dtype, size) == plain
-
-
-def text(using: Any, mutable: bool) -> str:
-    params, stats = bnjax.init(CORE.channels)
-    settings: Any = {"mutable": mutable} | ({} if using == "left out" else {"using": using})
-    f = lambda params, stats, x: bnjax.batch_norm(params, stats, x, **settings)  # noqa: E731
-    grad = jax.value_and_grad(lambda *held: jnp.sum(f(*held)[0] ** 2), (0, 2))
-    x = jnp.zeros(CORE.shape)
-    return str(jax.make_jaxpr(f)(params, stats, x)) + str(jax.make_jaxpr(grad)(params, stats, x))
-
-
-@pytest.mark.parametrize("mutable", [True, False])
-def test_without_a_policy_a_program_has_nothing_of_one(mutable):
-    assert text(None, mutable) == text("left out", mutable)
-    # In evaluation renorm is batch norm, and so is its program.
-    assert (text(Renorm(), mutable) == text(None, mutable)) == (not mutable)

@@ -220,8 +220,10 @@ def test_equal_policies_are_equal_and_hash():
     shown = {
         "Renorm.paper()": Renorm.paper(),
         "Renorm.crossq(warmup=7)": Renorm.crossq(7),
-        "Renorm(r_max=3.0, d_max=5.0)": Renorm(),
-        "Blend(prior=16, weight=None, between=True)": Blend(prior=16),
+        "Renorm()": Renorm(),
+        "Renorm(r_max=2.0)": Renorm(2.0),
+        "Blend(prior=16)": Blend(prior=16),
+        "Example(weight=0.5, between=False)": Example(0.5, between=False),
     }
     assert {repr(policy): policy for policy in shown.values()} == shown
 

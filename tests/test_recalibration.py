@@ -202,7 +202,7 @@ NO_BATCH = (
         (
             {"variables": {"params": {}}},
             "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
-            "norms has it, got ['params'].",
+            "norms has it, got ['params']. Pass {'params': params, 'batch_stats': batch_stats}.",
         ),
         (
             {"batches": [BATCH * np.nan]},

@@ -258,12 +258,14 @@ MISTAKES = {
     "no model": (
         lambda model: bnjax.recalibrate(model.__call__, None, []),
         TypeError,
-        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got method.",
+        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got method. "
+        "Pass the model itself, not its variables or its apply.",
     ),
     "no statistics": (
         lambda model: bnjax.recalibrate(model.dense, None, []),
         ValueError,
-        "`model` must call a batch norm, bnjax's or Flax's own, but calls none.",
+        "`model` must call a batch norm, bnjax's or Flax's own, but calls none. If it has "
+        "one of another class, bnjax.register makes that known.",
     ),
     "no batch": (
         lambda model: bnjax.recalibrate(model, None, []),
@@ -281,8 +283,8 @@ MISTAKES = {
     "NaN": (
         lambda model: bnjax.recalibrate(model.first, None, [jnp.full((2, 3), jnp.nan)]),
         ValueError,
-        "These layers saw no finite mean and variance:  (3 channels). Is there NaN or inf in the "
-        "batches or the parameters, or a mask without True?",
+        "These layers saw no finite mean and variance: the top of the model (3 channels). Is there "
+        "NaN or inf in the batches or the parameters, or a mask without True?",
     ),
 }
 

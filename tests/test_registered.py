@@ -249,7 +249,9 @@ def norm_class(**annotations: Any) -> Any:
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm(), len, dict, "Norm", None])
 def test_only_classes_of_modules_are_registered(kind):
-    with error(TypeError, f"`kind` must be a class of linen or nnx modules, got {kind!r}."):
+    repair = " Pass its class, BatchNorm." if isinstance(kind, nn.Module) else ""
+    message = f"`kind` must be a class of linen or nnx modules, got {kind!r}.{repair}"
+    with error(TypeError, message):
         bnjax.register(kind)
 
 
@@ -259,7 +261,8 @@ class OfFlax(nn.BatchNorm):
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm, OfFlax, nnx.BatchNorm, bnjax.BatchNorm1d])
 def test_a_class_that_is_known_is_not_registered(kind):
-    message = f"{kind.__name__} is known already, by a class that it inherits from."
+    message = f"{kind.__name__} is known already, by a class that it inherits from: it needs "
+    message += "no registration."
     with error(ValueError, message):
         bnjax.register(kind)
 

@@ -43,7 +43,8 @@ FLOORS = {
     "bnjax.models": (
         {"checks", "compat", "conventions", "statistics", "variables"},
         {"batches", "contexts", "programs", "registered"},
-        {"banks", "frames"},
+        {"attributes", "banks", "frames"},
+        {"visit"},
         {"visits"},
         {"accumulation", "freezing"},
         {"overrides"},

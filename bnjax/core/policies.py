@@ -259,8 +259,10 @@ class Blend(Policy):
 
     def __post_init__(self) -> None:  # noqa: D105
         checks.one_of("Blend", prior=self.prior, weight=self.weight)
-        checks.not_negative("prior", self.prior)
-        checks.weight("weight", self.weight)
+        if self.weight is None:
+            checks.not_negative("prior", self.prior)
+        else:
+            checks.weight("weight", self.weight)
 
     def choose(self, seen: Seen) -> tuple[Moments, Affine]:  # noqa: D102
         weight = self.weight

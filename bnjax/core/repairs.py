@@ -5,9 +5,9 @@ from typing import Any
 
 _TORCH = {"weight": "scale", "running_mean": "mean", "running_var": "var"}
 COUNT = (
-    "With momentum=None the running statistics are the average of all batches, and `count` is how "
-    "many those were. Add it to each layer, such as {'mean': mean, 'var': var, 'count': "
-    "jnp.array(1000)}."
+    "`count` is the number of training steps so far: momentum=None averages over as many batches, "
+    "and schedules and limits are functions of it. Add it to each layer, such as {'mean': mean, "
+    "'var': var, 'count': jnp.array(1000)}."
 )
 
 

@@ -77,6 +77,13 @@ def of_torch(momentum: Any) -> Any:
     return _Reversed(momentum) if callable(momentum) else 1 - momentum
 
 
+def as_written(schedule: Any, *, torch: bool) -> Any:
+    """A schedule whose values are in the convention of a layer, PyTorch's or Flax's."""
+    if torch or not isinstance(schedule, Debiased):
+        return schedule
+    return _Reversed(Debiased(1 - schedule.momentum))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Reversed:
     """A schedule of the other convention."""

@@ -1,6 +1,7 @@
 """Flax linen layers: PyTorch's `BatchNorm1d/2d/3d`, and a drop-in for `flax.linen.BatchNorm`."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -32,7 +33,7 @@ class _Layer(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        with conventions.naming(self, _place(self)):
+        with conventions.naming(self, functools.partial(_place, self)):
             conventions.check(self)
 
     @nn.compact
@@ -69,7 +70,7 @@ class _Layer(nn.Module):
                 PyTorch's convention, one value per channel in training.
             TypeError: in PyTorch's convention, an integer or complex input.
         """
-        with conventions.naming(self, _place(self)):
+        with conventions.naming(self, functools.partial(_place, self)):
             given = {"bank": bank, "scale": scale, "bias": bias}
             return _normalize(self, jnp.asarray(x), use_running_average, mask, given)
 

@@ -1,1 +1,1 @@
-"""Models seen from outside, whoever wrote them: freeze, recalibrate, diagnose and fold."""
+"""Models from outside, in any library or class: freeze, recalibrate, diagnose and fold."""

@@ -25,7 +25,8 @@ from bnjax.core.sharding import on_auto_axes
 from bnjax.models import checks
 from bnjax.models.conventions import Facts
 from bnjax.models.statistics import Path, layers_of, map_layers
-from bnjax.models.visits import Visit, visiting
+from bnjax.models.visit import Visit
+from bnjax.models.visits import visiting
 
 _PARTS = ("count", "origin", "offset", "m2")
 _CALLS = "seen_calls"  # how many times the layer was called in this forward pass

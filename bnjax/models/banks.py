@@ -11,6 +11,14 @@ from flax.core import FrozenDict, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax import globs
+from bnjax.core.checks import (
+    POOLED,
+    bank_is_there,
+    bank_names,
+    no_banks_yet,
+    one_bank,
+    some_banks,
+)
 from bnjax.layers.conventions import current, named_banks
 from bnjax.models import checks
 from bnjax.models.contexts import Frame, Reentrant, holding
@@ -87,13 +95,13 @@ def to_banks(
     >>> new["batch_stats"]["bn"]["mean"].shape
     (2, 3)
     """
-    checks.bank_names(banks, True)
+    bank_names(banks, True)
     number = banks if isinstance(banks, int) else len(banks)
     if not isinstance(banks, int):
         named_banks.add(tuple(banks))
 
     def copied(path: str, arrays: Arrays) -> Arrays:
-        checks.no_banks_yet(jnp.ndim(arrays["mean"]), path)
+        no_banks_yet(jnp.ndim(arrays["mean"]), path)
         shared = {"scale", "bias"} if affine != "own" else set()
         new = {
             name: value if name in shared else jnp.stack([jnp.asarray(value)] * number)
@@ -138,7 +146,7 @@ def select_bank(
     >>> new["batch_stats"]["bn"]["mean"].tolist()
     [3.0, 4.0, 5.0]
     """
-    number, index = checks.one_bank(bank, banks, named_banks)
+    number, index = one_bank(bank, banks, named_banks)
     found = []
 
     def chosen(path: str, arrays: Arrays) -> Arrays:
@@ -146,7 +154,7 @@ def select_bank(
         if len(shape) < 2 or (number is not None and shape[0] != number):
             return arrays
         found.append(path)
-        checks.bank_is_there(index, shape[0], path)
+        bank_is_there(index, shape[0], path)
         new = {}
         for name, value in arrays.items():
             if name.startswith("bank_"):
@@ -158,11 +166,24 @@ def select_bank(
         return new
 
     new = _map(chosen, variables, paths)
-    checks.some_banks(bool(found))
+    some_banks(bool(found))
     return new
 
 
-_NAMES = ("scale", "bias", "bank_scale", "bank_bias", "mean", "var", "count", *checks.POOLED)
+def with_own_affine(variables: Any) -> Any:
+    """The same, with a scale and a bias for each bank where some were added to shared ones."""
+
+    def own(path: str, arrays: Arrays) -> Arrays:
+        new = {name: value for name, value in arrays.items() if not name.startswith("bank_")}
+        for name in ("scale", "bias"):
+            if f"bank_{name}" in arrays:
+                new[name] = arrays[name] + arrays[f"bank_{name}"]
+        return new
+
+    return _map(own, variables, ())
+
+
+_NAMES = ("scale", "bias", "bank_scale", "bank_bias", "mean", "var", "count", *POOLED)
 
 
 def _map(change: Callable[[str, Arrays], Arrays], variables: Any, paths: globs.Paths) -> Any:
@@ -170,7 +191,7 @@ def _map(change: Callable[[str, Arrays], Arrays], variables: Any, paths: globs.P
     state = isinstance(variables, nnx.State)
     if not state:
         checks.has_statistics(variables)
-    flat: Any = dict(nnx.to_flat_state(variables)) if state else flatten_dict(variables, True)
+    flat = _flat(variables)
     norms: dict[str, dict[str, tuple]] = {}
     for keys in flat:
         if keys[-1] in _NAMES and (state or keys[0] in ("params", "batch_stats")):
@@ -180,7 +201,7 @@ def _map(change: Callable[[str, Arrays], Arrays], variables: Any, paths: globs.P
     globs.check_each(paths, norms)
     fits = globs.any_of(paths)
     for path, names in norms.items():
-        if not fits(path):
+        if paths and not fits(path):
             continue
         leaves = {name: flat.pop(keys) for name, keys in names.items()}
         arrays = {name: _array(leaf) for name, leaf in leaves.items()}
@@ -191,6 +212,12 @@ def _map(change: Callable[[str, Arrays], Arrays], variables: Any, paths: globs.P
         return nnx.from_flat_state(flat.items())
     nested = unflatten_dict(flat)
     return FrozenDict(nested) if isinstance(variables, FrozenDict) else nested
+
+
+def _flat(variables: Any) -> dict[tuple, Any]:
+    if isinstance(variables, nnx.State):
+        return dict(nnx.to_flat_state(variables))
+    return flatten_dict(variables, keep_empty_nodes=True)
 
 
 def _array(leaf: Any) -> Any:

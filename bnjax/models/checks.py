@@ -1,9 +1,8 @@
 """Checks of what a tool is given: a model, its variables, batches."""
 
 import contextlib
-import operator
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from bnjax._names import nearest
+from bnjax._words import number_of
 from bnjax.core.checks import POOLED as POOLED
-from bnjax.core.checks import bank_names as bank_names
 from bnjax.core.checks import feature_axes as feature_axes
 from bnjax.core.checks import given as given
 from bnjax.core.checks import mask as mask
@@ -23,7 +22,7 @@ from bnjax.core.checks import overriding_momentum as overriding_momentum
 from bnjax.core.checks import policy as policy
 from bnjax.core.checks import shapes as shapes
 from bnjax.core.checks import warn_once as warn_once
-from bnjax.core.checks import where
+from bnjax.core.checks import where as where
 from bnjax.globs import strangers
 
 _MISFITS = (
@@ -80,7 +79,8 @@ def mask_of_examples(mask: Any, size: int) -> None:
     if shape != (size,) or dtype != np.bool_:
         raise ValueError(
             f"The `mask` of a batch of {size} examples must be an array of bool, of shape "
-            f"({size},), got {dtype or type(mask).__name__} of shape {shape}."
+            f"({size},), got {dtype or type(mask).__name__} of shape {shape}. Convert it "
+            "first, as in `mask != 0`."
         )
 
 
@@ -127,7 +127,7 @@ def loss_and_metrics(result: Any) -> tuple[Any, dict[str, Any]]:
         got = f"{what} of {len(result)}" if isinstance(result, tuple | list) else what
         raise TypeError(
             "`loss_fn` must return the loss or (loss, metrics), an array and a dict of arrays, got "
-            f"a {got}."
+            f"a {got}. Write return loss, {{'accuracy': accuracy}}."
         )
     for name, value in {"loss": loss, **metrics}.items():
         if not isinstance(value, jax.Array | np.ndarray | np.number | int | float):
@@ -174,6 +174,17 @@ def step_of_schedule(step: Any, path: Any, what: str = "momentum") -> Any:
     return step
 
 
+def keeps_for_momentum(momentum: Any, kept: Collection[str], path: str) -> None:
+    """Require that a layer keeps what an overriding momentum moves."""
+    needed = ("count",) if momentum is None else POOLED if isinstance(momentum, str) else ()
+    if kept and (missing := [name for name in needed if name not in kept]):
+        raise ValueError(
+            f"override(momentum={momentum!r}) needs {missing} in the `batch_stats` of the batch "
+            f"norm at {where([path])}, which has {sorted(kept)}. Give momentum={momentum!r} to a "
+            "layer of bnjax's when it is made."
+        )
+
+
 def number_of_calls(counted: Any, path: str) -> int:
     """Require a known number of calls, as moments are kept for each call of a layer."""
     try:
@@ -183,54 +194,6 @@ def number_of_calls(counted: Any, path: str) -> int:
             f"How often `{path}` is called depends on the data, so there are no exact statistics "
             "over micro-batches. Train with microbatches=1."
         ) from error
-
-
-def no_banks_yet(ndim: int, path: str) -> None:
-    """A layer that gets banks has one set of statistics."""
-    if ndim > 1:
-        raise ValueError(
-            f"The batch norm at {where([path])} has statistics with {ndim} axes: it has banks "
-            "already, or several feature axes. Leave it out by `paths`."
-        )
-
-
-def one_bank(
-    bank: Any, banks: int | Sequence[str] | None, named: Collection[tuple[str, ...]]
-) -> tuple[int | None, int]:
-    """How many banks there are, if that is known, and the number of one of them."""
-    if not isinstance(bank, str):
-        index = operator.index(bank)
-        return (banks if banks is None or isinstance(banks, int) else len(banks)), index
-    if isinstance(banks, int):
-        banks = tuple(map(str, range(banks)))
-    known = [each for each in named if bank in each] if banks is None else [tuple(banks)]
-    if banks is not None and bank not in known[0]:
-        raise ValueError(f"There is no bank {bank!r}; the banks are {list(known[0])}.")
-    if len(known) != 1:
-        found = f"several layers name theirs {known}" if known else "no layer has told its names"
-        raise ValueError(
-            f"Which bank is {bank!r}? Here {found}. Pass all names in their order, as in "
-            f"banks=({bank!r}, 'other'), or the number of the bank."
-        )
-    return len(known[0]), known[0].index(bank)
-
-
-def bank_is_there(index: int, banks: int, path: str) -> None:
-    """A layer has a bank of that number."""
-    if not 0 <= index < banks:
-        raise ValueError(
-            f"`bank` must lie between 0 and {banks - 1}, the banks of the batch norm at "
-            f"{where([path])}, got {index}."
-        )
-
-
-def some_banks(some: bool) -> None:
-    """Variables from which a bank is taken have some."""
-    if not some:
-        raise ValueError(
-            "`variables` must have batch norms with banks, statistics of shape (K, C), but have "
-            "none. bnjax.to_banks makes them."
-        )
 
 
 def is_initializing(layer: Any) -> bool:
@@ -257,7 +220,8 @@ def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
         )
     for name in sorted(set(fields) - known):
         close = nearest(name, known)
-        hint = f"Did you mean `{close}`?" if close else f"There are {', '.join(sorted(known))}."
+        others = "momentum, eps, axis_name and use_running_average"
+        hint = f"Did you mean `{close}`?" if close else f"It takes fields of theirs, as {others}."
         raise TypeError(f"`override` takes settings of batch norm layers, got `{name}`. {hint}")
 
 
@@ -305,14 +269,21 @@ def flax_model(model: Any) -> None:
     if not isinstance(model, nn.Module | nnx.Module):
         raise TypeError(
             "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got "
-            f"{type(model).__name__}."
+            f"{type(model).__name__}. {_instance(model)}"
         )
+
+
+def _instance(model: Any) -> str:
+    if isinstance(model, type) and issubclass(model, nn.Module | nnx.Module):
+        return f"Make one of the class: {model.__name__}(...)."
+    return "Pass the model itself, not its variables or its apply."
 
 
 def some_batch_norm(some: bool, unknown: Mapping[str, str] | None = None) -> None:
     """Require a model that calls a batch norm."""
     if not some:
-        but = f" {strangers(unknown)}." if unknown else ""
+        other = " If it has one of another class, bnjax.register makes that known."
+        but = f" {strangers(unknown)}." if unknown else other
         raise ValueError(
             f"`model` must call a batch norm, bnjax's or Flax's own, but calls none.{but}"
         )
@@ -369,14 +340,17 @@ def has_statistics(variables: Any) -> None:
         got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(
             "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
-            f"norms has it, got {got}."
+            f"norms has it, got {got}. Pass {{'params': params, 'batch_stats': batch_stats}}."
         )
 
 
 def finite_statistics(bad: Mapping[str, int]) -> None:
     """Require a finite mean and variance in each channel."""
     if bad:
-        layers = ", ".join(f"{path} ({count} channels)" for path, count in sorted(bad.items()))
+        layers = ", ".join(
+            f"{path or where([])} ({number_of(count, 'channel')})"
+            for path, count in sorted(bad.items())
+        )
         raise ValueError(
             f"These layers saw no finite mean and variance: {layers}. Is there NaN or inf in the "
             "batches or the parameters, or a mask without True?"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import chex
 
 from bnjax import globs
+from bnjax.layers.conventions import as_written
 from bnjax.models.compat import is_tracing
 from bnjax.models.contexts import Frame, active
 from bnjax.models.conventions import Facts
@@ -110,6 +111,7 @@ class Watch(Frame):
         self.step = step
         # Evaluated out here: inside a loop over micro-batches they would be tracers of that loop.
         told = [each.fields.get("momentum") for each in settings()]
+        told = [as_written(each, torch=torch) for each in told for torch in (True, False)]
         self._momenta = {each: each(step) for each in told if callable(each)}
         self.met: dict[str, Met] = {}
 

@@ -23,11 +23,13 @@ from jax.tree_util import (
 
 from bnjax import globs
 from bnjax.models import checks
+from bnjax.models.attributes import path_of
 from bnjax.models.compat import modules_of, plain_arrays
 from bnjax.models.conventions import LINEAR_NNX, NNX, is_rewritten
 from bnjax.models.freezing import fitting
 from bnjax.models.programs import kept_with
-from bnjax.models.visits import Path, mark, path_of
+from bnjax.models.statistics import Path
+from bnjax.models.visits import mark
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 _KEYS = (DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey)

@@ -22,7 +22,8 @@ from bnjax.models.nnx_copies import Copy
 from bnjax.models.programs import Program, kept_with
 from bnjax.models.saved import variables_of_model
 from bnjax.models.statistics import Path, layers_of, map_layers
-from bnjax.models.visits import Visit, visiting
+from bnjax.models.visit import Visit
+from bnjax.models.visits import visiting
 
 Batches = Iterable[Any]
 

@@ -80,9 +80,14 @@ def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) 
     True
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module | nnx.Module)):
-        raise TypeError(f"`kind` must be a class of linen or nnx modules, got {kind!r}.")
+        own = isinstance(kind, nn.Module | nnx.Module)
+        repair = f" Pass its class, {type(kind).__name__}." if own else ""
+        raise TypeError(f"`kind` must be a class of linen or nnx modules, got {kind!r}.{repair}")
     if issubclass(kind, Linen | NNX) and kind not in _readings and not is_rewritten(kind):
-        raise ValueError(f"{kind.__name__} is known already, by a class that it inherits from.")
+        raise ValueError(
+            f"{kind.__name__} is known already, by a class that it inherits from: it needs no "
+            "registration."
+        )
     if unknown := [name for name in facts if name not in _FACTS]:
         raise TypeError(
             f"`facts` go by the names of flax.linen.BatchNorm, {', '.join(_FACTS)}, got {unknown}."

@@ -52,6 +52,10 @@ class Average(struct.PyTreeNode):
     count: jax.Array
     decay: float | None = struct.field(pytree_node=False, default=0.999)
 
+    def __repr__(self) -> str:
+        """What it is of, in a line."""
+        return f"Average(count={self.count}, decay={self.decay})"
+
     @classmethod
     def start(cls, trained: TrainState | nnx.Module, decay: float | None = 0.999) -> "Average":
         """Start an average, of no steps yet.

@@ -140,7 +140,10 @@ def totals(found: Any) -> None:
 def microbatches(value: Any) -> None:
     """Require a positive number of micro-batches."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`microbatches` must be an int of 1 or more, got {value!r}.")
+        raise ValueError(
+            f"`microbatches` must be an int of 1 or more, got {value!r}. 1 takes "
+            "the batch as a whole."
+        )
 
 
 def not_donated(state: Any) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import joint_training
+import shifted_data
+import small_batches
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -25,6 +27,8 @@ PICTURES: dict[str, Callable[[Any, Path], None]] = {
     "diagnosis": lambda data, path: plotting.plot_layers(path=path, **data),
     "diagnosis_resnet50": lambda data, path: plotting.plot_layers(path=path, **data),
     "joint_training": joint_training.draw,
+    "shifted_data": shifted_data.draw,
+    "small_batches": small_batches.draw,
     "benchmark": benchmark.draw_summary,
 }
 
@@ -53,6 +57,8 @@ def fingerprint(name: str) -> str:
     """What tells a picture that was drawn from other numbers, or by other code."""
     code = {
         "joint_training": inspect.getsource(joint_training.draw),
+        "shifted_data": inspect.getsource(shifted_data.draw),
+        "small_batches": inspect.getsource(small_batches.draw),
         "benchmark": inspect.getsource(benchmark),
     }
     text = source(name).read_text() + code.get(name, inspect.getsource(plotting))

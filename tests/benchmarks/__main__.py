@@ -31,6 +31,7 @@ class Kind(StrEnum):
     op = "op"
     network = "network"
     memory = "memory"
+    policies = "policies"
     compile = "compile"
     numerics = "numerics"
     device = "device"

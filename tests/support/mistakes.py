@@ -92,9 +92,9 @@ NUM_FEATURES = (
     "such as 64."
 )
 COUNT = (
-    "With momentum=None the running statistics are the average of all batches, and `count` is how "
-    "many those were. Add it to each layer, such as {'mean': mean, 'var': var, 'count': "
-    "jnp.array(1000)}."
+    "`count` is the number of training steps so far: momentum=None averages over as many batches, "
+    "and schedules and limits are functions of it. Add it to each layer, such as {'mean': mean, "
+    "'var': var, 'count': jnp.array(1000)}."
 )
 MISSES = (
     "The batch norm at {} misses {} in `{}`: it has {}. Pass the collection as "

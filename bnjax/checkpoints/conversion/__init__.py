@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 from bnjax import globs
-from bnjax.checkpoints.conversion import flattened
+from bnjax.checkpoints.conversion import banked, flattened
 from bnjax.checkpoints.conversion.agreement import check_outputs, torch_outputs
 from bnjax.checkpoints.conversion.layouts import Layout
 from bnjax.checkpoints.conversion.names import COUNTER, Name, Rename
@@ -18,8 +18,10 @@ from bnjax.checkpoints.conversion.plan import Plan, exported, plan, state_arrays
 from bnjax.checkpoints.conversion.problems import counted, is_count
 from bnjax.checkpoints.conversion.rules import Options
 from bnjax.checkpoints.conversion.trees import Leaf, tree
+from bnjax.checkpoints.conversion.words import few
 from bnjax.checkpoints.tensors import as_tensor
 from bnjax.core.moments import working_dtype
+from bnjax.models.banks import with_own_affine
 
 __all__ = ["from_torch", "to_torch", "torch_outputs"]
 
@@ -88,6 +90,8 @@ def from_torch(
     - `MultiheadAttention`, and attention with `qkv` and `proj` or `q_proj`, `k_proj`, `v_proj` and
       `out_proj`, is Flax's with `query`, `key`, `value` and `out`, whose kernels have an axis for
       the heads. A linear layer goes into any `DenseGeneral` whose axes multiply to its own.
+    - A batch norm with `banks` and scale and bias of their own (affine="own") is timm's
+      `SplitBatchNorm2d`: the first bank is the layer itself, the others are its `aux_bn`.
     - One array under several names, as of tied weights, is read once, by the name that Flax has.
 
     Names are matched by module path: `layer1.0.bn1` is `layer1/0/bn1` or `layer1_0/bn1`, and the
@@ -148,7 +152,7 @@ def from_torch(
     [[1.0], [2.0]]
     """
     made = tree(model, variables)
-    arrays = state_arrays(state_dict, "state_dict")
+    arrays = banked.joined(state_arrays(state_dict, "state_dict"))
     planned = plan(arrays, made.leaves, Options(rename, flatten, transposed, ignore), model)
     arrays = planned.split(arrays)
     planned.check(arrays)
@@ -210,12 +214,14 @@ def to_torch(
     """
     model, state = (variables, None) if isinstance(variables, nnx.Module) else (None, variables)
     leaves = tree(model, state).leaves
+    if any(name.leaf.startswith("bank_") for name in leaves):
+        leaves = tree(None, with_own_affine(nnx.state(model) if state is None else state)).leaves
     options = Options(rename, flatten, transposed, ignore)
     if like is None:
         leaves, arrays = without(leaves, ignore), {}
         planned = exported(leaves, options, model)
     else:
-        arrays = state_arrays(like, "like")
+        arrays = banked.joined(state_arrays(like, "like"))
         planned = plan(arrays, leaves, options, model)
     old = dict(arrays)
     for key, (name, placed) in planned.pairs.items():
@@ -224,10 +230,19 @@ def to_torch(
     planned.check(arrays)
     if like is not None:
         _suspects(planned, flatten)
-    arrays = planned.join(arrays, old) if like is not None else arrays
+        arrays = planned.join(arrays, old)
+        if stale := planned.stale(arrays, old):
+            warnings.warn(
+                f"`like` holds {few([*stale.values()])} as {few([*stale])} too, and what is "
+                "ignored keeps its old values. If each is one array in PyTorch, `rename` both to "
+                "one name instead: they are written alike.",
+                UserWarning,
+                stacklevel=2,
+            )
     for name in leaves if like is None else ():
         if name.statistic and name.leaf == "mean":
             arrays.setdefault(name._replace(leaf="count").exported, np.zeros((), np.int64))
+    arrays = banked.parted(arrays, like)
     convert = (lambda array: np.array(array, order="C")) if numpy else as_tensor
     return {key: convert(array) for key, array in arrays.items()}
 

@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 
     torch: str
     flax: str
-    leaf: str  # one of its arrays in Flax
+    kind: str  # one of its arrays in Flax, or that it is linear
     difference: float  # of the largest value; infinite where shapes or what is finite differ
     shapes: str = ""  # that differ
 
@@ -117,11 +117,12 @@ def _where(layers: Sequence[Layer], bad: Layer | None, by_layer: bool) -> str:
     before = f"all layers before it agree to {largest:.0e}" if agree else "it is the first layer"
     return (
         f"They part at {bad.torch!r}, in Flax {bad.flax!r},{_by(bad.difference, bad.shapes)}; "
-        f"{before}. Compare {_REASONS.get(bad.leaf, 'its settings')}, and what comes before it."
+        f"{before}. Compare {_REASONS.get(bad.kind, 'its settings')}, and what comes before it."
     )
 
 
 _REASONS = {
+    "linear": "whether a flatten is before it",
     "kernel": "padding, strides, dilation, groups",
     "scale": "its eps, which is 1e-6 in some layers of Flax",
     "mean": "its eps",
@@ -222,21 +223,24 @@ def _noting(cls: Any, calls: list[Any]) -> Any:
 def _layers(theirs: Mapping[str, Any], ours: Outputs, planned: Plan) -> Iterator[Layer]:
     """All layers that can be compared, in the order in which PyTorch has done them."""
     plain: dict[str, Name] = {}
-    for key, (name, _) in planned.pairs.items():
-        if "[" not in key and (name.leaf in _REASONS or key.rpartition(".")[0] not in plain):
-            plain[key.rpartition(".")[0]] = name
+    kinds: dict[str, str] = {}
+    for key, (name, placed) in planned.pairs.items():
+        module = key.rpartition(".")[0]
+        if "[" not in key and (name.leaf in _REASONS or module not in plain):
+            plain[module] = name
+            kinds[module] = "linear" if len(placed.torch_shape) == 2 else name.leaf
     stacked = {_module(each): each.block.path for each in planned.stacks}
     for torch, outputs in theirs.items():
         if torch in stacked:
             yield from _cell(torch, outputs, stacked[torch], ours)
         elif torch and torch in plain and plain[torch].module in ours:
-            path, leaf = plain[torch].module, plain[torch].leaf
+            path = plain[torch].module
             calls = outputs if isinstance(outputs, list) else [outputs]
             if len(calls) == len(ours[path]):
                 ordered = _flattened(planned, plain[torch])
                 for one, other in zip(calls, ours[path], strict=True):
                     found, shapes = _difference(one, other, ordered)
-                    yield Layer(torch, "/".join(path), leaf, found, shapes)
+                    yield Layer(torch, "/".join(path), kinds[torch], found, shapes)
 
 
 def _cell(torch: str, outputs: Any, path: Path, ours: Outputs) -> Iterator[Layer]:

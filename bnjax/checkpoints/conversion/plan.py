@@ -31,6 +31,13 @@ class Found(NamedTuple):
     groups: list[Group]  # with names in `torch_only`
     blocks: list[Block]  # with names in `flax_only`
 
+    @property
+    def read(self) -> set[str]:
+        """The names of PyTorch's arrays that are converted."""
+        stacks = {key for each in self.stacks for key in each.group.keys.values()}
+        twins = {key for others in self.twins.values() for key in others}
+        return {*self.pairs, *stacks, *twins}
+
 
 @dataclasses.dataclass
 class Plan:
@@ -40,7 +47,7 @@ class Plan:
     problems: list[str]
     stacks: list[Attention | Recurrent] = dataclasses.field(default_factory=list)
     twins: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    left: list[str] = dataclasses.field(default_factory=list)  # names of PyTorch that are ignored
+    ignored: list[str] = dataclasses.field(default_factory=list)  # names of PyTorch
     rules: Rules | None = None
 
     def check(self, arrays: Arrays) -> None:
@@ -68,6 +75,11 @@ class Plan:
         for key, others in self.twins.items():
             arrays |= dict.fromkeys(others, arrays[key])
         return {key: arrays[key] for key in old}
+
+    def stale(self, arrays: Arrays, old: Arrays) -> dict[str, str]:
+        """Ignored names with old values, and the names of arrays that were the same before."""
+        equal = problems.equal_ones(old, self.ignored, self.pairs)
+        return {k: o for k, o in equal.items() if not np.array_equal(arrays[o], old[o])}
 
 
 def state_arrays(state_dict: Any, argument: str) -> dict[str, np.ndarray]:
@@ -162,13 +174,8 @@ def plan(torch: Arrays, leaves: Mapping[Name, Leaf], options: Options, model: An
     lines = problems.of_names(found, torch, leaves, ruled, options.rename, attempt)
     for key, (name, placed) in pairs.items():
         lines += problems.misfits(key, arrays[key], leaves[name], name, placed)
-    read = {
-        *pairs,
-        *found.torch_only,
-        *(k for each in found.stacks for k in each.group.keys.values()),
-    }
-    left = [key for key in torch if key not in read and not key.endswith(COUNTER)]
-    return Plan(pairs, lines, found.stacks, found.twins, left, ruled)
+    ignored = [key for key in torch if key not in found.torch_only and key not in found.read]
+    return Plan(pairs, lines, found.stacks, found.twins, ignored, ruled)
 
 
 def exported(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> Plan:

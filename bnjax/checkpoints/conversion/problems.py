@@ -64,6 +64,7 @@ def of_names(
     alone = [n for n in found.flax_only if n not in blocks and n not in told_flax]
     paired = {str(name) for name in found.pairs.values()}
     others = alone or [name for name in leaves if str(name) in paired]
+    same = equal_ones(torch, lost, found.pairs)
     shape = lambda name: ruled.layout(name, leaves[name].value.shape).torch_shape  # noqa: E731
     lines += _only_in(
         "PyTorch",
@@ -72,7 +73,7 @@ def of_names(
             for k, v in lost.items()
         ],
         [_Lost(name.in_torch, leaves[name].path, shape(name)) for name in others],
-        _same(torch, lost, found),
+        [_note(key, same) for key in lost],
     )
     wanted = lost or {key: key for key in found.pairs if key in torch}
     lines += _only_in(
@@ -99,22 +100,33 @@ def _looked_for(key: str, name: str) -> str:
     return "" if key == name else f", looked for as {name}"
 
 
-def _same(torch: Mapping[str, np.ndarray], lost: Iterable[str], found: Any) -> list[str]:
-    """For each array the name that it has beside, if one that has a counterpart is all the same."""
-    paired: dict[Any, list[str]] = defaultdict(list)
-    for key in found.pairs:
+def _note(key: str, same: Mapping[str, str]) -> str:
+    if "weight_hr" in key:
+        return ". It is the projection of an LSTM (proj_size), which Flax's cells do not have"
+    if key in same:
+        return f". It equals {same[key]}: leave it out with `ignore`, or `rename` both to one"
+    return ""
+
+
+def equal_ones(
+    torch: Mapping[str, np.ndarray], keys: Iterable[str], paired: Iterable[str]
+) -> dict[str, str]:
+    """Those of the arrays that equal one that has a counterpart, of the same name in its layer.
+
+    An array of one value alone, as new biases are, says nothing.
+    """
+    alike: dict[Any, list[str]] = defaultdict(list)
+    for key in paired:
         if key in torch:
-            paired[key.rpartition(".")[2], torch[key].shape, torch[key].dtype].append(key)
-    notes = []
-    for key in lost:
-        array, note = torch[key], ""
+            alike[key.rpartition(".")[2], torch[key].shape, torch[key].dtype].append(key)
+    found = {}
+    for key in keys:
+        array = torch[key]
         if array.size > 1 and (array != array.flat[0]).any():
-            alike = paired[key.rpartition(".")[2], array.shape, array.dtype]
-            same = next((other for other in alike if (torch[other] == array).all()), None)
-            if same is not None:
-                note = f". It equals {same}: leave it out with `ignore`, or `rename` both to one"
-        notes.append(note)
-    return notes
+            others = alike[key.rpartition(".")[2], array.shape, array.dtype]
+            same = next((other for other in others if (torch[other] == array).all()), None)
+            found |= {} if same is None else {key: same}
+    return found
 
 
 def _layers(found: Any) -> Iterator[str]:

@@ -142,10 +142,12 @@ def _flattened(
         what = "dense layer, normalization or recurrent cell"
         check_fits("flatten", path, path in takers, takers, what)
         inputs = shapes[takers[path][0]][0]
-        if len(shape) < 2 or math.prod(shape) != inputs:
+        is_shape = isinstance(shape, Sequence) and all(isinstance(size, int) for size in shape)
+        if not is_shape or len(shape) < 2 or math.prod(shape) != inputs:
+            got = tuple(shape) if is_shape else repr(shape)
             raise ValueError(
                 f"`flatten[{path!r}]` must be the shape (C, H, W) that PyTorch flattens into the "
-                f"{inputs} inputs of this layer, got {tuple(shape)}."
+                f"{inputs} inputs of this layer, got {got}."
             )
         flattened |= dict.fromkeys(takers[path], tuple(shape))
     return flattened

@@ -189,17 +189,20 @@ def _placed(biases: np.ndarray, places: np.ndarray, added: np.ndarray) -> np.nda
     """PyTorch's two biases, where Flax has them: their sum where it has one of the two."""
     wide = biases.astype(working_dtype(biases.dtype))
     alone = places & ~places[::-1] & added
-    return np.where(alone[..., None], wide + wide[::-1], biases) * places[..., None]
+    with np.errstate(invalid="ignore"):  # of infinite ones
+        total = wide + wide[::-1]
+    return np.where(places[..., None], np.where(alone[..., None], total, biases), 0)
 
 
 def _unplaced(
     found: np.ndarray, places: np.ndarray, added: np.ndarray, old: np.ndarray
 ) -> np.ndarray:
     """Flax's biases as PyTorch's two."""
-    total = found.sum(0, dtype=found.dtype)  # of a sum and 0
-    before = _placed(old, places, added).astype(found.dtype).sum(0, dtype=found.dtype)
+    total = np.where(places[0][:, None], found[0], found[1])  # where the other one is 0
+    placed = _placed(old, places, added).astype(found.dtype)
+    before = np.where(places[0][:, None], placed[0], placed[1])
     alone = ((places.sum(0) == 1) & added)[:, None]
-    same = alone & (total == before)
+    same = alone & ((total == before) | ((total != total) & (before != before)))  # NaN too
     summed = np.stack([np.where(same, old[0], total), np.where(same, old[1], 0)])
     return np.where(alone, summed, found).astype(found.dtype)
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from bnjax.models import checks
 from bnjax.models.batches import Inputs, LossFn, layout
-from bnjax.models.diagnosis import findings
+from bnjax.models.diagnosis import findings, policies
 from bnjax.models.diagnosis.evidence import Evidence
 from bnjax.models.diagnosis.evidence import Finding as Finding
 from bnjax.models.diagnosis.measuring import measured
@@ -23,8 +23,8 @@ _RULES = (
     findings.not_known,
     findings.devices_disagree,
     findings.depends_on_batch,
-    findings.by_policy,
-    findings.renorm_limited,
+    policies.by_policy,
+    policies.renorm_limited,
     findings.in_training_mode,
     findings.momentum_inverted,
     findings.batch_too_small,

@@ -36,8 +36,6 @@ DEAD = 1e-3
 NO_SCALE = 1e-3
 # A few constant channels are normal: border pixels of images, units that never fire.
 MANY = 0.1
-# In most channels: the limits are for the few that are off by chance.
-LIMITED = 0.5
 # Statistics this far off surely cost accuracy, unless it is chance.
 UNCLEAR = 0.5
 # Normal values pass this many standard deviations once in a billion.
@@ -177,54 +175,6 @@ def depends_on_batch(evidence: Evidence) -> Finding | None:
     )
 
 
-def by_policy(evidence: Evidence) -> Finding | None:
-    """A policy by which an evaluation depends on the batch."""
-    policies = evidence.measured.by_policy
-    if not policies:
-        return None
-    first = min(policies)
-    return Finding(
-        "eval depends on the batch",
-        "warning",
-        first,
-        tuple(policies),
-        f"using={policies[first]} in {count_of([*policies])}: in evaluation, an example's output "
-        f"changes by {part(evidence.measured.mates)} its deviation among other batch mates.",
-        {"layers": len(policies), "mates": evidence.measured.mates},
-        "The policy takes the statistics of the batch, so large and mixed batches matter.",
-        "with bnjax.override('**', using=None):  # or larger batches, or Blend with a larger prior",
-    )
-
-
-def renorm_limited(evidence: Evidence) -> Finding | None:
-    """Batch renormalization that is at its limits most of the time."""
-    bad = [x for x in evidence.layers if not x.fresh and np.mean(x.limited) > LIMITED]
-    if not bad:
-        return None
-    worst = max(bad, key=lambda x: np.mean(x.limited))
-    share, lags = float(np.mean(worst.limited)), evidence.is_far(worst)
-    cause = (
-        "The running statistics lag behind the weights, or are of other data."
-        if lags
-        else f"With {number_of(round(worst.values), 'value')} per channel, batches scatter by more "
-        "than the limits allow."
-    )
-    repair = "norm = BatchNorm2d(..., using=bnjax.policies.Renorm(r_max=3, d_max=5))"
-    return Finding(
-        "renorm at its limits",
-        "warning",
-        worst.path,
-        paths_of(bad),
-        f"r or d is at its limit in {share:.0%} of the channels, so training normalizes with "
-        "neither what evaluation uses nor the batch.",
-        {"limited": share, "distance": worst.distance, "values": worst.values},
-        cause,
-        evidence.repairs.recalibrate + "  # and a larger momentum"
-        if lags
-        else repair + "  # or larger batches",
-    )
-
-
 def in_training_mode(evidence: Evidence) -> Finding | None:
     """An nnx model that was passed in training mode."""
     paths = evidence.measured.training
@@ -256,7 +206,7 @@ def momentum_inverted(evidence: Evidence) -> Finding | None:
     noisiest = max(bad, key=lambda x: x.spread)
     several = evidence.measured.batches > 1
     scatter = (
-        f"; batches vary by {noisiest.spread:.2f} standard deviations at '{noisiest.path}'"
+        f"; batches vary by {noisiest.spread:.2f} standard deviations at {noisiest.where}"
         if several
         else ""
     )
@@ -388,7 +338,7 @@ def too_few_data(evidence: Evidence) -> Finding | None:
         "warning",
         worst.path,
         paths_of(bad),
-        f"'{worst.path}' is {worst.distance:.2g} standard deviations from these data, and "
+        f"{worst.where} is {worst.distance:.2g} standard deviations from these data, and "
         f"{number_of(measured.batches, 'batch')} of {number_of(measured.examples, 'example')} may "
         "be as far by chance.",
         {"distance": worst.distance, "batches": measured.batches, "examples": measured.examples},

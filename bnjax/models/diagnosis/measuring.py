@@ -51,6 +51,11 @@ class Layer:
     seen: bool  # whether it ran in training; not if it is frozen, or batches are too small
 
     @property
+    def where(self) -> str:
+        """Its place in words."""
+        return checks.where([self.path])
+
+    @property
     def std(self) -> np.ndarray:
         """The divisor in training: the square root of the batches' variance plus eps."""
         return np.sqrt(self.batch_var + self.kind.eps)

@@ -124,7 +124,7 @@ def never_updated(evidence: Evidence, fresh: Sequence[Layer], alone: bool) -> Fi
         worst.path,
         paths_of(fresh),
         f"Mean 0 and variance 1, exactly, in {count_of(fresh)} of {total}; these data are "
-        f"{worst.distance:.2g} standard deviations away at '{worst.path}'.",
+        f"{worst.distance:.2g} standard deviations away at {worst.where}.",
         {"layers": len(fresh), "distance": worst.distance},
         cause,
         repairs.hand_on if alone else repairs.train,
@@ -197,7 +197,7 @@ def data_differ(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer
         "error",
         start.path,
         paths_of(far),
-        f"It starts in '{start.path}': its means are {mean:.2g} standard deviations away, and its "
+        f"It starts in {start.where}: its means are {mean:.2g} standard deviations away, and its "
         f"running variance is {ratio:.2g} times that of these data"
         + (f"; it is the farthest of {len(layers)} layers." if most else "."),
         {"mean_distance": mean, "var_ratio": ratio, "distance": start.distance},
@@ -226,7 +226,7 @@ def other_weights(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Lay
         worst.path,
         paths_of(far),
         f"{len(far)} of {len(layers)} layers are off, by up to {worst.distance:.2g} standard "
-        f"deviations at '{worst.path}', and the first, which sees the data directly, by "
+        f"deviations at {worst.where}, and the first, which sees the data directly, by "
         f"{first:.2g}; outputs differ by {part(evidence.measured.gap)} their deviation.",
         {"layers": len(far), "distance": worst.distance, "first": first},
         causes[evidence.same_weights],

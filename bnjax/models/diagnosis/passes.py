@@ -25,7 +25,8 @@ from bnjax.models.frames import settings_key
 from bnjax.models.nnx_copies import Copy
 from bnjax.models.programs import Program, kept_with
 from bnjax.models.statistics import Path, layers_of, map_layers
-from bnjax.models.visits import Visit, visiting
+from bnjax.models.visit import Visit
+from bnjax.models.visits import visiting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,12 +141,12 @@ class Report(Shown):
             style = _STYLES[finding.severity]
             grid = Table.grid(padding=(0, 2, 0, 0))
             grid.add_column(no_wrap=True)
-            grid.add_column(overflow="fold")
-            title = Text(f"{finding.kind}, {finding.severity}: {where}", style)
+            grid.add_column()
+            title = Name(f"{finding.kind}, {finding.severity}: {where}", style)
             grid.add_row(Text(str(number), style), title)
             for name in ("evidence", "cause"):
-                grid.add_row(name, Text(getattr(finding, name)))
-            grid.add_row("repair", Text(finding.repair, "cyan"))
+                grid.add_row(name, Name(getattr(finding, name)))
+            grid.add_row("repair", Name(finding.repair, "cyan"))
             yield Text("")
             yield grid
 

@@ -54,6 +54,8 @@ def fold(
     through reshapes, transposes, slices and means, and through no nonlinearity. What stands in a
     loop (`nn.scan`) or under `vmap` stays as it is. The result is compared with the model.
 
+    Guide: examples/guides/folding.md
+
     Args:
         model: a linen or nnx model with batch norms, bnjax's or Flax's own. An nnx model is taken
             as it is after `.eval()`. Where `override` or `freeze` holds here, it holds in `apply`.

@@ -11,7 +11,7 @@ from bnjax.models.folding.numbers import Backward, Merge
 from bnjax.models.folding.program import Place, Program
 from bnjax.models.folding.report import Branch
 from bnjax.models.folding.windows import Window, taps
-from bnjax.models.visits import Path
+from bnjax.models.statistics import Path
 
 _UNMOVED = {"name", "copy", "copy_p", "sharding_constraint"}
 _CAST = {*_UNMOVED, "convert_element_type"}
@@ -40,6 +40,7 @@ class Branches:
 
     def __init__(self, program: Program, exits: dict[int, int]) -> None:
         self._program, self._exits = program, exits
+        self._values: set[int] = set()
         self._seen: set[tuple[Path, ...]] = set()
         self.gone: set[Path] = set()
         self.paths: set[Path] = set()
@@ -115,6 +116,7 @@ class Branches:
         """The calls of one input that are added, in the order of the sums."""
         program = self._program
         taken = self.gone | {link.norm.path for each in links.values() for link in each}
+        self._values = {*self._exits.values()}
         ends: dict[int, Place] = {}
         for visit in program.visits:
             path = visit.call.path
@@ -146,19 +148,20 @@ class Branches:
         return step.name == "add"
 
     def _leaves(self, root: int) -> list[int]:
-        """What a value is the sum of, each used for nothing else, and itself if it is none."""
-        step = self._program.steps[self._program.makers[root]]
-        leaves: list[int] = []
-        for operand in step.operands:
-            leaf = self._end(operand)
-            maker = self._program.makers.get(leaf)
-            is_sum = maker is not None and self._program.steps[maker].name == "add"
-            if self._is_zero(leaf):
-                continue
-            if is_sum and len(self._program.uses[leaf]) == 1 and leaf not in self._exits.values():
-                leaves += self._leaves(leaf)
-            else:
-                leaves.append(leaf if self._used_once(operand, leaf) else -1)
+        """What a sum is the sum of: outputs of layers, or -1 for what is used elsewhere too."""
+        program, leaves, sums = self._program, [], [root]
+        while sums:
+            for operand in program.steps[program.makers[sums.pop()]].operands:
+                leaf = self._end(operand)
+                maker = program.makers.get(leaf)
+                once = self._used_once(operand, leaf)
+                if self._is_zero(leaf):
+                    continue
+                is_sum = maker is not None and program.steps[maker].name == "add"
+                if is_sum and once and leaf not in self._values:
+                    sums.append(leaf)
+                else:
+                    leaves.append(leaf if once else -1)
         return leaves
 
     def _is_zero(self, value: int) -> bool:
@@ -167,7 +170,7 @@ class Branches:
 
     def _end(self, value: int) -> int:
         """The value before casts, or the output of a layer."""
-        while value not in self._exits.values():
+        while value not in self._values:
             maker = self._program.makers.get(value)
             step = None if maker is None else self._program.steps[maker]
             if step is None or step.name not in _CAST or step.mark:

@@ -13,10 +13,12 @@ from flax import nnx
 from flax.core import meta
 
 from bnjax.models import checks
+from bnjax.models.attributes import variables_of
 from bnjax.models.compat import is_traced
 from bnjax.models.conventions import LINEAR, own_type
 from bnjax.models.folding.windows import Window, window_of
-from bnjax.models.visits import Path, Visit, variables_of
+from bnjax.models.statistics import Path
+from bnjax.models.visit import Visit
 
 _PLAIN = (nn.Dense, nnx.Linear)
 _CONV = (nn.Conv, nnx.Conv)

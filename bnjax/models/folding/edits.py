@@ -12,7 +12,7 @@ from flax.core import meta
 
 from bnjax.models.folding.numbers import PAD, Edit, Forward, Key, Merge, Numbers
 from bnjax.models.folding.windows import Window
-from bnjax.models.visits import Path
+from bnjax.models.statistics import Path
 
 Quantize = Callable[[jax.Array], jax.Array]
 
@@ -88,7 +88,8 @@ class Edits:
         numbers, found = self._run(fixed, jnp), {}
         for path in self.layers & numbers.gains.keys():
             key = ("params", *path, "kernel")
-            old, folded, gain = meta.unbox(flat[key]), numbers.new[key], numbers.gains[path]
+            old, folded = meta.unbox(flat[key]), numbers.new[key]
+            gain = jnp.asarray(numbers.gains[path], folded.dtype)
             change = self._quantized(folded.astype(old.dtype), key) - folded
             info = jnp.finfo(gain.dtype)
             lost = jnp.abs(gain) < info.tiny / info.eps  # its channel is folded to zero

@@ -23,11 +23,21 @@ class Flow(NamedTuple):
             where it is the same.
         axes: those along which there are channels.
         weight: what the value would be if it had been 1.
+        sums: how many sums have not been divided by a number: those are no means, whatever the
+            weight is for inputs of this size.
     """
 
     channels: np.ndarray
     axes: frozenset[int]
     weight: float = 1.0
+    sums: int = 0
+
+    @property
+    def scaled(self) -> str | None:
+        """How the value is scaled, for a reader; None if it is not."""
+        if self.sums > 0:
+            return "summed"
+        return None if abs(self.weight - 1) < 1e-6 else f"multiplied by {self.weight:.3g}"
 
     def varies(self, axis: int) -> bool:
         """Whether the channel may be another along an axis."""
@@ -153,7 +163,7 @@ def _rev(flow: Flow, params: Any, *_: Any) -> Flow:
 def _sum(flow: Flow, params: Any, shape: Any, *_: Any) -> Flow | None:
     found = _without(flow, params["axes"])
     count = math.prod(shape[a] for a in params["axes"])
-    return found and found._replace(weight=flow.weight * count)
+    return found and found._replace(weight=flow.weight * count, sums=flow.sums + 1)
 
 
 def _window_sum(flow: Flow, params: Any, *_: Any) -> Flow | None:
@@ -162,8 +172,9 @@ def _window_sum(flow: Flow, params: Any, *_: Any) -> Flow | None:
     if any(map(flow.varies, moved)) or any(map(any, params["padding"])):
         return None
     dilated = (*params["base_dilation"], *params["window_dilation"])
-    weight = flow.weight * math.prod(sizes)
-    return None if set(dilated) != {1} else flow._replace(weight=weight)
+    if set(dilated) != {1}:
+        return None
+    return flow._replace(weight=flow.weight * math.prod(sizes), sums=flow.sums + 1)
 
 
 def _times(power: int) -> Callable[..., Flow | None]:
@@ -171,7 +182,8 @@ def _times(power: int) -> Callable[..., Flow | None]:
         (factor,) = constants
         if factor is None or np.ndim(factor) or not np.isfinite(factor) or not factor:
             return None
-        return flow._replace(weight=flow.weight * float(factor) ** power)
+        weight = flow.weight * float(factor) ** power
+        return flow._replace(weight=weight, sums=flow.sums - 1)
 
     return scaled
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 from flax.core import unfreeze
 
+from bnjax.models.attributes import path_of, setting, variables_of
 from bnjax.models.batches import Layout
 from bnjax.models.folding.edits import Edits
 from bnjax.models.folding.numbers import PAD, Merge
@@ -17,7 +18,9 @@ from bnjax.models.folding.report import Report
 from bnjax.models.folding.windows import Window, taps
 from bnjax.models.frames import Settings
 from bnjax.models.nnx_copies import Copy, arrays_of, with_arrays
-from bnjax.models.visits import Path, Visit, applying, path_of, setting, variables_of, visiting
+from bnjax.models.statistics import Path
+from bnjax.models.visit import Visit
+from bnjax.models.visits import applying, visiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +113,13 @@ class Folded:
 
         Each kernel W that is folded to `W * s`, with `s = scale / sqrt(var + eps)` by the running
         variance, becomes `quantize(W * s) / s`. The model itself, called with it, trains as
-        `torch.ao.nn.intrinsic.qat.ConvBn2d` does (and DenseGeneral, branches and all other layers
-        that fold): batch norms normalize by the batch and move their statistics; gradients reach
-        W and scale through `quantize`, and none reaches the running variance. In evaluation the
-        model gives what `fold` with the same `quantize` gives. Where s is 0, W stays as it is.
+        `torch.ao.nn.intrinsic.qat.ConvBn2d` does, with any layer that folds: batch norms normalize
+        by the batch and move their statistics; gradients reach W and scale through `quantize`, and
+        none reaches the running variance. In evaluation the model gives what `fold` with the same
+        `quantize` gives.
+
+        Where s is 0, W stays as it is. Of merged branches the largest, W, carries the error of
+        their kernel K: it becomes `W + (quantize(K) - K) / s`, and where its s is 0, none does.
 
         Args:
             variables: those of the model before folding. Of an nnx model its `nnx.State`, or the
@@ -123,11 +129,13 @@ class Folded:
         Raises:
             ValueError: the model was folded without `quantize`, or is another one.
 
+        >>> import bnjax
         >>> step = 0.25
         >>> model = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=True)])
         >>> x = jnp.ones((1, 3))
         >>> variables = model.init(jax.random.key(0), x)
-        >>> folded = fold(model, variables, x, quantize=lambda k: step * jnp.round(k / step))
+        >>> quantize = lambda kernel: step * jnp.round(kernel / step)
+        >>> folded = bnjax.fold(model, variables, x, quantize=quantize)
         >>> y = model.apply(folded.fake_quantize(variables), x)
         >>> bool(jnp.allclose(y, folded.apply(folded.variables, x)))
         True
@@ -169,7 +177,7 @@ class Folded:
         if visit.path not in self._edits.norms:
             return visit.run()
         dtype = _result(visit.x, self._edits.norms[visit.path])
-        return visit.x if visit.x.dtype == dtype else visit.x.astype(dtype)
+        return jnp.asarray(visit.x, dtype)
 
     def _linear(self, layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         path = path_of(layer)

@@ -10,7 +10,7 @@ from bnjax._words import number_of
 from bnjax.models.folding.flows import Flow, flow_of, onward
 from bnjax.models.folding.numbers import Forward, Numbers
 from bnjax.models.folding.program import OUTPUT, Place, Program, quoted
-from bnjax.models.visits import Path
+from bnjax.models.statistics import Path
 
 _OWN = ""  # the reason of what goes to the model's output, where nothing could be done
 
@@ -124,8 +124,8 @@ class _After:
             reason = (
                 f"its channels are axis {axes} of the input of {name}, which is not summed over"
             )
-        elif reason is None and abs(flow.weight - 1) > 1e-6:
-            reason = f"its output is multiplied by {flow.weight:.3g} before {name}"
+        elif reason is None and flow.scaled:
+            reason = f"its output is {flow.scaled} before {name}"
         if reason is None:
             edit = Forward(norm.call, layer.call, _channel(layer, flow))
             self.found[layer.start] = edit

@@ -10,7 +10,7 @@ from flax.core import meta
 
 from bnjax.models.folding.calls import Call
 from bnjax.models.folding.windows import Taps, Window
-from bnjax.models.visits import Path
+from bnjax.models.statistics import Path
 
 PAD = "pad_value"
 Key = tuple[str, ...]

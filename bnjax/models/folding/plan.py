@@ -12,7 +12,7 @@ from bnjax.models.folding.forward import forward
 from bnjax.models.folding.numbers import Backward, Edit, Forward, Numbers
 from bnjax.models.folding.program import Place, Program, quoted
 from bnjax.models.folding.report import Branch, Row
-from bnjax.models.visits import Path
+from bnjax.models.statistics import Path
 
 
 class Plan(NamedTuple):
@@ -158,8 +158,8 @@ def _channel(flow: Flow, norm: Place) -> tuple[np.ndarray, str | None]:
     channel[outputs] = channels
     if (channel[outputs] != channels).any():
         return channel, where
-    if abs(flow.weight - 1) > 1e-6:
-        return channel, f"its output is multiplied by {flow.weight:.3g} before the batch norm"
+    if flow.scaled:
+        return channel, f"its output is {flow.scaled} before the batch norm"
     return channel, None
 
 

@@ -17,8 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from bnjax.models import checks
+from bnjax.models.attributes import path_of, variables_of
 from bnjax.models.folding.calls import Call, linear_facts, norm_facts
-from bnjax.models.visits import Path, Visit, path_of, variables_of, visiting
+from bnjax.models.statistics import Path
+from bnjax.models.visit import Visit
+from bnjax.models.visits import visiting
 
 # Equations that run another program once, on the same values; a loop is not among them.
 _CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call"} | {

@@ -1,0 +1,46 @@
+"""The fields, the variables and the path of a batch norm, read and set from outside."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx
+
+from bnjax.models.statistics import Path
+
+COLLECTION = "batch_stats"
+PATH = "_bnjax_path"  # where an nnx layer has its own noted
+
+
+@contextlib.contextmanager
+def setting(layer: Any, **fields: Any) -> Iterator[None]:
+    """A context in which a layer, of linen or nnx, has other fields."""
+    before = {name: getattr(layer, name) for name in fields}
+    try:
+        # A linen module is frozen for good reasons, but here it is put back before anyone looks.
+        for name, value in fields.items():
+            object.__setattr__(layer, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(layer, name, value)
+
+
+def path_of(layer: Any) -> Path:
+    """The path of a layer in its model; of an nnx layer as `visits.mark` has noted it."""
+    if isinstance(layer, nn.Module):
+        return layer.path
+    path = getattr(layer, PATH, "")
+    return tuple(path.split("/")) if path else ()
+
+
+def variables_of(layer: Any) -> Mapping[str, Mapping[str, Any]]:
+    """The variables of a layer by collection and name."""
+    if isinstance(layer, nn.Module):
+        return layer.variables
+    found: dict[str, dict[str, Any]] = {"params": {}, COLLECTION: {}}
+    for name, leaf in vars(layer).items():
+        if isinstance(leaf, nnx.Param | nnx.BatchStat):
+            found["params" if isinstance(leaf, nnx.Param) else COLLECTION][name] = leaf[...]
+    return found

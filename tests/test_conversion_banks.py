@@ -1,0 +1,135 @@
+"""Banks to and from timm's `SplitBatchNorm2d`, which keeps each as a batch norm of its own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen as nn
+from flax import nnx
+
+import bnjax
+from bnjax import policies
+
+
+class Split(torch.nn.BatchNorm2d):
+    """As `timm.layers.SplitBatchNorm2d`: parts of the batch, each through a layer of its own."""
+
+    def __init__(self, features, splits):
+        super().__init__(features)
+        others = (torch.nn.BatchNorm2d(features) for _ in range(splits - 1))
+        self.aux_bn = torch.nn.ModuleList(others)
+
+    def forward(self, input):
+        x = input
+        if not self.training:
+            return super().forward(x)
+        first, *others = x.split(len(x) // (len(self.aux_bn) + 1))
+        rest = (norm(part) for norm, part in zip(self.aux_bn, others, strict=True))
+        return torch.cat([super().forward(first), *rest])
+
+
+class Theirs(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = torch.nn.Conv2d(3, 4, 1), Split(4, 3)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class Ours(nn.Module):
+    momentum: float | None = 0.1
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (1, 1), name="conv")(x)
+        settings = {"banks": 3, "affine": "own", "momentum": self.momentum}
+        return bnjax.BatchNorm2d(4, **settings, name="bn")(x)
+
+
+class OursNNX(nnx.Module):
+    def __init__(self):
+        self.conv = nnx.Conv(3, 4, (1, 1), rngs=nnx.Rngs(0))
+        self.bn = bnjax.nnx.BatchNorm2d(4, banks=3, affine="own", rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def trained(rng):
+    """A module of torch after a step, its input (channels last) and output in the next."""
+    torch.manual_seed(0)
+    module, x = Theirs(), rng.normal(size=(6, 4, 4, 3)).astype("f") * 2 + 1
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    inputs = torch.tensor(np.moveaxis(x, -1, 1))
+    module(inputs)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    return before, x, np.moveaxis(module(inputs).detach().numpy(), 1, -1), module.state_dict()
+
+
+def test_banks_are_the_layer_and_its_aux_bn(trained):
+    before, x, expected, after = trained
+    variables = bnjax.from_torch(before, Ours(), Ours().init(jax.random.key(0), x))
+    net: Any = Ours()
+    with bnjax.bank(np.arange(6) // 2):
+        y, moved = net.apply(variables, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for bank, name in enumerate(("bn", "bn.aux_bn.0", "bn.aux_bn.1")):
+        for ours, theirs in (("mean", "running_mean"), ("var", "running_var")):
+            found = moved["batch_stats"]["bn"][ours][bank]
+            np.testing.assert_allclose(found, after[f"{name}.{theirs}"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("like", [True, False], ids=["like", "alone"])
+def test_the_way_back_is_exact(trained, like):
+    before, x, _, _ = trained
+    variables = bnjax.from_torch(before, Ours(), Ours().init(jax.random.key(0), x))
+    back = bnjax.to_torch(variables, before if like else None)
+    Theirs().load_state_dict(back, strict=True)
+    counted = {name for name in before if name.endswith("num_batches_tracked")}
+    for name in before.keys() - (set() if like else counted):
+        assert torch.equal(back[name], before[name]), name
+    assert not like or list(back) == list(before)
+
+
+def test_counts_are_those_of_each_bank(trained):
+    before, x, _, _ = trained
+    before["bn.aux_bn.1.num_batches_tracked"] += 4
+    net = Ours(momentum=None)
+    variables = bnjax.from_torch(before, net, net.init(jax.random.key(0), x))
+    assert variables["batch_stats"]["bn"]["count"].tolist() == [1, 1, 5]
+    back = bnjax.to_torch(variables)
+    assert back["bn.aux_bn.1.num_batches_tracked"].item() == 5
+
+
+def test_an_nnx_model_comes_over_and_goes_back(trained):
+    before, _, _, _ = trained
+    model = OursNNX()
+    nnx.update(model, bnjax.from_torch(before, model))
+    np.testing.assert_array_equal(model.bn.mean[...][2], before["bn.aux_bn.1.running_mean"])
+    back = bnjax.to_torch(model, before)
+    assert all(torch.equal(back[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("affine", [True, "both"])
+def test_what_banks_share_goes_into_each(trained, affine):
+    before, x, _, _ = trained
+    variables = bnjax.from_torch(before, Ours(), Ours().init(jax.random.key(0), x))
+    banks = bnjax.to_banks(bnjax.select_bank(variables, 1), 3, affine=affine)
+    back = bnjax.to_torch(banks)
+    Theirs().load_state_dict(back, strict=True)
+    for name in ("bn", "bn.aux_bn.0", "bn.aux_bn.1"):
+        assert torch.equal(back[f"{name}.weight"], before["bn.aux_bn.0.weight"])
+        assert torch.equal(back[f"{name}.running_mean"], before["bn.aux_bn.0.running_mean"])
+
+
+def test_a_count_of_steps_of_a_policy_is_pytorchs(trained):
+    layer = bnjax.BatchNorm2d(3, using=policies.Renorm.paper())
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 2, 2, 3)))
+    theirs = torch.nn.BatchNorm2d(3).state_dict()
+    theirs["num_batches_tracked"] += 7
+    new = bnjax.from_torch(theirs, layer, variables)
+    assert int(new["batch_stats"]["count"]) == 7
