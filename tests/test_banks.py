@@ -176,4 +176,5 @@ def test_a_static_bank_is_bit_for_bit_the_plain_function():
     np.testing.assert_array_equal(y, wanted)
     for name, value in moved.items():
         np.testing.assert_array_equal(value[2], new[name])
-        np.testing.assert_array_equal(value[[0, 1, 3]], data.batch_stats[name][[0, 1, 3]])
+        others = (np.delete(each, 2, 0) for each in (value, data.batch_stats[name]))
+        np.testing.assert_array_equal(*others)

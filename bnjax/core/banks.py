@@ -16,10 +16,14 @@ from jax import lax
 from bnjax.core import compat
 from bnjax.core.moments import Moments, abs2
 from bnjax.core.sharding import varying_alike
+from bnjax.core.sums import at_once
 
 Bank = Any  # an int, or int32, () or (N,)
 _FEW = 16  # banks: up to there, sums by comparison are fast
+_MANY = 64  # examples: from there on, they are summed in blocks
+_BLOCK = 8  # of so many, which XLA unrolls
 _CHUNK = 256
+_PARTS = 8
 
 
 def by_example(bank: Bank | None) -> bool:
@@ -81,74 +85,114 @@ def is_there(bank: jax.Array, banks: int) -> jax.Array:
     return (bank >= 0) & (bank < banks)
 
 
-def to_examples(values: jax.Array, bank: jax.Array) -> jax.Array:
-    """For each example the row of its bank, (N, ...) of (K, ...); zeros where there is no such."""
-    bank, values = varying_alike((bank, values))
+def to_examples(values: Sequence[jax.Array], bank: jax.Array) -> list[jax.Array]:
+    """For each example the rows of its bank, (N, ...) of (K, ...); zeros if there is no such."""
+    bank, *values = varying_alike((bank, *values))
+    banks = values[0].shape[0]
     if compat.plain.value:
-        return _rows(bank, values, banks=values.shape[0])[0]
-    return _to_examples.bind(bank, values, banks=values.shape[0])[0]
+        return _rows(bank, *values, banks=banks)
+    return _to_examples.bind(bank, *values, banks=banks)
 
 
-def totals(values: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
-    """For each bank the sum over its examples, (K, ...) of (N, ...)."""
-    bank, values = varying_alike((bank, values))
+def totals(values: Sequence[jax.Array], bank: jax.Array, banks: int) -> list[jax.Array]:
+    """For each bank the sums over its examples, (K, ...) of (N, ...)."""
+    bank, *values = varying_alike((bank, *values))
     if compat.plain.value:
-        return _by_comparison(bank, values, banks=banks)[0]
-    return _totals.bind(bank, values, banks=banks)[0]
+        return _by_comparison(bank, *values, banks=banks)
+    return _totals.bind(bank, *values, banks=banks)
 
 
-def _rows(bank: jax.Array, values: jax.Array, banks: int) -> list[jax.Array]:
-    there = _beside(is_there(bank, banks), values)
-    if not values.size:
-        return [jnp.zeros((*bank.shape, *values.shape[1:]), values.dtype)]
-    return [jnp.where(there, jnp.take(values, bank, 0, mode="clip"), 0)]
+def _rows(bank: jax.Array, *values: jax.Array, banks: int) -> list[jax.Array]:
+    def rows(values: jax.Array) -> jax.Array:
+        if not values.size:
+            return jnp.zeros((*bank.shape, *values.shape[1:]), values.dtype)
+        there = _beside(is_there(bank, banks), values)
+        return jnp.where(there, jnp.take(values, bank, 0, mode="clip"), 0)
+
+    return [rows(each) for each in values]
 
 
-def _by_comparison(bank: jax.Array, values: jax.Array, banks: int) -> list[jax.Array]:
+def _by_comparison(bank: jax.Array, *values: jax.Array, banks: int) -> list[jax.Array]:
     """It fuses with what the values come from, and is a plain sum for arrays that are split."""
     if banks > _FEW:
-        return _by_place(bank, values, banks, devices=1)
-    index = _beside(bank, values)
-    return [jnp.stack([jnp.sum(jnp.where(index == n, values, 0), 0) for n in range(banks)])]
+        return [_added(each, bank, banks) for each in values]
+
+    def total(values: jax.Array) -> jax.Array:
+        index = _beside(bank, values)
+        return jnp.stack([jnp.sum(jnp.where(index == n, values, 0), 0) for n in range(banks)])
+
+    return [total(each) for each in values]
 
 
-def _by_place(bank: jax.Array, values: jax.Array, banks: int, devices: int) -> list[jax.Array]:
-    """In one reading, whatever the number of banks: each example is added where its bank is."""
+def _by_place(bank: jax.Array, *values: jax.Array, banks: int, devices: int) -> list[jax.Array]:
+    """In one reading, whatever the number of banks, where the batch is not split over devices."""
     if devices > 1 and banks <= _FEW:
-        return _by_comparison(bank, values, banks)
+        return _by_comparison(bank, *values, banks=banks)
     size = bank.shape[0]
-    known = isinstance(size, int)
+    if not isinstance(size, int) or size < _MANY or size * banks > np.iinfo(np.int32).max:
+        return [_added(each, bank, banks) for each in values]
+    places, valid, owner = _blocks(bank, banks)
+    # XLA takes the rows while it sums: no array is written in this order.
+    rows = [jnp.where(_beside(valid, each[None]), each[places], 0) for each in values]
+    return [_added(each, owner, banks) for each in at_once(rows, (1,))]
+
+
+def _blocks(bank: jax.Array, banks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The examples by bank, eight at a time: their numbers, which are valid, and whose they are."""
+    size = bank.shape[0]
+    known = jnp.where(is_there(bank, banks), bank, banks)
+    order = jnp.sort(known * size + jnp.arange(size)) % size
+    counts = jnp.sum(known == jnp.arange(banks)[:, None], 1)
+    starts, blocks = jnp.cumsum(counts) - counts, -(-counts // _BLOCK)
+    ends = jnp.cumsum(blocks)
+    number = jnp.arange(-(-size // _BLOCK) + banks)[:, None]
+    owner = jnp.sum(number >= ends, 1)
+    some = jnp.minimum(owner, banks - 1)[:, None]
+    rank = (number - (ends - blocks)[some]) * _BLOCK + np.arange(_BLOCK)
+    valid = (rank < counts[some]) & (owner[:, None] < banks)
+    return order[jnp.clip(starts[some] + rank, 0, size - 1)], valid, owner
+
+
+def _added(values: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
+    """Each row is added where its bank is."""
+    size = bank.shape[0]
     # A few at a time: of thousands, one after the other, the sum would be less exact.
-    chunks = -(-size // _CHUNK) if known else 1
+    chunks = -(-size // _CHUNK) if isinstance(size, int) else 1
     place = jnp.where(is_there(bank, banks), bank, chunks * banks)
     if chunks > 1:
         place = place + np.arange(size, dtype=np.int32) // _CHUNK * banks
     found = jax.ops.segment_sum(values, place, chunks * banks)
-    return [found.reshape(chunks, banks, *values.shape[1:]).sum(0) if chunks > 1 else found]
+    return found.reshape(chunks, banks, *values.shape[1:]).sum(0) if chunks > 1 else found
 
 
 def _beside(index: jax.Array, values: jax.Array) -> jax.Array:
-    return index.reshape(*index.shape, *(1,) * (values.ndim - 1))
+    return index.reshape(*index.shape, *(1,) * (values.ndim - index.ndim))
 
 
 def _batched(
     made: compat.Primitive, arrays: Sequence[Any], dims: Sequence[Any], banks: int
-) -> tuple[jax.Array, int]:
+) -> tuple[list[jax.Array], int]:
     """Several calls at once: those of one index side by side, others as one call of more banks."""
-    bank, values = arrays
-    if dims[0] is None:
-        return made.bind(bank, jnp.moveaxis(values, dims[1], 1), banks=banks)[0], 1
-    bank = jnp.moveaxis(bank, dims[0], 0)
+    (bank, *values), (of_bank, *of_values) = arrays, dims
+    if of_bank is None:
+        moved = [
+            jnp.expand_dims(each, 1) if dim is None else jnp.moveaxis(each, dim, 1)
+            for each, dim in zip(values, of_values, strict=True)
+        ]
+        size = max(each.shape[1] for each in moved)
+        wide = [jnp.broadcast_to(v, (v.shape[0], size, *v.shape[2:])) for v in moved]
+        return made.bind(bank, *wide, banks=banks), 1
+    bank = jnp.moveaxis(bank, of_bank, 0)
     size = bank.shape[0]
-    if dims[1] is None:
-        values = jnp.broadcast_to(values, (size, *values.shape))
-    else:
-        values = jnp.moveaxis(values, dims[1], 0)
     first = banks * np.arange(size, dtype=np.int32)[:, None]
     bank = jnp.where(is_there(bank, banks), bank + first, -1).reshape(-1)
-    values = values.reshape(-1, *values.shape[2:])
-    found = made.bind(bank, values, banks=banks * size)[0]
-    return found.reshape(size, -1, *found.shape[1:]), 0
+    wide = [
+        jnp.broadcast_to(each, (size, *each.shape)) if dim is None else jnp.moveaxis(each, dim, 0)
+        for each, dim in zip(values, of_values, strict=True)
+    ]
+    wide = [each.reshape(-1, *each.shape[2:]) for each in wide]
+    found = made.bind(bank, *wide, banks=banks * size)
+    return [each.reshape(size, -1, *each.shape[1:]) for each in found], 0
 
 
 _to_examples = compat.linear("rows_of_banks", _rows)
@@ -170,11 +214,12 @@ def _merged(each: Moments, bank: jax.Array, banks: int) -> Moments:
         origin, m2 = zeros
         return Moments(jnp.zeros((banks, *count.shape[1:]), m2.dtype), origin, origin, m2)
     near = _nearby(origin, count, bank, banks)
-    mean = (origin - to_examples(near, bank)) + each.offset
-    total = totals(count, bank, banks)
-    offset = totals(jnp.where(count > 0, count * mean, 0), bank, banks) / jnp.maximum(total, 1)
-    between = abs2(mean - to_examples(offset, bank)) * count
-    m2 = totals(jnp.where(count > 0, each.m2 + between, 0), bank, banks)
+    mean = (origin - to_examples([near], bank)[0]) + each.offset
+    (total,) = totals([count], bank, banks)
+    parts = count * mean, each.m2 + count * abs2(mean)
+    offset, m2 = totals([jnp.where(count > 0, part, 0) for part in parts], bank, banks)
+    offset = offset / jnp.maximum(total, 1)
+    m2 = jnp.maximum(m2 - total * abs2(offset), 0)
     return Moments(total, jnp.where(total > 0, near, 0), offset, m2)
 
 
@@ -190,13 +235,12 @@ def _merged_jvp(banks, primals, tangents):  # pyright: ignore[reportUnusedFuncti
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=5)
 def _tangent(each: Moments, bank, found: Moments, d_mean, d_m2, banks: int):
     count = _count_of_each(each, bank)
-    origin, offset = (to_examples(part, bank) for part in (found.origin, found.offset))
+    origin, offset = to_examples([found.origin, found.offset], bank)
     from_mean = (each.origin - origin) + each.offset - offset
     # sum(count * from_mean) is 0, so what the offset's own tangent adds to m2 is 0 too.
     d_m2 = d_m2 + 2 * count * jnp.real(jnp.conj(from_mean) * d_mean)
-    d_sum, d_m2 = (
-        totals(jnp.where(count > 0, part, 0), bank, banks) for part in (count * d_mean, d_m2)
-    )
+    parts = [jnp.where(count > 0, part, 0) for part in (count * d_mean, d_m2)]
+    d_sum, d_m2 = totals(parts, bank, banks)
     return d_sum / jnp.maximum(found.count, 1), d_m2
 
 
@@ -207,11 +251,28 @@ def _count_of_each(each: Moments, bank: jax.Array) -> jax.Array:
 
 
 def _nearby(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
-    """A typical value of each bank, from its first example that counts: nothing cancels."""
-    counted = count > 0
-    known = _beside(bank, count) == _beside(jnp.arange(banks), jnp.expand_dims(count, 0))
-    known = jnp.expand_dims(counted, 0) & known
-    first = jnp.argmax(known, 1)
-    alike = all(size == 1 for size in count.shape[1:])
-    near = origin[first.reshape(-1)] if alike else jnp.take_along_axis(origin, first, 0)
-    return lax.stop_gradient(jnp.where(jnp.isfinite(near), near, 0))
+    """A typical value of each bank: the mean of one from each part of the batch, if it counts.
+
+    From there, sums lose few digits: a wild value among so few is a wild one of its bank.
+    """
+    size = bank.shape[0]
+    parts = _PARTS if isinstance(size, int) else 1
+    length = -(-size // parts)
+    known = _beside(bank, count) == _beside(jnp.arange(banks)[:, None], count[None])
+    known = (count > 0) & known
+    if length * parts != size:
+        fill = [(0, length * parts - size if axis == 1 else 0) for axis in range(known.ndim)]
+        known = jnp.pad(known, fill)
+    known = known.reshape(banks, parts, length, *known.shape[2:])
+    place = jnp.argmax(known, 2) + length * _beside(jnp.arange(parts), known[0, :, 0])
+    place = jnp.minimum(place, size - 1)  # (K, parts, 1) or (K, parts, C)
+    alike = all(n == 1 for n in count.shape[1:])
+    if alike:
+        values = origin[place.reshape(banks, parts)]
+    else:
+        values = jnp.take_along_axis(origin[None], place, 1)
+    values = lax.stop_gradient(jnp.where(jnp.isfinite(values), values, 0))
+    some = jnp.any(known, 2)
+    first = jnp.take_along_axis(values, jnp.argmax(some, 1)[:, None], 1)
+    apart = jnp.where(some, values - first, 0)
+    return first[:, 0] + jnp.sum(apart, 1) / jnp.maximum(jnp.sum(some, 1), 1)

@@ -1,7 +1,7 @@
 """Batch normalization as pure functions: plain dicts in, plain dicts out."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
@@ -217,6 +217,12 @@ def _steps(
         if told.moves:
             moved = update(stats, batch, sharing.group, told)
     chosen, first = choose(batch, stats, moved, sharing, told)
-    parts, origin, factor, shift = applied(chosen, first, learned, given, sharing, told)
-    y = normalize(parts, origin, factor, shift, told.dtype)
-    return partition.join(y, parts, x.shape), bank_rows.put(batch_stats, bank, moved)
+
+    def normalized(*of_those_who_share: Any) -> jax.Array:
+        parts, *numbers = applied(*of_those_who_share, sharing, told)
+        return partition.join(normalize(parts, *numbers, told.dtype), parts, x.shape)
+
+    if sharing.vectors:  # what is taken from rows of banks is as large as x: not kept
+        normalized = jax.checkpoint(normalized)
+    y = normalized(chosen, first, learned, given)
+    return y, bank_rows.put(batch_stats, bank, moved)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from bnjax.core import banks
 from bnjax.core.affine import alike, composed, scale_and_shift
@@ -81,14 +82,15 @@ def applied(
     dtype, per_example = sharing.whole.x.dtype, told.using is not None and told.using.per_example
     learned = {key: sharing.beside(value) for key, value in learned.items()}
     if per_example:
-        learned = {key: sharing.to_each(value) for key, value in learned.items()}
+        learned = dict(zip(learned, sharing.to_each(*learned.values()), strict=True))
     scale, shift = scale_and_shift(composed(dtype, first, learned), chosen, told.eps)
     if not (given or per_example or sharing.bank is not None):
         return sharing.parts, *alike(sharing.parts, chosen.origin, scale, shift)
     parts = sharing.each
     origin, scale, shift = alike(parts, chosen.origin, scale, shift)
     if not per_example:
-        origin, scale, shift = map(sharing.to_each, (origin, scale, shift))
+        (origin,) = sharing.to_each(lax.stop_gradient(origin))
+        scale, shift = sharing.to_each(scale, shift)  # together: one reading in a backward pass
     if sharing.bank is not None:
         lost = banks.nowhere(sharing.bank, sharing.banks).reshape(-1, *(1,) * len(told.axes))
         given = {**given, "bias": given.get("bias", 0) + lost}

@@ -152,24 +152,24 @@ def each_others_transpose(first: Primitive, second: Primitive, batched: Function
     """Teach two primitives of `linear` that each is the other's transpose, given an index.
 
     Args:
-        first: a primitive of an index, which has no derivative, and of an array.
+        first: a primitive of an index, which has no derivative, and of arrays.
         second: the other one; both have the same static keywords.
-        batched: `batched(made, arrays, dims, **static)` gives result and axis of one under `vmap`.
+        batched: `batched(made, arrays, dims, **static)` gives results and axis of one under `vmap`.
     """
     for made, other in ((first, second), (second, first)):
 
         def jvp(primals: Sequence[Any], tangents: Sequence[Any], made=made, **static: Any) -> Any:
-            index, values = primals
-            tangent = ad.instantiate_zeros(tangents[1])
-            return made.bind(index, values, **static), made.bind(index, tangent, **static)
+            index, *values = primals
+            moved = map(ad.instantiate_zeros, tangents[1:])
+            return made.bind(index, *values, **static), made.bind(index, *moved, **static)
 
-        def transpose(cotangents: Sequence[Any], index: Any, _: Any, other=other, **static: Any):
-            (cotangent,) = map(ad.instantiate_zeros, cotangents)
-            return [None, *other.bind(index, cotangent, **static)]
+        def transpose(cotangents: Sequence[Any], index: Any, *_: Any, other=other, **static: Any):
+            cotangents = map(ad.instantiate_zeros, cotangents)
+            return [None, *other.bind(index, *cotangents, **static)]
 
         def batching_rule(arrays: Sequence[Any], dims: Sequence[Any], made=made, **static: Any):
-            result, dim = batched(made, arrays, dims, **static)
-            return [result], [dim]
+            results, dim = batched(made, arrays, dims, **static)
+            return results, [dim] * len(results)
 
         ad.primitive_jvps[made] = jvp
         ad.primitive_transposes[made] = transpose

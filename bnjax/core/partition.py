@@ -147,6 +147,11 @@ class Sharing:
         return jnp.where(counted, bank, jnp.clip(bank, 0, self.banks - 1))
 
     @property
+    def vectors(self) -> bool:
+        """Whether each example has a bank and just one value in each channel."""
+        return self.bank is not None and len(self.whole.reduced) == 1
+
+    @property
     def batch(self) -> int:
         """The axis of the examples."""
         return self.whole.reduced[0]
@@ -173,13 +178,18 @@ class Sharing:
             return jnp.expand_dims(values, 0)  # one for all banks
         return values if self.group is None else jnp.expand_dims(values, self.group)
 
-    def to_each(self, values: jax.Array) -> jax.Array:
+    def to_each(self, *values: jax.Array) -> list[jax.Array]:
         """What those who share have in common, for each example; of size 1 if all share."""
+        if self.bank is None:
+            return [self._repeated(each) for each in values]
+        rows = [each for each in values if jnp.ndim(each) and each.shape[0] > 1]
+        found = iter(banks.to_examples(rows, self.bank) if rows else ())
+        each = [next(found) if jnp.ndim(v) and v.shape[0] > 1 else v for v in values]
+        return [jnp.moveaxis(v, 0, self.batch) if jnp.ndim(v) else v for v in each]
+
+    def _repeated(self, values: jax.Array) -> jax.Array:
         if not jnp.ndim(values):
             return values
-        if self.bank is not None:
-            rows = values if values.shape[0] == 1 else banks.to_examples(values, self.bank)
-            return jnp.moveaxis(rows, 0, self.batch)
         if self.group is None:
             return jnp.expand_dims(values, self.batch)
         if values.shape[self.batch] > 1:
