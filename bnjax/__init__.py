@@ -4,7 +4,9 @@ Layers
     BatchNorm2d, BatchNorm1d, BatchNorm3d   for linen: PyTorch's signature and results
     nnx.BatchNorm2d, nnx.BatchNorm1d, ...    the same for nnx
     linen.BatchNorm, nnx.BatchNorm          drop-ins for Flax's own layers
+    ConditionalBatchNorm2d                  a scale and a bias for each class
     init, batch_norm                        two pure functions on dicts of arrays
+    policies                                which statistics normalize: `using=`
 
 Tools for any linen or nnx model, with Flax's layers too
     freeze, override        a context in which batch norms are frozen or take other settings

@@ -229,7 +229,9 @@ def convert(
             tree = renamed(picked(tree, source), picked(template, like), options)
         elif any(options.values()):
             raise ValueError("These options are for a change of names: add --like FILE.")
-        tree, left = parts.arrays_in(tree)
+        left: list[str] = []
+        if template is None:
+            tree, left = parts.arrays_in(tree)
         files.save(target, tree)
     if left:
         text = f"left out, as they are no arrays: {parts.named(left)}"

@@ -31,7 +31,6 @@ MODULES = {
     "bnjax.policies": "bnjax.policies",
     "bnjax.diagnosis": "bnjax.diagnosis",
     "bnjax.masks": "bnjax.masks",
-    "bnjax.policies": "bnjax.policies",
 }
 COMMANDS = ((), ("inspect",), ("convert",), ("diagnose",))
 THEME = {

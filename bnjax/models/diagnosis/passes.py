@@ -239,7 +239,8 @@ def _values(visit: Visit) -> Any:
         each = jnp.moveaxis(mask, reduced[0], 0)
         axes = tuple(axis + (axis < reduced[0]) for axis in reduced[1:])
         bank = jnp.broadcast_to(jnp.asarray(visit.bank), len(each))
-        return totals(jnp.sum(each, axes, dtype=jnp.float32), bank, *rows(visit.facts))
+        (counts,) = totals([jnp.sum(each, axes, dtype=jnp.float32)], bank, *rows(visit.facts))
+        return counts
     values, group = math.prod(shape[axis] for axis in reduced), visit.facts.virtual_batch_size
     if group is None or not values:
         return values
