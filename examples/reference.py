@@ -28,7 +28,6 @@ MODULES = {
     "bnjax.linen": "bnjax.linen",
     "bnjax.nnx": "bnjax.nnx",
     "bnjax.training": "bnjax.training",
-    "bnjax.policies": "bnjax.policies",
     "bnjax.diagnosis": "bnjax.diagnosis",
     "bnjax.masks": "bnjax.masks",
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import joint_training
 import shifted_data
+import small_batches
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -27,6 +28,7 @@ PICTURES: dict[str, Callable[[Any, Path], None]] = {
     "diagnosis_resnet50": lambda data, path: plotting.plot_layers(path=path, **data),
     "joint_training": joint_training.draw,
     "shifted_data": shifted_data.draw,
+    "small_batches": small_batches.draw,
     "benchmark": benchmark.draw_summary,
 }
 
@@ -56,6 +58,7 @@ def fingerprint(name: str) -> str:
     code = {
         "joint_training": inspect.getsource(joint_training.draw),
         "shifted_data": inspect.getsource(shifted_data.draw),
+        "small_batches": inspect.getsource(small_batches.draw),
         "benchmark": inspect.getsource(benchmark),
     }
     text = source(name).read_text() + code.get(name, inspect.getsource(plotting))

@@ -7,6 +7,7 @@ import jax
 import joint_training
 import numpy as np
 import shifted_data
+import small_batches
 from digits import load, loss_fn
 from resnet import ResNet50
 from why_is_eval_bad import Trainer
@@ -67,4 +68,5 @@ MEASURED = {
     "diagnosis_resnet50": many_layers,
     "joint_training": joint,
     "shifted_data": lambda: shifted_data.measure(load()),
+    "small_batches": lambda: small_batches.measure(load()),
 }
