@@ -64,6 +64,7 @@ FLOORS = {
         {"formats", "writable"},
         {"folders", "parts"},
         {"files", "inspection", "conversion"},
+        {"frameworks"},
     ),
     "bnjax.checkpoints.formats": (
         {"needs", "pickles", "signatures"},
