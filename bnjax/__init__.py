@@ -1,20 +1,22 @@
 """Batch-norm layers for JAX and Flax, and tools for the batch norms of any Flax model.
 
 Layers
-    BatchNorm2d, BatchNorm1d, BatchNorm3d   for linen: PyTorch's signature and results
+    BatchNorm2d, BatchNorm1d, BatchNorm3d   for linen, with PyTorch's signature and results
     nnx.BatchNorm2d, nnx.BatchNorm1d, ...    the same for nnx
     linen.BatchNorm, nnx.BatchNorm          drop-ins for Flax's own layers
+    ConditionalBatchNorm2d                  a scale and a bias for each class
     init, batch_norm                        two pure functions on dicts of arrays
+    policies                                which statistics to normalize with: `using=`
 
 Tools for any linen or nnx model, with Flax's layers too
-    freeze, override        a context in which batch norms are frozen or take other settings
-    nnx.freeze, unfreeze    the same in place, for nnx
-    recalibrate             recompute the running statistics over a data set, exactly
-    diagnose                why evaluation is worse than training: layer, cause and repair
+    freeze, override        freeze batch norms, or change their settings, in a context
+    nnx.freeze, unfreeze    freeze in place, for nnx
+    recalibrate             recompute the running statistics exactly over a data set
+    diagnose                find why evaluation is worse than training: layer, cause and fix
     fold                    merge batch norms into the conv or dense layers before them
     to_banks, select_bank   several sets of statistics from one, and one from several
-    bank                    a context in which layers with banks use one of theirs
-    merge_batch_stats       one set of running statistics from several devices'
+    bank                    choose the bank that layers with banks use, in a context
+    merge_batch_stats       merge the running statistics of several devices
     register                let the tools work on another batch norm class
 
 Training
@@ -22,16 +24,16 @@ Training
     training.eval_step, nnx.eval_step       one batch with the running statistics
     training.evaluate, nnx.evaluate         mean loss and metrics over many batches
     training.init_state                     parameters, optimizer and statistics in one state
-    training.Average                        averaged weights, with statistics of their own
+    training.Average                        averaged weights, with their own statistics
     training.history                        a record of the running statistics
     training.scalars                        running statistics as a flat dict for loggers
-    decay_mask, trainable_labels            which parameters an optimizer should treat differently
-    remat_policy                            what a checkpointed backward pass keeps
+    decay_mask, trainable_labels            parameters that an optimizer should treat differently
+    remat_policy                            what to keep for a rematerialized backward pass
 
 Files
     load, save              .safetensors, .pth, .msgpack and orbax checkpoints
     from_torch, to_torch    variables from a PyTorch state dict, and back
-    torch_outputs           what a PyTorch model gives, layer by layer, to check against
+    torch_outputs           outputs of a PyTorch model, layer by layer, to check against
 
 On the command line, `bnjax inspect`, `bnjax convert` and `bnjax diagnose`.
 """
@@ -46,7 +48,7 @@ __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
-    """A submodule; or what `bnjax._public` has, which takes JAX and is loaded on first use."""
+    """A submodule, or a name from `bnjax._public`, which loads JAX on first use."""
     if not name.startswith("__") and util.find_spec(f"{__name__}.{name}"):
         return import_module(f"{__name__}.{name}")
     public = import_module("bnjax._public")

@@ -1,4 +1,4 @@
-"""`python -m bnjax`, and the script `bnjax`."""
+"""Entry point of `python -m bnjax` and of the script `bnjax`."""
 
 import gc
 import sys
@@ -7,13 +7,13 @@ import sys
 def main() -> None:
     """Run the command line, or say what it needs."""
     try:
-        import typer as _  # noqa: F401 - it is looked for here, so that its absence has an answer
+        import typer as _  # noqa: F401 - to explain what to install if it is missing
     except ModuleNotFoundError:
         sys.exit("The command line of bnjax needs typer: pip install 'bnjax[tools]'")
     from bnjax.cli import app
 
-    # What is imported stays until the end. To look for garbage in it, again and again while torch
-    # is imported and once more at the exit, takes a fourth of the time of a short command.
+    # Imported modules live until exit. Collecting garbage among them, repeatedly while torch loads
+    # and once more at exit, takes a quarter of the time of a short command.
     gc.set_threshold(100_000)
     try:
         app(prog_name="bnjax")

@@ -1,4 +1,4 @@
-"""What is written to disk, as a whole or not at all."""
+"""Atomic writes to disk."""
 
 import contextlib
 import os
@@ -8,26 +8,26 @@ from pathlib import Path
 
 
 def folder_of(path: Path) -> None:
-    """What is written goes into a folder that is there."""
+    """Check that the folder to write into exists."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} to save {path.name} in.")
 
 
 def hidden_beside(path: Path) -> Path:
-    """A name beside a path that nothing else has, however long the path's own is."""
+    """A unique hidden name beside a path, short however long the path's own name is."""
     return path.with_name(f".{uuid.uuid4().hex}.tmp")
 
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A file beside the path that takes its place when it is written and on the disk."""
-    path = path.resolve()  # a link stays one
+    """A temporary file that replaces the path once it is written and synced to disk."""
+    path = path.resolve()  # so that a symlink stays one
     temporary = hidden_beside(path)
     try:
         temporary.touch()
         permissions = (path if path.exists() else temporary).stat().st_mode
         yield temporary
-        temporary.chmod(permissions)  # safetensors has its own
+        temporary.chmod(permissions)  # safetensors sets its own
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

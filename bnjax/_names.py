@@ -1,4 +1,4 @@
-"""Names that a module or a layer does not have, and which one was probably meant."""
+"""Suggest the name that was probably meant when a module or a layer lacks one."""
 
 import difflib
 import functools
@@ -18,18 +18,18 @@ _INSTEAD = {
 def front(
     module: str, public: Sequence[str]
 ) -> tuple[Callable[[str], NoReturn], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a module that shows its public names and helps with others."""
+    """`__getattr__` and `__dir__` for a module that lists its public names and suggests others."""
     return functools.partial(missing, module), lambda: list(public)
 
 
 def missing(module: str, name: str) -> NoReturn:
-    """Say that a module has no such name, and which one was probably meant."""
+    """Raise an `AttributeError` that suggests the name that was probably meant."""
     hint = "" if name.startswith("_") else _hint(module, name)
     raise AttributeError(f"module {module!r} has no attribute {name!r}.{hint}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that a misspelt one is close to, whatever its case.
+    """The known name closest to a misspelt one, ignoring case; None if none is close.
 
     >>> nearest("Batchnorm2d", ["BatchNorm1d", "BatchNorm2d"]), nearest("loss", ["BatchNorm1d"])
     ('BatchNorm2d', None)

@@ -1,4 +1,4 @@
-"""What `bnjax` shows. It loads JAX, which `bnjax --help` can do without."""
+"""The public names of `bnjax`. Importing this loads JAX, which `bnjax --help` does not need."""
 
 from bnjax import diagnosis, linen, masks, nnx, policies, training
 from bnjax.checkpoints.conversion import from_torch, to_torch, torch_outputs

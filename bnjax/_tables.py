@@ -1,4 +1,4 @@
-"""How reports are shown: as text, as tables in a terminal, as tables in a notebook."""
+"""Show reports as text, or as tables in a terminal or a notebook."""
 
 import io
 import re
@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.text import Text
 
-# Where a sentence, a long name or a line of code may be broken, the better places first.
+# Where to break a sentence, a long name or a line of code, the best places first.
 _JOINTS = tuple(
     map(
         re.compile,
@@ -25,7 +25,7 @@ _PAGE = '<pre style="font-family:monospace;white-space:pre;line-height:1.25">{co
 
 
 class Name:
-    """A path, a line of code or a sentence with such, never broken inside a word.
+    """A path, a line of code or a sentence that contains them, never broken inside a word.
 
     >>> print(plain(Name("encoder/block_12/BatchNorm2d_0"), width=20))
     encoder/block_12/
@@ -36,12 +36,12 @@ class Name:
         self._text, self._style = text, style
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        """From its longest word to all of it in a line."""
+        """At least its longest word, at most all of it on one line."""
         longest = max(len(word) for word in _pieces(self._text, 0))
         return Measurement(longest, len(self._text))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        """As many lines as it takes."""
+        """The text, over as many lines as it needs."""
         lines = "\n".join(_lines(self._text, options.max_width))
         yield Text(lines, self._style, overflow="fold")
 
@@ -57,7 +57,7 @@ def _lines(text: str, width: int) -> Iterator[str]:
 
 
 def _pieces(text: str, width: int, level: int = 0) -> list[str]:
-    """Pieces no wider than that, as far as there are joints, and no smaller than that needs."""
+    """The fewest pieces that are at most `width` wide, where there are joints."""
     if level == len(_JOINTS) or (level and len(text.rstrip()) <= width):
         return [text]
     parts = _JOINTS[level].split(text)
@@ -65,7 +65,7 @@ def _pieces(text: str, width: int, level: int = 0) -> list[str]:
 
 
 def plain(shown: Any, width: int) -> str:
-    """What rich shows, as plain text of at most this many columns."""
+    """Rich output as plain text, at most `width` columns wide."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(shown)
     lines = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
@@ -73,9 +73,9 @@ def plain(shown: Any, width: int) -> str:
 
 
 class Shown:
-    """A report: a line as its repr, a table as its text, a coloured one in a terminal or notebook.
+    """A report that shows as a table: plain as text, coloured in a terminal or a notebook.
 
-    A class has `__rich__`, for the table, and `_width`, in which its text is written.
+    Subclasses define `__rich__`, which returns the table, and may set `_width`, that of the text.
     """
 
     _width = 110
@@ -85,7 +85,7 @@ class Shown:
         return plain(self, self._width)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        """For a notebook: the tables as HTML, and as text where there is no HTML."""
+        """For a notebook: the tables as HTML, with plain text as fallback."""
         console = Console(file=io.StringIO(), width=self._width, record=True, force_terminal=True)
         console.print(self)
         page = console.export_html(inline_styles=True, code_format=_PAGE)

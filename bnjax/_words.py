@@ -1,8 +1,8 @@
-"""Numbers in words, for messages and tables."""
+"""Counts with their noun, for messages and tables."""
 
 
 def number_of(number: int, noun: str) -> str:
-    """So many, in words.
+    """A count with its noun, in the plural unless it is 1.
 
     >>> number_of(1, "layer"), number_of(2, "batch")
     ('1 layer', '2 batches')

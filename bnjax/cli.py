@@ -40,12 +40,12 @@ console, errors = Console(highlight=False), Console(stderr=True, highlight=False
 File = Annotated[
     Path,
     typer.Argument(
-        help="A checkpoint of safetensors, PyTorch or Flax, whatever its suffix, or a folder of "
-        "orbax or Hugging Face."
+        help="A safetensors, PyTorch or Flax checkpoint with any suffix, or an orbax or "
+        "Hugging Face folder."
     ),
 ]
 Key = Annotated[
-    str | None, typer.Option(help="The part to take, such as state_dict_ema or model/ema.")
+    str | None, typer.Option(help="The part to use, such as state_dict_ema or model/ema.")
 ]
 
 
@@ -54,7 +54,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 @contextmanager
 def failing(code: int) -> Iterator[None]:
-    """Turn an error for the user into a message and an exit code, a crash into one of its own."""
+    """Turn expected errors into a message and an exit code, and crashes into another code."""
     try:
         yield
     except (OSError, TypeError, ValueError, ModuleNotFoundError) as error:
@@ -69,12 +69,12 @@ def failing(code: int) -> Iterator[None]:
 
 
 def output() -> Console:
-    """Where tables go: in a file or a pipe they are as wide as paths in one piece make them."""
+    """The console for tables; in a file or a pipe it is wide enough not to break paths."""
     return console if console.is_terminal else Console(highlight=False, width=_UNBROKEN)
 
 
 def show_version(wanted: bool) -> None:
-    """Print the version and end."""
+    """Print the version and exit."""
     if wanted:
         print(f"bnjax {bnjax.__version__}")
         raise typer.Exit
@@ -103,7 +103,7 @@ def inspect(
     """List the batch norms in a checkpoint and report what is wrong with them.
 
     The table has one row for each batch norm. Problems are statistics that were never updated,
-    values that are NaN or infinite, negative variances, and shapes that do not fit together.
+    values that are NaN or infinite, negative variances, and mismatched shapes.
     """
     from bnjax.checkpoints import files, inspection
     from bnjax.checkpoints.formats.shards import shard
@@ -131,7 +131,7 @@ def show(layers: "list[Layer]", problems: list[str], notes: list[str], title: st
 
     table = Table(
         title=f"batch norms in {escape(title)}",
-        caption="updates: batches counted. dead: channels of constant output, weak: nearly so.",
+        caption="updates: batches counted. dead: constant output, weak: almost constant.",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
@@ -154,7 +154,7 @@ def show(layers: "list[Layer]", problems: list[str], notes: list[str], title: st
     if quiet := sum(layer.dead + layer.nearly_dead for layer in layers):
         notes = [
             *notes,
-            f"{quiet} channels are dead or weak: their output has a standard deviation of 0 "
+            f"{quiet} channels are dead or weak: the standard deviation of their output is 0 "
             f"or below {NEARLY_DEAD}, so they could be pruned",
         ]
     for note in notes:
@@ -168,38 +168,38 @@ def convert(
     source: File,
     target: Annotated[
         Path,
-        typer.Argument(help="Where to write. The suffix chooses the format; none is orbax."),
+        typer.Argument(help="Where to write. The suffix sets the format; no suffix is orbax."),
     ],
     key: Key = None,
     like: Annotated[
         Path | None,
         typer.Option(
-            help="A checkpoint of the same model in the other framework, whose names, layouts "
-            "and dtypes the arrays take."
+            help="A checkpoint of the same model in the other framework: convert to its names, "
+            "layouts and dtypes."
         ),
     ] = None,
     rename: Annotated[
         list[str] | None,
         typer.Option(
-            help="PYTORCH=FLAX: match a module path or an array whose names differ. Repeatable; "
+            help="PYTORCH=FLAX: match modules or arrays whose names differ. Repeatable; "
             "needs --like."
         ),
     ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option(help="Leave out arrays whose name fits this glob. Repeatable; needs --like."),
+        typer.Option(help="Skip arrays whose name matches this glob. Repeatable; needs --like."),
     ] = None,
     flatten: Annotated[
         list[str] | None,
         typer.Option(
-            help="LAYER=C,H,W: this linear layer (Flax path) follows a flatten of feature maps of "
-            "that shape. Repeatable; needs --like."
+            help="LAYER=C,H,W: the linear layer at this Flax path follows a flatten of feature "
+            "maps of this shape. Repeatable; needs --like."
         ),
     ] = None,
     transposed: Annotated[
         list[str] | None,
         typer.Option(
-            help="Treat layers whose Flax path fits this glob as transposed convolutions. "
+            help="Treat layers whose Flax path matches this glob as transposed convolutions. "
             "Repeatable; needs --like."
         ),
     ] = None,
@@ -207,9 +207,9 @@ def convert(
     """Write a checkpoint in another format, or for the other framework.
 
     Without --like, names and values stay the same, bit for bit. To convert between PyTorch and
-    Flax, pass --like FILE, a checkpoint of the same model in the other framework, of any values.
-    It is needed because a weight alone does not say which kind of layer it belongs to. What is no
-    array, such as a name or a vocabulary, is left out.
+    Flax, pass --like FILE, a checkpoint of the same model in the other framework, with any values:
+    a weight alone does not tell what kind of layer it belongs to. Anything that is not an array,
+    such as a name or a vocabulary, is left out.
     """
     from bnjax.checkpoints import files, parts
 
@@ -225,14 +225,18 @@ def convert(
             "flatten": {layer: shape(text) for layer, text in map(pair, flatten or ())} or None,
             "transposed": transposed,
         }
+        left: list[str] = []
         if template is not None:
-            tree = renamed(picked(tree, source), picked(template, like), options)
+            from bnjax.checkpoints.frameworks import converted_like
+
+            tree = converted_like(picked(tree, source), picked(template, like), options)
         elif any(options.values()):
-            raise ValueError("These options are for a change of names: add --like FILE.")
-        tree, left = parts.arrays_in(tree)
+            raise ValueError("These options convert names, so they need --like FILE.")
+        else:
+            tree, left = parts.arrays_in(tree)
         files.save(target, tree)
     if left:
-        text = f"left out, as they are no arrays: {parts.named(left)}"
+        text = f"left out, not being arrays: {parts.named(left)}"
         console.print(escape(text), soft_wrap=True)
     console.print(f"wrote {escape(str(target))}", soft_wrap=True)
 
@@ -240,34 +244,32 @@ def convert(
 @app.command()
 def diagnose(
     model: Annotated[
-        str, typer.Argument(help="package.module:make_model, a function without arguments.")
+        str, typer.Argument(help="package.module:make_model, a function that takes no arguments.")
     ],
     variables: Annotated[Path, typer.Option(help="The checkpoint of the model.")],
     data: Annotated[
         Path,
         typer.Option(
-            help="The inputs: an .npy file, or an .npz file with one array or one named `x`."
+            help="The inputs: an .npy file, or an .npz file with a single array or one named `x`."
         ),
     ],
     key: Key = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="The batch size that the model was trained with.")
-    ] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="The batch size used in training.")] = 64,
     apply: Annotated[
         str,
         typer.Option(
-            help='The arguments of the model in evaluation, as JSON, such as {"train": false}.'
+            help='Arguments of the model in evaluation, as JSON, such as {"train": false}.'
         ),
     ] = "{}",
     steps: Annotated[
-        int | None, typer.Option(min=0, help="For how many steps the model was trained.")
+        int | None, typer.Option(min=0, help="How many steps the model was trained for.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the report to this picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the report to this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Explain why a model is worse in evaluation than in training.
 
-    For each problem it names the layer, the evidence, the cause and a line of code that fixes it.
+    For each problem, print the layer, the evidence, the cause and a line of code that fixes it.
     """
     from flax import nnx
 
@@ -291,21 +293,21 @@ def diagnose(
 
 
 def made_by(target: str) -> Any:
-    """The model that the function at `package.module:function` makes."""
+    """Make the model with the function at `package.module:function`."""
     module, colon, name = target.partition(":")
     if not colon or "/" in module or module.endswith(".py"):
         raise ValueError(
             f"Expected package.module:make_model, with dots as in an import, got {target!r}."
         )
-    sys.path.insert(0, "")  # as `python -m` does for modules in the current folder
+    sys.path.insert(0, "")  # the current folder, as in `python -m`
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # it is there, and imports what is not
+            raise  # the module exists, but one of its imports does not
         raise ValueError(
             f"There is no module {error.name!r} in {Path.cwd()} or among the installed packages. "
-            "Run the command in the folder that the module is in, or set PYTHONPATH to it."
+            "Run the command in the folder of the module, or set PYTHONPATH to it."
         ) from error
     make = getattr(found, name, None)
     if make is None:
@@ -323,7 +325,7 @@ def made_by(target: str) -> Any:
 
 
 def arguments(text: str) -> dict[str, Any]:
-    """Named arguments, from JSON."""
+    """Keyword arguments, from JSON."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
@@ -334,7 +336,7 @@ def arguments(text: str) -> dict[str, Any]:
 
 
 def inputs(path: Path) -> "np.ndarray":
-    """The array of an .npy file, the array `x` of an .npz file, or its only one."""
+    """The array in an .npy file, or the array `x` or the only one in an .npz file."""
     import numpy as np
 
     file = np.load(path, allow_pickle=False)
@@ -343,79 +345,33 @@ def inputs(path: Path) -> "np.ndarray":
     with file:
         names = ["x"] if "x" in file else list(file)
         if len(names) != 1:
-            raise ValueError(f"{path} must hold the inputs as `x`, or alone, got {names}.")
+            raise ValueError(f"{path} must hold one array, or the inputs as `x`, got {names}.")
         return file[names[0]]
 
 
 def check_apart(target: Path, *sources: Path | None) -> None:
-    """What is read is not written over."""
+    """Check that the target overwrites none of the sources."""
     for source in sources:
         if source is None or not (source.exists() and target.exists()):
             continue
         if source.resolve() in (target.resolve(), *target.resolve().parents):
             raise ValueError(
-                f"To write {target} would destroy {source}, which is read. Give it another name."
+                f"Writing {target} would overwrite {source}, an input. Give it another name."
             )
 
 
 def picked(tree: dict[str, Any], path: Path | None) -> Any:
-    """The only model in a checkpoint; where it is a part, it is said which."""
+    """The only model in a checkpoint; print which part it is, unless it is all of it."""
     from bnjax.checkpoints.contents import ContentError
     from bnjax.checkpoints.parts import model_in
 
     try:
         part, model = model_in(tree)
     except ContentError as error:
-        raise ValueError(f"Of {path}, {error} Choose one by --key.") from error
+        raise ValueError(f"In {path}, {error} Choose one with --key.") from error
     if part:
-        console.print(escape(f"took {part} of {path}"), soft_wrap=True)
+        console.print(escape(f"took {part} from {path}"), soft_wrap=True)
     return model
-
-
-def renamed(tree: dict[str, Any], template: dict[str, Any], options: dict[str, Any]) -> Any:
-    """The tree with names and layouts of the template, which is in the other naming."""
-    from bnjax.checkpoints.conversion import from_torch, to_torch
-
-    flax, other = map(is_flax, (tree, template))
-    if flax == other:
-        naming = "Flax's (such as `kernel` and `scale`)" if flax else "PyTorch's"
-        raise ValueError(
-            f"Both files have {naming} naming, so --like changes nothing: leave it out. Of a "
-            "nested checkpoint, save the state dict or the variables alone."
-        )
-    if other:
-        return from_torch(tree, None, as_variables(template), **options)
-    return to_torch(as_variables(tree), template, **options, numpy=True)
-
-
-def is_flax(tree: dict[str, Any]) -> bool:
-    """Whether names are those of linen variables or an nnx state."""
-    from flax.traverse_util import flatten_dict
-
-    from bnjax.models.variables import of_variable
-
-    last = {of_variable(tuple(map(str, names)))[-1] for names in flatten_dict(tree)}
-    known = {"kernel", "scale", "embedding", "mean", "var"} & last
-    return bool(known or ({"params", "batch_stats"} & {*tree} and not "".join(last).count(".")))
-
-
-def as_variables(tree: dict[str, Any]) -> Any:
-    """What was saved of linen variables as it is, of an nnx state as a state."""
-    if {"params", "batch_stats"} & {*tree}:
-        return tree
-    from flax import nnx
-    from flax.traverse_util import flatten_dict
-
-    from bnjax.models.variables import of_variable
-
-    flat = {of_variable(keys): x for keys, x in flatten_dict(tree).items()}
-    streams = {keys[:-1] for keys in flat if keys[-1] == "key"}
-    kinds = {"mean": nnx.BatchStat, "var": nnx.BatchStat, "count": nnx.BatchStat}
-
-    def kind(keys: tuple[Any, ...]) -> Any:
-        return nnx.RngState if keys[:-1] in streams else kinds.get(keys[-1], nnx.Param)
-
-    return nnx.from_flat_state((keys, kind(keys)(x)) for keys, x in flat.items())
 
 
 def pair(text: str) -> tuple[str, str]:
@@ -427,7 +383,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """Numbers with commas between."""
+    """Comma-separated integers."""
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise ValueError(f"Expected a shape such as 512,7,7, got {text!r}.")
     return tuple(map(int, text.split(",")))

@@ -7,5 +7,5 @@ from bnjax.models.diagnosis import Finding, Report, diagnose
 
 __all__ = ["Finding", "Report", "diagnose"]
 
-if not TYPE_CHECKING:  # else every name would seem to exist
+if not TYPE_CHECKING:  # or type checkers would accept any name
     __getattr__, __dir__ = front(__name__, __all__)

@@ -1,4 +1,4 @@
-"""What normalizes, and how the running statistics start: settings of layers, `using=` and more."""
+"""Policies: which statistics a layer normalizes with (`using=`), and how running ones start."""
 
 from bnjax.core.policies import Batch, Blend, Debiased, Example, Policy, Renorm, Running
 

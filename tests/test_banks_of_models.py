@@ -135,7 +135,7 @@ def test_a_diagnosis_has_each_bank_by_its_name():
     stats = variables["batch_stats"]["bn"]
     lost = {**stats, "mean": stats["mean"].at[1].set(0), "var": stats["var"].at[1].set(1)}
     report = bnjax.diagnose(net, {**variables, "batch_stats": {"bn": lost}}, batches)
-    assert [row["layer"] for row in report.layers] == ["bn[clean]", "bn[noisy]"]
+    assert [row["path"] for row in report.layers] == ["bn[clean]", "bn[noisy]"]
     assert {finding.layers for finding in report.findings} == {("bn[noisy]",)}
 
 

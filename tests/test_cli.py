@@ -77,7 +77,7 @@ def test_inspect_finds_what_is_wrong(tmp_path):
     code, output = run("inspect", tmp_path / "model.safetensors")
     assert code == 1
     assert [line[9:] for line in output.splitlines() if line.startswith("problem")] == PROBLEMS
-    assert "note: 5 channels are dead or weak: their output has a standard deviation of" in output
+    assert "note: 5 channels are dead or weak: the standard deviation of their output is" in output
     assert output.endswith("verdict: 4 problems found (4 batch norms)\n")
 
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_without_statistics_is_a_problem(tmp_path):
     bnjax.save(tmp_path / "model.msgpack", {"params": moved()["params"]})
     code, output = run("inspect", tmp_path / "model.msgpack")
     assert code == 1
-    assert output.startswith("problem  no batch norm has running statistics here: were they saved,")
+    assert output.startswith("problem  no batch norm has running statistics: were they saved?")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_checkpoint_without_statistics_is_a_problem(tmp_path):
 )
 def test_arrays_that_do_not_fit_together_are_a_problem(arrays):
     problems = inspection.problems(inspection.inspect(arrays))
-    assert problems[0].startswith("bn: running mean, variance, scale and bias do not fit together")
+    assert problems[0].startswith("bn: running mean, variance, scale and bias differ in shape")
 
 
 def test_stacked_and_empty_layers_have_rows():
@@ -240,7 +240,7 @@ def test_convert_takes_an_nnx_state_on_either_side_of_like(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rename", "a=b"], "These options are for a change of names: add --like FILE."),
+        (["--rename", "a=b"], "These options convert names, so they need --like FILE."),
         (
             ["--like", "model.safetensors"],
             "Both files have PyTorch's naming, so --like changes nothing: leave it out. Of a "
@@ -280,7 +280,7 @@ def test_a_conversion_leaves_out_and_names_what_is_no_array(tmp_path):
         code, output = run("convert", tmp_path / "m.msgpack", tmp_path / f"o.{suffix}")
         assert (code, output) == (
             0,
-            "left out, as they are no arrays: arch, callbacks/best (1 entry), callbacks/mode, "
+            "left out, not being arrays: arch, callbacks/best (1 entry), callbacks/mode, "
             f"char2idx (2 entries)\nwrote {tmp_path / f'o.{suffix}'}\n",
         )
         expected = {"state_dict": FINE, "step": np.array(3), "callbacks": {"seen": np.array(7)}}
@@ -302,15 +302,15 @@ def test_a_model_inside_is_taken_and_said(tmp_path):
     code, output = run("convert", source, there, "--like", like)
     assert (code, output) == (
         0,
-        f"took net of {source}\ntook state of {like}\nwrote {there}\n",
+        f"took net from {source}\ntook state from {like}\nwrote {there}\n",
     )
     chex.assert_trees_all_equal(bnjax.load(there), bnjax.from_torch(layer("bn1"), None, variables))
     bnjax.save(source, {"net": layer("bn1"), "net_ema": layer("bn1")})
     code, output = run("convert", source, there, "--like", like)
-    message = f"Of {source}, it holds several models: net, net_ema. Choose one by --key.\n"
+    message = f"In {source}, it holds several models: net, net_ema. Choose one with --key.\n"
     assert (code, output) == (1, message)
     code, output = run("convert", source, there, "--like", like, "--key", "net_ema")
-    assert (code, output) == (0, f"took state of {like}\nwrote {there}\n")
+    assert (code, output) == (0, f"took state from {like}\nwrote {there}\n")
     code, output = run("convert", source, there, "--key", "ema")
     assert (code, output) == (
         2,
@@ -327,7 +327,7 @@ def test_a_conversion_does_not_overwrite_what_it_reads(tmp_path):
     for arguments in ((source, source), (link, source), (source, link), (tmp_path, source)):
         code, output = run("convert", *arguments)
         read, written = arguments
-        message = f"To write {written} would destroy {read}, which is read. Give it another name.\n"
+        message = f"Writing {written} would overwrite {read}, an input. Give it another name.\n"
         assert (code, output) == (1, message)
     bnjax.save(tmp_path / "other.msgpack", moved())
     code, output = run("convert", tmp_path / "other.msgpack", source, "--like", source)
@@ -339,8 +339,8 @@ def test_a_suffix_that_is_not_written_is_told(tmp_path):
     bnjax.save(tmp_path / "m.msgpack", FINE)
     code, output = run("convert", tmp_path / "m.msgpack", tmp_path / "m.h5")
     message = (
-        f"Cannot save to {tmp_path / 'm.h5'}: '.h5' is the suffix of no format that is written "
-        "here. Formats are .safetensors, .pth and .pt (PyTorch), .msgpack (Flax), and a folder "
+        f"Cannot save to {tmp_path / 'm.h5'}: '.h5' is not a supported suffix. Formats are "
+        ".safetensors, .pth and .pt (PyTorch), .msgpack (Flax), and a folder "
         "without a suffix (orbax).\n"
     )
     assert (code, output) == (1, message)

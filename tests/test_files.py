@@ -107,8 +107,8 @@ def test_a_folder_is_not_replaced(tmp_path):
     (tmp_path / "file").touch()
     for name, what in (("model", "folder"), ("file", "file")):
         message = (
-            f"There is a {what} at {tmp_path / name}, and a {what} can't be replaced by a folder "
-            "in one moment. Choose another name, or remove it first."
+            f"There is a {what} at {tmp_path / name}, and a {what} can't be replaced atomically by "
+            f"a folder. Choose another name, or remove it first."
         )
         with pytest.raises(FileExistsError, match=f"^{re.escape(message)}$"):
             bnjax.save(tmp_path / name, VARIABLES)
@@ -165,34 +165,34 @@ def test_what_a_checkpoint_holds_beside_arrays_stays(tmp_path):
         (
             "model.bin",
             {},
-            "Cannot save to {}: '.bin' is the suffix of no format that is written here. Formats "
+            "Cannot save to {}: '.bin' is not a supported suffix. Formats "
             "are .safetensors, .pth and .pt (PyTorch), .msgpack (Flax), and a folder without a "
             "suffix (orbax).",
         ),
         (
             "model.msgpack",
             {"a": {"b": "text"}, "key": print},
-            "Cannot save to {}: a checkpoint holds arrays of numbers alone, but these are none: "
+            "Cannot save to {}: a checkpoint holds only arrays of numbers, but these are not: "
             "a/b (str), key (builtin_function_or_method). Leave them out.",
         ),
         (
             "model.msgpack",
             {"names": np.array(["a", "b"]), "when": np.zeros(2, "M8[s]")},
-            "Cannot save to {}: a checkpoint holds arrays of numbers alone, but these are none: "
+            "Cannot save to {}: a checkpoint holds only arrays of numbers, but these are not: "
             "names (<U1), when (datetime64[s]). Leave them out.",
         ),
         (
             "model.safetensors",
             {"a": np.zeros(2, jnp.float8_e5m2), "b": np.zeros(2, np.complex128)},
-            "Cannot save to {}: this format has no such numbers: a (float8_e5m2), b (complex128). "
-            "Convert them, or save as .msgpack, which has all.",
+            "Cannot save to {}: this format does not support these dtypes: a (float8_e5m2), b "
+            "(complex128). Convert them, or save as .msgpack, which supports all.",
         ),
         *(
             (
                 name,
                 {"a": np.zeros(2, jnp.int4)},
-                "Cannot save to {}: this format has no such numbers: a (int4). Convert them, or "
-                "save as .msgpack, which has all.",
+                "Cannot save to {}: this format does not support these dtypes: a (int4). Convert "
+                "them, or save as .msgpack, which supports all.",
             )
             for name in ("model.pth", "model")
         ),
@@ -211,19 +211,19 @@ def test_what_a_checkpoint_holds_beside_arrays_stays(tmp_path):
         (
             "model.msgpack",
             np.ones(2),
-            "Cannot save to {}: it holds a ndarray where a dict of names and arrays is expected. "
-            "Save the `state_dict()`, the variables or the training state of a model.",
+            "Cannot save to {}: it must hold a dict of arrays by name, got ndarray. Save the "
+            "`state_dict()`, the variables or the training state of a model.",
         ),
         (
             "model.safetensors",
             {"a/b": np.ones(2)},
-            "Cannot save to {}: the name 'a/b' has a '/', which stands between the names of nested "
-            "dicts here. Rename it, or save as .msgpack.",
+            "Cannot save to {}: the name 'a/b' contains '/', which separates the names of nested "
+            "dicts. Rename it, or save as .msgpack.",
         ),
         (
             "model",
             {"a": {"..": np.ones(2)}},
-            "Cannot save to {}: it has the name '..' in a, and a name is no such path.",
+            "Cannot save to {}: the name '..' in a is not a valid path.",
         ),
     ],
 )

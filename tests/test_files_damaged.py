@@ -49,7 +49,7 @@ class Runs:
         return Path.touch, (self.target,)
 
 
-TRUSTED = "load it with torch and save its `state_dict()` alone."
+TRUSTED = "load it with torch and save only its `state_dict()`."
 
 
 @pytest.mark.parametrize("archived", [True, False])
@@ -60,7 +60,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, archived):
     held = "builtins.getattr, pathlib.Path, pathlib.PosixPath" if archived else "getattr"
     message = (
         f"Cannot read {path} as a PyTorch checkpoint: besides tensors and plain containers it "
-        f"holds {held}, and to unpickle that could run code.\nWhere you trust it, {TRUSTED}"
+        f"holds {held}, and unpickling that could run code.\nIf you trust it, {TRUSTED}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.load(path)
@@ -75,8 +75,8 @@ def test_a_pickle_of_others_is_refused_by_what_it_would_call(tmp_path, protocol)
     held = {2: "__builtin__.getattr, pathlib.Path", 4: "pathlib.Path.touch"}[protocol]
     message = (
         f"Cannot read {path} as a PyTorch checkpoint: it is a pickle that `torch.save` did not "
-        f"write, of {held}, pathlib.PosixPath, or damaged at its start, and to unpickle it could "
-        "run code.\nWhere you trust it, load it with pickle and save its arrays with `bnjax.save`."
+        f"write, of {held}, pathlib.PosixPath, or damaged at its start, and unpickling it could "
+        "run code.\nIf you trust it, load it with pickle and save its arrays with `bnjax.save`."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.load(path)
@@ -100,10 +100,11 @@ def test_what_pytorch_refuses_is_named_with_its_way_to_allow_it(tmp_path, held, 
     torch = pytest.importorskip("torch")
     path = tmp_path / "best.pth"
     torch.save({"model": {"w": torch.ones(2)}, "beside": held}, path)
-    allow = f"allow it before by `torch.serialization.add_safe_globals([{', '.join(names)}])`,\nor "
+    listed = ", ".join(names)
+    allow = f"first allow it with `torch.serialization.add_safe_globals([{listed}])`,\nor "
     message = (
         f"Cannot read {path} as a PyTorch checkpoint: besides tensors and plain containers it "
-        f"holds {', '.join(names)}, and to unpickle that could run code.\nWhere you trust it, "
+        f"holds {', '.join(names)}, and unpickling that could run code.\nIf you trust it, "
         f"{'' if 'posix.system' in names else allow}{TRUSTED}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -114,7 +115,7 @@ def test_a_whole_module_is_named_and_what_is_allowed_is_read(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"model": torch.nn.Sequential(torch.nn.Linear(1, 1))}, tmp_path / "module.pth")
     held = "torch.nn.modules.container.Sequential, torch.nn.modules.linear.Linear"
-    with pytest.raises(ValueError, match=re.escape(f"it holds {held}, and to unpickle that")):
+    with pytest.raises(ValueError, match=re.escape(f"it holds {held}, and unpickling that")):
         bnjax.load(tmp_path / "module.pth")
     torch.save({"args": argparse.Namespace(lr=0.1), "w": torch.ones(2)}, tmp_path / "args.pth")
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -146,8 +147,8 @@ def test_the_oldest_format_of_pytorch_is_named(tmp_path):
             archive.addfile(member, io.BytesIO(b"abc"))
     message = (
         f"Cannot read {path} as a PyTorch checkpoint: it is in the tar format that `torch.save` "
-        "wrote before PyTorch 0.1.10, which can't be read without running code. Where you trust "
-        "it, load it by `torch.load(path, weights_only=False)` and save its `state_dict()`."
+        "wrote before PyTorch 0.1.10, which can't be read without running code. If you trust it, "
+        "load it with `torch.load(path, weights_only=False)` and save its `state_dict()`."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.load(path)
@@ -170,13 +171,13 @@ def test_the_oldest_format_of_pytorch_is_named(tmp_path):
         (
             "a.pth",
             b"\n<!DOCTYPE html><html></html>",
-            "a checkpoint: it is a web page or XML. Was the link that of a page around the file? "
+            "a checkpoint: it is a web page or XML. Did the link lead to a page about the file? "
             "Download it again.",
         ),
         (
             "a.xyz",
             b"something",
-            "a checkpoint: its content is that of no format that is read here, or it is damaged.",
+            "a checkpoint: it is in no known format, or damaged.",
         ),
         (
             "a.pth",
@@ -204,7 +205,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path, name, content, messag
         ),
         (
             ["readme.txt"],
-            "it is a zip archive of other things, such as ['readme.txt']. Unpack it before.",
+            "it is a zip archive of other things, such as ['readme.txt']. Unpack it first.",
         ),
     ],
 )
@@ -226,7 +227,7 @@ def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
     ):
         for name in archive.namelist():
             bomb.writestr(name, archive.read(name))
-    message = "its parts are larger than the file, as `torch.save` writes none."
+    message = "its parts are larger than the file, which `torch.save` never writes."
     with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
         bnjax.load(tmp_path / "bomb.pth")
 
@@ -237,7 +238,7 @@ def test_containers_that_repeat_without_end_are_refused(tmp_path):
     for _ in range(30):
         tree = [tree, tree]
     torch.save({"tree": tree}, tmp_path / "bomb.pth")
-    message = "its containers repeat, more often than the file has bytes."
+    message = "its containers repeat more often than the file has bytes."
     with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
         bnjax.load(tmp_path / "bomb.pth")
 
@@ -272,14 +273,14 @@ def test_a_name_that_is_a_path_elsewhere_is_refused(tmp_path, name):
     pytest.importorskip("safetensors")
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors_of(name))
-    message = f"Cannot read {path} as safetensors: it has the name {name!r}, and a name is no such "
+    message = f"Cannot read {path} as safetensors: the name {name!r} is not a valid path."
     with pytest.raises(ValueError, match=re.escape(message)):
         bnjax.load(path)
     from flax.serialization import msgpack_serialize
 
     path = tmp_path / "model.msgpack"
     path.write_bytes(msgpack_serialize({"params": {name: np.ones(1)}}))
-    with pytest.raises(ValueError, match=r"it has the name .* in params, and a name is no such"):
+    with pytest.raises(ValueError, match=r"the name .* in params is not a valid path"):
         bnjax.load(path)
 
 
@@ -296,8 +297,8 @@ def test_a_folder_of_checkpoints_names_those_inside(tmp_path):
     for name in ("a", "b"):
         bnjax.save(tmp_path / "run" / name / "model", VARIABLES)
     message = (
-        f"Cannot read {tmp_path / 'run'} as a checkpoint: the folder itself is no checkpoint. "
-        f"These are some: {tmp_path / 'run' / 'a'}, {tmp_path / 'run' / 'b'}."
+        f"Cannot read {tmp_path / 'run'} as a checkpoint: the folder is not a checkpoint itself. "
+        f"It holds {tmp_path / 'run' / 'a'}, {tmp_path / 'run' / 'b'}."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)} Formats are "):
         bnjax.load(tmp_path / "run")
@@ -307,7 +308,7 @@ def test_what_is_no_tree_is_told(tmp_path):
     from flax.serialization import msgpack_serialize
 
     (tmp_path / "model.msgpack").write_bytes(msgpack_serialize(np.ones(2)))
-    with pytest.raises(ValueError, match="it holds a ndarray where a dict of names and arrays is"):
+    with pytest.raises(ValueError, match="it must hold a dict of arrays by name, got ndarray"):
         bnjax.load(tmp_path / "model.msgpack")
 
 

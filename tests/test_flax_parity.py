@@ -144,7 +144,8 @@ def test_the_call_has_flaxs_arguments():
         [(p.name, p.kind, p.default) for p in inspect.signature(B.__call__).parameters.values()]
         for B in (nn.BatchNorm, bnjax.linen.BatchNorm)
     )
-    assert ours == flaxs
+    assert ours[: len(flaxs)] == flaxs
+    assert all(each[1:] == (inspect.Parameter.KEYWORD_ONLY, None) for each in ours[len(flaxs) :])
 
 
 def test_the_layer_takes_the_name_and_the_place_of_flaxs_in_a_model():

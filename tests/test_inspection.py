@@ -59,7 +59,7 @@ def test_a_counter_in_bfloat16_is_a_number(tmp_path):
 
 FROZEN = (
     "the statistics are 0 and 1, but scale and bias are trained and no batches were counted. That "
-    "is right for a frozen batch norm whose statistics are folded into them (FrozenBatchNorm2d of "
+    "is right for a frozen batch norm with its statistics folded into them (FrozenBatchNorm2d of "
     "a Caffe2 backbone), and wrong if the statistics were lost"
 )
 
@@ -103,8 +103,8 @@ def test_frozen_layers_are_one_note_and_no_failure(tmp_path):
     [
         (
             -5e-6,
-            "2 running variances are negative, down to -5e-06, as where an eps was taken off at "
-            "loading: add it again, or clip them to 0",
+            "2 running variances are negative, down to -5e-06, as if an eps was subtracted at "
+            "loading: add it back, or clip them to 0",
         ),
         (-0.5, "2 running variances are negative"),
     ],

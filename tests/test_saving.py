@@ -100,7 +100,7 @@ def test_keys_of_other_kinds_come_back(tmp_path, kind):
     assert bits(found.rng) == bits(state.rng)
     assert str(jax.tree.map(jnp.result_type, found.rng)).startswith("key<")
     assert jax.tree.map(jnp.result_type, found.rng) == jax.tree.map(jnp.result_type, state.rng)
-    message = r"does not fit `like`: of another shape \['noise \(2, 4\) not \(2, 2\)', 'rng"
+    message = r"does not match `like`: wrong shape \['noise \(2, 4\) not \(2, 2\)', 'rng"
     with pytest.raises(ValueError, match=message):
         bnjax.load(tmp_path / "state.msgpack", like=linen_state(1))
 
@@ -184,9 +184,9 @@ def test_what_does_not_fit_is_named(tmp_path, suffix):
     bnjax.save(path, {"a": np.ones(2), "b": {"c": np.ones((2, 3)), "d": np.ones(1)}})
     like = {"a": np.ones(2, int), "b": {"c": np.ones((3, 2))}, "e": [np.ones(4)]}
     message = (
-        "it does not fit `like`: missing ['e/0'], unknown ['b/d'], of another shape ['b/c (2, 3) "
-        "not (3, 2)'], of another kind ['a float64 not int64']. Is it of another model or "
-        "optimizer? Without `like` it is loaded as it is."
+        "it does not match `like`: missing ['e/0'], unknown ['b/d'], wrong shape ['b/c (2, 3) "
+        "not (3, 2)'], wrong dtype ['a float64 not int64']. Is it from another model or "
+        "optimizer? Without `like`, it loads unchanged."
     )
     with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
         bnjax.load(path, like=like)
@@ -224,11 +224,11 @@ def test_the_newest_step_of_a_manager_is_loaded(tmp_path, state, capfd):
 def test_a_folder_without_one_checkpoint_is_told(tmp_path):
     for name in ("a", "b"):
         bnjax.save(tmp_path / f"{name}.msgpack", {"w": np.ones(2)})
-    message = f"the folder itself is no checkpoint. These are some: {tmp_path}/a.msgpack, "
+    message = f"the folder is not a checkpoint itself. It holds {tmp_path}/a.msgpack, "
     with pytest.raises(ValueError, match=re.escape(message)):
         bnjax.load(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"the folder itself is no checkpoint. None is inside."):
+    with pytest.raises(ValueError, match=r"the folder is not a checkpoint itself. It holds none."):
         bnjax.load(tmp_path / "empty")
 
 
@@ -243,7 +243,7 @@ def test_what_others_keep_beside_the_weights_has_any_name(tmp_path):
     held = {"w": np.ones(2), "vocabulary": {".": 1, "": 3}, "best": {"./a//b.ckpt": np.ones(())}}
     (tmp_path / "m.msgpack").write_bytes(serialization.msgpack_serialize(held))
     chex.assert_trees_all_equal(bnjax.load(tmp_path / "m.msgpack"), held)
-    with pytest.raises(ValueError, match=r"it has the name '\.' in vocabulary, and a name is no"):
+    with pytest.raises(ValueError, match=r"the name '\.' in vocabulary is not a valid path"):
         bnjax.save(tmp_path / "other.msgpack", held)
 
 

@@ -65,6 +65,7 @@ FLOORS = {
         {"formats", "writable"},
         {"folders", "parts"},
         {"files", "inspection", "conversion"},
+        {"frameworks"},
     ),
     "bnjax.checkpoints.formats": (
         {"needs", "pickles", "signatures"},

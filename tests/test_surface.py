@@ -60,9 +60,7 @@ def reports() -> dict[str, Any]:
 
 def test_help_has_a_table_of_all_public_names():
     text = pydoc.plain(pydoc.render_doc(bnjax))
-    assert (
-        "recalibrate             recompute the running statistics over a data set, exactly" in text
-    )
+    assert "recalibrate             recompute the running statistics exactly over a data" in text
     assert f"VERSION\n    {bnjax.__version__}\n" in text
     modules = {"linen", "nnx", "training", "masks", "diagnosis"}
     for name in set(bnjax.__all__) - modules:

@@ -1,1 +1,1 @@
-"""Checkpoint files: read, written, inspected, and converted from and to PyTorch."""
+"""Read, write and inspect checkpoint files, and convert from and to PyTorch."""

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as nested dicts of arrays; a file of plain containers needs no JAX."""
+"""Contents of checkpoints as nested dicts of arrays; plain containers need no JAX."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -6,21 +6,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Leaf = Callable[[Any, str], Any]
-# Whether an array is wanted, by its name and shape.
+# Whether to load an array, by its name and shape.
 Only = Callable[[str, tuple[int, ...]], bool]
-UNWANTED = object()  # what a leaf becomes that is left out
+UNWANTED = object()  # returned for a leaf to leave out
 
 
 class ContentError(Exception):
-    """What is wrong with the contents, in a sentence."""
+    """A sentence on what is wrong with the contents."""
 
 
 class Node(NamedTuple):
-    """One level of a tree: its parts by name, and what makes it of other parts."""
+    """One level of a tree: its parts by name, and a function that rebuilds it from new parts."""
 
     parts: Mapping[Any, Any]
     made: Callable[[list[Any]], Any]
-    is_box: bool = False  # its one part has no name of its own
+    is_box: bool = False  # it wraps a single part without adding a name
 
 
 Opened = Callable[[Any], Node | None]
@@ -38,38 +38,38 @@ def plain(value: Any) -> Node | None:
 def as_dicts(
     value: Any, leaf: Leaf, *, paths: bool = False, opened: Opened = plain
 ) -> dict[str, Any]:
-    """Nested dicts with all leaves as `leaf(value, name)` gives them.
+    """Convert a tree to nested dicts, and each leaf to `leaf(value, name)`.
 
-    Sequences are dicts by "0", "1" and so on.
+    Sequences become dicts with the keys "0", "1" and so on.
 
     Args:
         value: the tree.
-        leaf: what its leaves become; `UNWANTED` leaves one out.
-        paths: whether all names must be those of paths, as what is written needs them; or those
-            above arrays alone, and a vocabulary or a table of scores by file may have any.
-        opened: what opens a level of the tree.
+        leaf: converts a leaf; return `UNWANTED` to leave it out.
+        paths: require every name to be a valid part of a path, as files need it, not only the names
+            above arrays. Otherwise, a vocabulary or a table of scores by file may have any keys.
+        opened: opens one level of the tree.
     """
     found = _dicts(value, leaf, "", paths, opened)
     if not isinstance(found, dict):
         raise ContentError(
-            f"it holds a {type(value).__name__} where a dict of names and arrays is expected. Save "
-            "the `state_dict()`, the variables or the training state of a model."
+            f"it must hold a dict of arrays by name, got {type(value).__name__}. Save the "
+            "`state_dict()`, the variables or the training state of a model."
         )
     return found
 
 
 def joined(parent: str, name: Any) -> str:
-    """The name of a part."""
+    """The full name of a part."""
     return f"{parent}/{name}" if parent else str(name)
 
 
 def is_path(name: Any) -> bool:
-    """Whether a name is one of a path: "a" and "a/b" are, ".." and "/a" are not."""
+    """Whether a name is a valid path: "a" and "a/b" are, ".." and "/a" are not."""
     return isinstance(name, (str, int)) and not set(str(name).split("/")) & {"", ".", ".."}
 
 
 def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What nested dicts hold, by name."""
+    """The leaves of nested dicts, with their full names."""
     if not isinstance(tree, Mapping):
         yield name, tree
         return
@@ -78,10 +78,10 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def part_of(tree: Any, key: str) -> Any:
-    """The part of nested dicts under a name, "/" between nested ones.
+    """The part of nested dicts under a name, with "/" between levels.
 
     Raises:
-        ContentError: there is none, or it is no dict.
+        ContentError: there is none, or it is not a dict.
     """
     part, above = tree, ""
     for name in key.split("/"):
@@ -96,7 +96,7 @@ def part_of(tree: Any, key: str) -> Any:
             )
         part, above = part[name], joined(above, name)
     if not isinstance(part, Mapping):
-        raise ContentError(f"`key` is {key!r}, which is no dict of names and arrays.")
+        raise ContentError(f"`key` is {key!r}, which is not a dict of arrays.")
     return part
 
 
@@ -113,9 +113,7 @@ def _dicts(value: Any, leaf: Leaf, name: str, paths: bool, opened: Opened) -> An
     }
     for key in node.parts:
         if not is_path(key) and (paths or any(np.ndim(x) for _, x in leaves(items[str(key)]))):
-            raise ContentError(
-                f"it has the name {key!r} in {name or 'it'}, and a name is no such path."
-            )
+            raise ContentError(f"the name {key!r} in {name or 'it'} is not a valid path.")
     if len(items) < len(node.parts):
-        raise ContentError(f"two names in {name or 'it'} differ by their type only.")
+        raise ContentError(f"two names in {name or 'it'} differ only in type.")
     return {key: item for key, item in items.items() if item is not UNWANTED}

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, read and written safely: load, save."""
+"""Read and write checkpoints safely: load, save."""
 
 import os
 from pathlib import Path
@@ -14,36 +14,36 @@ from bnjax.checkpoints.tensors import as_numpy
 def load(
     path: str | Path, *, like: Any = None, only: Only | None = None, key: str | None = None
 ) -> Any:
-    """The arrays of a checkpoint, whoever wrote it.
+    """Load the arrays of a checkpoint.
 
-    The content says what it is, whatever the name: safetensors; what `torch.save` wrote (`.pth`,
-    `.pt`, `.bin`, `.ckpt`, `.pth.tar`), which needs torch and is read by
-    `torch.load(weights_only=True)`; Flax's msgpack; a folder that orbax wrote; or several files
-    with an index, as Hugging Face has them. No code of a file is run and nothing is written.
+    The format is detected from the content, not the name: safetensors; files by `torch.save`
+    (`.pth`, `.pt`, `.bin`, `.ckpt`, `.pth.tar`), which need torch and are read with
+    `torch.load(weights_only=True)`; Flax's msgpack; orbax folders; and Hugging Face's sharded files
+    with an index. No code from the file is run, and nothing is written.
 
     Guide: examples/guides/checkpoints.md
 
     Args:
-        path: the file or folder; or a folder around the only checkpoint, or around the steps of a
-            training, of which it is the newest, or with a model of Hugging Face.
-        like: what was saved, with any values, such as a new `TrainState`, or `(model, optimizer)`
-            of nnx: gives the structure, dtypes and shardings. `jax.ShapeDtypeStruct` will do for
-            arrays. It is not touched.
-        only: whether an array is wanted, by its name ("/" between nested names) and shape; from a
-            safetensors file the others are not even read.
-        key: the part to take, such as "state_dict_ema" or "model/ema"; `only` is given the names
-            inside.
+        path: the file or folder. A folder may also contain a single checkpoint, the steps of one
+            run, of which the newest is loaded, or a Hugging Face model.
+        like: a tree like the one that was saved, with any values, such as a new `TrainState` or
+            nnx's `(model, optimizer)`: sets the structure, dtypes and shardings. Arrays may be
+            `jax.ShapeDtypeStruct`. It is not changed.
+        only: whether to load an array, by its name ("/" between nested names) and shape; from a
+            safetensors file, the others are not even read.
+        key: the part to load, such as "state_dict_ema" or "model/ema"; `only` gets the names inside
+            it.
 
     Returns:
-        A tree like `like`. Without it, a dict of NumPy arrays: a state dict of PyTorch has its
-        names, for `bnjax.from_torch`; what was nested (in a safetensors file: has "/" in its names)
-        is nested, with sequences as dicts by "0", "1" and so on. Random keys are their data. What
-        is no array, such as a string, stays as it is.
+        A tree like `like`. Without it, a dict of NumPy arrays: a PyTorch state dict keeps its
+        names, for `bnjax.from_torch`; nested trees (in a safetensors file: names with "/") stay
+        nested, with sequences as dicts with the keys "0", "1" and so on. Random keys are loaded as
+        their data. Anything that is not an array, such as a string, is kept.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, truncated, something else, or would run code; there is no
-            such `key`; or names, shapes or kinds of numbers are not those of `like`.
+        ValueError: the file is damaged, truncated, in another format, or would run code; there is
+            no such `key`; or names, shapes or kinds of numbers differ from those of `like`.
         ModuleNotFoundError: its format needs a package that is not installed.
     """
     path = Path(path)
@@ -65,36 +65,37 @@ def load(
         raise
     except ContentError as error:
         raise ValueError(f"Cannot read {path} as {what}: {error}") from error
-    except Exception as error:  # Each library has its own.
+    except Exception as error:  # each library raises its own
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         if not reason or isinstance(error, LookupError):
             reason = f"{type(error).__name__} {reason}".strip()
         raise ValueError(
-            f"Cannot read {path} as {what}: it is truncated, damaged or something else ({reason}). "
+            f"Cannot read {path} as {what}: it is truncated, damaged or another format ({reason}). "
             "Copy or download it again."
         ) from error
 
 
 def save(path: str | Path, tree: Any) -> None:
-    """Write a checkpoint that appears under its name when it is whole, or not at all.
+    """Save a checkpoint atomically.
 
-    A process that is killed meanwhile leaves what was there, and perhaps a hidden `.tmp` beside it.
+    If the process is killed meanwhile, a file at `path` stays as it was, perhaps with a hidden
+    `.tmp` beside it.
 
     Guide: examples/guides/checkpoints.md
 
     Args:
-        path: where it goes; the suffix chooses the format, as for `load`. A file there is replaced,
-            a folder is not.
+        path: where to save. The suffix sets the format: .safetensors, .pth or .pt, .msgpack, or
+            none for orbax. An existing file is replaced, a folder is not.
         tree: a state dict, linen variables, a `TrainState`, an nnx model, optimizer or state, or
             any tree of arrays, such as a dict or tuple of these. Random keys are saved as their
-            data; functions and other settings, such as a `TrainState` has them, are not.
+            data; functions and other static fields, as in a `TrainState`, are not saved.
 
     Raises:
-        ValueError: an unknown suffix, a leaf that is no array of numbers, an array of which another
-            process has a part, or a name or dtype that would not come back.
-        FileExistsError: the folder is there.
-        FileNotFoundError: there is no folder to save it in.
-        TypeError: the path is no path.
+        ValueError: an unknown suffix, a leaf that is not an array of numbers, an array that is
+            partly on another process, or a name or dtype that would not survive the round trip.
+        FileExistsError: the folder exists.
+        FileNotFoundError: the folder to save in does not exist.
+        TypeError: `path` is not a path.
         ModuleNotFoundError: the format needs a package that is not installed.
 
     >>> import tempfile, numpy as np
@@ -103,7 +104,7 @@ def save(path: str | Path, tree: Any) -> None:
     ...     load(f"{folder}/model.msgpack")
     {'params': {'bias': array([0, 1, 2])}}
 
-    A training, with its optimizer and random keys, comes back into a state like it:
+    Restore a training state, with its optimizer and random keys, into a new one:
 
     >>> import bnjax, jax, optax
     >>> from bnjax.training import init_state
@@ -120,7 +121,7 @@ def save(path: str | Path, tree: Any) -> None:
         raise TypeError(f"`path` comes first, as in save(path, tree), got {type(path).__name__}.")
     path = Path(path)
     suffix, form = format_to_write(path)
-    if suffix:  # orbax makes its folders
+    if suffix:  # orbax creates parent folders
         folder_of(path)
     from bnjax.checkpoints.writable import writable
 
@@ -136,7 +137,7 @@ def _located(path: Path) -> Path:
 
 
 def _wanted(key: str | None, only: Only | None) -> Only:
-    """Whether an array is wanted, by its name in the file."""
+    """Whether to load an array, by its name in the file."""
     start = "" if key is None else f"{key}/"
 
     def wanted(name: str, shape: tuple[int, ...]) -> bool:
@@ -146,7 +147,7 @@ def _wanted(key: str | None, only: Only | None) -> Only:
 
 
 def _plain(value: Any, name: str, wanted: Only) -> Any:
-    """An array as NumPy has it, if it is wanted; anything else as it is."""
+    """An array in NumPy, if it is wanted; anything else unchanged."""
     array = as_numpy(value)
     if array is None:
         return value

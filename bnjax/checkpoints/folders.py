@@ -1,4 +1,4 @@
-"""Folders with checkpoints in them, and the one that is meant."""
+"""Find the checkpoint in a folder."""
 
 import re
 from pathlib import Path
@@ -7,9 +7,9 @@ from bnjax.checkpoints.contents import ContentError
 from bnjax.checkpoints.formats import is_read
 from bnjax.checkpoints.formats.orbax import is_orbax, is_step
 
-# The usual names of what a manager of orbax saves beside records and data iterators.
+# What orbax's managers usually call the state that they save beside records and data iterators.
 _ITEMS = ("default", "state", "pytree")
-# The model in a folder of Hugging Face, beside its optimizer and tokenizer; the first one counts.
+# Models in a Hugging Face folder, beside optimizer and tokenizer; the first one found is used.
 _HUB = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 
 
@@ -33,13 +33,13 @@ def found_in(path: Path) -> Path:
     if is_step(path) and len(inside) > 1 and not items:
         return path
     if len(inside) != 1 and len(items) != 1:
-        there = f"These are some: {', '.join(map(str, inside))}." if inside else "None is inside."
-        raise ContentError(f"the folder itself is no checkpoint. {there}")
+        there = f"It holds {', '.join(map(str, inside))}." if inside else "It holds none."
+        raise ContentError(f"the folder is not a checkpoint itself. {there}")
     return found_in((items if len(inside) > 1 else inside)[0])
 
 
 def _hub_model(path: Path) -> Path | None:
-    """The file of the model in a folder of Hugging Face; the index where it is in shards."""
+    """The model file in a Hugging Face folder, or the index if it is sharded."""
     names = (name for file in _HUB for name in (f"{file}.index.json", file))
     usual = next((path / name for name in names if is_read(path / name)), None)
     others = [each for each in sorted(path.glob("*.index.json")) if is_read(each)]
@@ -47,7 +47,7 @@ def _hub_model(path: Path) -> Path | None:
 
 
 def _inside(path: Path) -> list[Path]:
-    """What in a folder is a checkpoint or has one, each once, however many links lead to it."""
+    """The entries of a folder that are or contain checkpoints, each once even if symlinked."""
     found: dict[Path, Path] = {}
     for each in sorted(path.iterdir()):
         if _holds(each):
@@ -58,7 +58,7 @@ def _inside(path: Path) -> list[Path]:
 
 
 def _holds(path: Path) -> bool:
-    """Whether a file is a checkpoint, or a folder has one; what orbax has not finished is none."""
+    """Whether a file is, or a folder contains, a checkpoint other than an unfinished orbax save."""
     if ".orbax-checkpoint-tmp" in path.name or path.name.startswith("."):
         return False
     if not path.is_dir():

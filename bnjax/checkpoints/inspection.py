@@ -1,4 +1,4 @@
-"""The batch norms in a checkpoint, by their numbers alone: inspect."""
+"""Inspect the batch norms in a checkpoint without the model: inspect."""
 
 import re
 import sys
@@ -12,14 +12,14 @@ from bnjax.checkpoints import contents
 from bnjax.checkpoints.tensors import SHARED, as_numpy
 from bnjax.models.variables import variables_in
 
-# Below this standard deviation, where others have about 1, a channel says next to nothing.
+# Other channels have a standard deviation of about 1; below this one, they carry next to nothing.
 NEARLY_DEAD = 1e-2
 _EPS = 1e-5
-# Negative variances down to this are those of an eps that was taken off at loading.
-_EPS_TAKEN_OFF = -1e-3
+# Variances between this and 0 are negative because an eps was subtracted at loading.
+_EPS_SUBTRACTED = -1e-3
 _FROZEN = (
     "the statistics are 0 and 1, but scale and bias are trained and no batches were counted. That "
-    "is right for a frozen batch norm whose statistics are folded into them (FrozenBatchNorm2d of "
+    "is right for a frozen batch norm with its statistics folded into them (FrozenBatchNorm2d of "
     "a Caffe2 backbone), and wrong if the statistics were lost"
 )
 
@@ -43,24 +43,24 @@ class Layer(NamedTuple):
 
     name: str  # its path in the checkpoint, in Flax's naming without the collection
     channels: int
-    scale: Range  # smallest and largest finite value; None if there is none
+    scale: Range  # smallest and largest finite value; None if there are none
     mean: Range
     var: Range
-    updates: int | None  # how many batches it counted; None if it does not
-    dead: int  # channels whose output does not vary, by a scale or a variance of 0
+    updates: int | None  # number of batches counted; None if it has no counter
+    dead: int  # channels with constant output, because scale or variance is 0
     # Others whose output has a standard deviation, scale * sqrt(var / (var + eps)), below 0.01.
     nearly_dead: int
     not_finite: int  # values that are NaN or infinite, in parameters and statistics
     problems: tuple[str, ...]  # what is wrong with it, in words
-    notes: tuple[str, ...] = ()  # what is unusual, and may be meant
+    notes: tuple[str, ...] = ()  # what is unusual, but may be intended
 
 
 def inspect(tree: Any) -> list[Layer]:
-    """The batch norms in a checkpoint, in PyTorch's or Flax's naming, at any depth.
+    """Find the batch norms in a checkpoint, in PyTorch's or Flax's naming, at any depth.
 
-    A batch norm is what has a running mean and a running variance: `running_mean` and `running_var`
-    in PyTorch, `mean` and `var` in Flax, with the scale and bias from `params` beside
-    `batch_stats`. Without running statistics it can't be told from other normalizations.
+    Any module with a running mean and variance is a batch norm: `running_mean` and `running_var` in
+    PyTorch, `mean` and `var` in Flax, with scale and bias from `params` beside `batch_stats`.
+    Without running statistics, a batch norm looks like any other normalization and is not found.
 
     Guide: examples/guides/checkpoints.md
 
@@ -85,23 +85,23 @@ def inspect(tree: Any) -> list[Layer]:
 
 
 def relevant(name: str, shape: Sequence[int]) -> bool:
-    """Whether an array of this name, as "bn1.weight" or "bn1/scale", may be of a batch norm."""
+    """Whether an array with this name, such as "bn1.weight", may belong to a batch norm."""
     leaf = re.split(r"[./]", name.removesuffix("/value"))[-1]
     return leaf in _NAMES and (leaf != "weight" or len(shape) < 2)
 
 
 def problems(layers: Sequence[Layer]) -> list[str]:
-    """What is wrong with a checkpoint, each with the layer; empty if nothing is."""
+    """The problems of a checkpoint, each with its layer; empty if there are none."""
     if not layers:
         return [
-            "no batch norm has running statistics here: were they saved, in Flax beside `params` "
-            "the collection `batch_stats`?"
+            "no batch norm has running statistics: were they saved? Flax keeps them in the "
+            "collection `batch_stats`, beside `params`"
         ]
     return [f"{layer.name or 'top'}: {problem}" for layer in layers for problem in layer.problems]
 
 
 def notes(layers: Sequence[Layer]) -> list[str]:
-    """What is unusual in a checkpoint, each once, with the layers."""
+    """The notes on a checkpoint, each once, with its layers."""
     found: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
         for note in layer.notes:
@@ -113,7 +113,7 @@ def notes(layers: Sequence[Layer]) -> list[str]:
 
 
 def _opened(tree: Any) -> dict[str, Any]:
-    """Nested dicts of arrays; what a file held is of plain containers, and needs no JAX."""
+    """Nested dicts of arrays; trees from files are plain containers and need no JAX."""
     if "jax" not in sys.modules:
         return contents.as_dicts(tree, _as_numpy)
     from bnjax.checkpoints.nested import as_dicts
@@ -127,14 +127,14 @@ def _as_numpy(value: Any, _: str) -> Any:
 
 
 def _arrays(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, np.ndarray, bool]]:
-    """The arrays that may be of a batch norm.
+    """The arrays that may belong to a batch norm.
 
     Yields:
-        The name of its module, its own, the array, and whether it can only be a statistic.
+        The name of the module, that of the array, the array, and whether it must be a statistic.
     """
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            # Of an nnx variable, orbax saves {"value": array}.
+            # orbax saves an nnx variable as {"value": array}.
             yield from _arrays(value, path if key == "value" else (*path, key))
     elif isinstance(tree, np.ndarray) and path and _is_number(tree.dtype):
         *above, last = "/".join(path).split("/")
@@ -151,7 +151,7 @@ def _is_number(dtype: np.dtype) -> bool:
 
 
 def _layer(name: str, arrays: Mapping[str, np.ndarray], leaves: set[str]) -> Layer:
-    """The row of a batch norm that has one of the running statistics at least."""
+    """The row of a batch norm, which has at least one of the running statistics."""
     values = {
         leaf: array.astype(np.float64)
         for leaf, array in arrays.items()
@@ -189,7 +189,7 @@ def _layer(name: str, arrays: Mapping[str, np.ndarray], leaves: set[str]) -> Lay
 
 
 def _updates(count: np.ndarray | None) -> int | None:
-    """How many batches were counted, also by a counter that was averaged or made a float."""
+    """The number of batches counted, even if the counter was averaged or cast to float."""
     if count is None or count.size != 1 or np.iscomplexobj(count):
         return None
     number = float(count.astype(np.float64).reshape(()))
@@ -200,7 +200,7 @@ def _misfits(values: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> lis
     missing = [_WORDS[leaf] for leaf in ("mean", "var") if leaf not in values]
     if missing and len(set(shapes.values())) == 1:
         return [f"the {word} is missing" for word in missing]
-    return [f"running mean, variance, scale and bias do not fit together: {dict(shapes)}"]
+    return [f"running mean, variance, scale and bias differ in shape: {dict(shapes)}"]
 
 
 def _negative(var: np.ndarray | None) -> list[str]:
@@ -208,16 +208,16 @@ def _negative(var: np.ndarray | None) -> list[str]:
         return []
     lowest = float(var[var < 0].min())
     start = f"{number} running variances are negative"
-    if lowest < _EPS_TAKEN_OFF:
+    if lowest < _EPS_SUBTRACTED:
         return [start]
     return [
-        f"{start}, down to {lowest:.2g}, as where an eps was taken off at loading: add it "
-        "again, or clip them to 0"
+        f"{start}, down to {lowest:.2g}, as if an eps was subtracted at loading: add it back, or "
+        f"clip them to 0"
     ]
 
 
 def _unmoved(values: Mapping[str, np.ndarray], leaves: set[str]) -> tuple[list[str], list[str]]:
-    """What is wrong, and what may be meant, with statistics that are those of a new layer."""
+    """Problems and notes, if the statistics are those of a new layer."""
     mean, var = values["mean"], values["var"]
     if not mean.size or mean.any() or not (var == 1).all():
         return [], []
@@ -232,7 +232,7 @@ def _unmoved(values: Mapping[str, np.ndarray], leaves: set[str]) -> tuple[list[s
 
 
 def _quiet(values: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """How many channels are dead, and how many nearly."""
+    """How many channels are dead, and how many nearly so."""
     var = values["var"]
     with np.errstate(invalid="ignore", divide="ignore"):
         std = np.abs(values.get("scale", 1.0)) * np.sqrt(var / (var + _EPS))

@@ -1,4 +1,4 @@
-"""Trees of any kind as nested dicts of arrays, and back."""
+"""Convert any tree to nested dicts of arrays, and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,20 +19,19 @@ _NUMBERS = (bool, int, float, complex)
 
 
 def as_dicts(value: Any, leaf: Leaf, *, paths: bool = False) -> dict[str, Any]:
-    """Nested dicts with all leaves as `leaf(value, name)` gives them.
+    """Convert any tree to nested dicts, and each leaf to `leaf(value, name)`.
 
-    It is that of plain containers for any tree: dataclasses and named tuples are dicts by their
-    fields. Of nnx models and optimizers it is their state, and boxes, such as `nnx.Variable`, are
-    taken off.
+    Dataclasses and named tuples become dicts of their fields, nnx models and optimizers their
+    state. Boxes such as `nnx.Variable` are removed.
     """
     return contents.as_dicts(value, leaf, paths=paths, opened=_opened)
 
 
 def filled(like: Any, checkpoint: Mapping[str, Any]) -> Any:
-    """A tree like another one, with the arrays of nested dicts.
+    """A tree like `like`, with the arrays of nested dicts.
 
     Raises:
-        ContentError: names are missing or unknown, or arrays of another shape or kind.
+        ContentError: names are missing or unknown, or arrays have the wrong shape or kind.
     """
     wanted: dict[str, Any] = {}
     as_dicts(like, lambda leaf, name: _note(wanted, leaf, name))
@@ -43,13 +42,13 @@ def filled(like: Any, checkpoint: Mapping[str, Any]) -> Any:
     wrong = {
         "missing": sorted(wanted.keys() - arrays),
         "unknown": sorted(arrays.keys() - wanted),
-        "of another shape": [f"{n} {a} not {b}" for n, (a, b) in shapes.items() if a != b],
-        "of another kind": [f"{n} {a} not {b}" for n, (a, b) in kinds.items() if not _fits(a, b)],
+        "wrong shape": [f"{n} {a} not {b}" for n, (a, b) in shapes.items() if a != b],
+        "wrong dtype": [f"{n} {a} not {b}" for n, (a, b) in kinds.items() if not _fits(a, b)],
     }
     if text := ", ".join(f"{what} {names}" for what, names in wrong.items() if names):
         raise ContentError(
-            f"it does not fit `like`: {text}. Is it of another model or optimizer? Without `like` "
-            "it is loaded as it is."
+            f"it does not match `like`: {text}. Is it from another model or optimizer? Without "
+            f"`like`, it loads unchanged."
         )
     return _mapped(like, lambda leaf, name: None if leaf is None else _as(arrays[name], leaf), "")
 
@@ -65,7 +64,7 @@ def _mapped(value: Any, leaf: Leaf, name: str) -> Any:
 
 
 def _opened(value: Any) -> Node | None:
-    """A tree, opened by one level; None for a leaf."""
+    """One level of a tree; None for a leaf."""
     if isinstance(value, nnx.Variable):
         return Node({"": value.get_raw_value()}, lambda new: value.replace(new[0]), is_box=True)
     if isinstance(value, nnx.Pytree):
@@ -78,7 +77,7 @@ def _opened(value: Any) -> Node | None:
         return Node(value, lambda new: dict(zip(value, new, strict=True)))
     pairs, structure = tree_flatten_with_path(value, is_leaf=lambda part: part is not value)
     if value is None or (pairs and not pairs[0][0]):
-        return _opened(dict(value)) if isinstance(value, Mapping) else None  # JAX knows it not
+        return _opened(dict(value)) if isinstance(value, Mapping) else None  # not a pytree to JAX
     return Node({_key(path): part for path, part in pairs}, structure.unflatten)
 
 
@@ -96,7 +95,7 @@ def _note(wanted: dict[str, Any], leaf: Any, name: str) -> Any:
 
 
 def _by_name(checkpoint: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays by full name."""
+    """The arrays, by full name."""
     found: dict[str, Any] = {}
     for name, leaf in leaves(checkpoint):
         if leaf is not None:
@@ -119,7 +118,7 @@ def _dtype(leaf: Any) -> Any:
 
 
 def _fits(given: Any, wanted: Any) -> bool:
-    """Whether numbers of one dtype may become those of another one."""
+    """Whether numbers of one dtype may be cast to another."""
     if not isinstance(given, np.dtype):  # text
         return False
     kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
@@ -127,10 +126,10 @@ def _fits(given: Any, wanted: Any) -> bool:
 
 
 def _as(array: Any, like: Any) -> Any:
-    """An array of the kind, dtype and sharding of another one."""
+    """The array with the type, dtype and sharding of `like`."""
     array = np.asarray(array)
     if isinstance(like, _NUMBERS):
-        # A number is saved with 64 bits; with fewer it was an array of JAX, as steps count.
+        # A Python number is saved with 64 bits; with fewer, it was a JAX array, such as `step`.
         was_number = array.dtype.itemsize >= 8 or isinstance(like, bool)
         return type(like)(array) if was_number else jnp.asarray(array)
     if isinstance(like, np.generic):

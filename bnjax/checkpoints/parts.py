@@ -1,4 +1,4 @@
-"""Which part of a checkpoint is the model, and which are arrays at all."""
+"""Find the model in a checkpoint, and the arrays that can be written."""
 
 import re
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ import numpy as np
 from bnjax.checkpoints.contents import ContentError, is_path, joined, leaves
 from bnjax.models.variables import linen
 
-# A name in a state dict of PyTorch; a file, an optimizer's `exp_avg` or Flax's `bias` is none.
+# Matches names in a PyTorch state dict, but not files, an optimizer's `exp_avg` or Flax's `bias`.
 _NAME = re.compile(r"[^/=]+\.\w+|weight|running_mean|running_var")
 _SHOWN = 10
 
 
 def model_in(tree: Mapping[str, Any]) -> tuple[str, Any]:
-    """The only model in a checkpoint, and the name of the part that it is; "" is all of it.
+    """The name and the contents of the only model in a checkpoint; the name of the whole is "".
 
-    A model is a state dict of PyTorch, or the variables of a linen model. Where there is none, as
-    in an nnx state, it is the whole.
+    A model is a PyTorch state dict or the variables of a linen model. If there is none, as in an
+    nnx state, it is the whole checkpoint.
 
     Raises:
         ContentError: there are several.
@@ -30,16 +30,16 @@ def model_in(tree: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def arrays_in(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What of a checkpoint can be written, and the names of what is left out: what is no array.
+    """The arrays of a checkpoint, which can be written, and the names of everything else.
 
-    Numbers are arrays, but not those of a vocabulary with names that are none of a path.
+    Numbers count as arrays, except in a vocabulary whose keys are not valid paths.
     """
     left: list[str] = []
     return _arrays(tree, "", left), left
 
 
 def named(left: list[str]) -> str:
-    """The names of what was left out, in a line."""
+    """The names of what was left out, on one line."""
     more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
     return f"{', '.join(left[:_SHOWN])}{more}"
 
@@ -77,10 +77,10 @@ def _arrays(tree: Mapping[str, Any], path: str, left: list[str]) -> dict[str, An
 
 
 def _is_array(value: Any, numbers_count: bool) -> bool:
-    if value is None:  # as a state without a loss scale has one
+    if value is None:  # such as the loss scale of a state without one
         return True
     if isinstance(value, np.ndarray):
-        return value.dtype.kind in "biufcV"  # bfloat16 and its like are of kind V
+        return value.dtype.kind in "biufcV"  # V: bfloat16 and similar
     if not numbers_count or not isinstance(value, (bool, int, float, complex, np.generic)):
         return False
     return np.asarray(value).dtype.kind in "biufcV"

@@ -1,11 +1,11 @@
-"""PyTorch tensors as NumPy arrays and back, bit for bit."""
+"""Convert PyTorch tensors to NumPy arrays and back, bit for bit."""
 
 from typing import Any
 
 import ml_dtypes  # noqa: F401 - registers JAX's dtypes with NumPy
 import numpy as np
 
-# The dtypes of PyTorch that NumPy has from JAX, under the same names.
+# PyTorch dtypes that JAX registers with NumPy under the same names.
 _FLOAT8 = ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
 SHARED = ("bfloat16", *(f"float8_{kind}" for kind in _FLOAT8))
 
@@ -21,10 +21,10 @@ def is_key(value: Any) -> bool:
 
 
 def as_numpy(value: Any) -> np.ndarray | None:
-    """The numbers of a tensor or an array, shared where that is possible; None if it has none.
+    """The values of a tensor or an array, without a copy where possible; None if it has none.
 
-    NumPy has no bfloat16 and no float8: those come as the dtypes that JAX registers with NumPy. Of
-    typed random keys it is their data, in uint32.
+    NumPy lacks bfloat16 and float8: these use the dtypes that JAX registers with NumPy. Typed
+    random keys become their data, in uint32.
     """
     try:
         if hasattr(value, "detach"):
@@ -47,7 +47,7 @@ def as_numpy(value: Any) -> np.ndarray | None:
 
 
 def as_tensor(array: np.ndarray) -> Any:
-    """A new `torch.Tensor` with the same numbers. Needs torch."""
+    """A new `torch.Tensor` with the same values. Needs torch."""
     import torch
 
     array = np.array(array, order="C")

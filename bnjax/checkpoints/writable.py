@@ -1,4 +1,4 @@
-"""What of a tree can be written to a file: arrays of numbers, all of which come back from it."""
+"""Check that every leaf of a tree survives a round trip through a file."""
 
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,18 @@ from bnjax.checkpoints.contents import UNWANTED, ContentError
 from bnjax.checkpoints.nested import as_dicts
 from bnjax.checkpoints.tensors import SHARED, as_numpy
 
-# Why arrays can't be saved, in the order in which they are told.
+# Why arrays can't be saved, in the order in which they are reported.
 _REASONS = {
-    "wrong": "a checkpoint holds arrays of numbers alone, but these are none: {}. Leave them out.",
-    "elsewhere": "another process has a part of these arrays: {}. Use a `CheckpointManager` of "
+    "wrong": "a checkpoint holds only arrays of numbers, but these are not: {}. Leave them out.",
+    "elsewhere": "another process holds part of these arrays: {}. Use a `CheckpointManager` of "
     "orbax, whose folders `bnjax.load` reads.",
-    "foreign": "this format has no such numbers: {}. Convert them, or save as .msgpack, which has "
-    "all.",
+    "foreign": "this format does not support these dtypes: {}. Convert them, or save as .msgpack, "
+    "which supports all.",
 }
 
 
 def writable(path: Path, suffix: str, tree: Any) -> dict[str, Any]:
-    """Nested dicts of arrays that all come back from a file of this suffix."""
+    """Nested dicts of arrays, each of which a file with this suffix can hold."""
     refused: dict[str, list[str]] = {why: [] for why in _REASONS}
 
     def array(value: Any, name: str) -> Any:
@@ -36,7 +36,7 @@ def writable(path: Path, suffix: str, tree: Any) -> dict[str, Any]:
         if found is None or not any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_)):
             refused["wrong"].append(f"{name} ({dtype})")
             return None
-        found = found.astype(found.dtype.newbyteorder("="), copy=False)  # msgpack has no other
+        found = found.astype(found.dtype.newbyteorder("="), copy=False)  # msgpack has only this
         if not _holds(suffix, found.dtype):
             refused["foreign"].append(f"{name} ({found.dtype})")
         return found
@@ -52,12 +52,12 @@ def writable(path: Path, suffix: str, tree: Any) -> dict[str, Any]:
 
 
 def _is_here(array: jax.Array) -> bool:
-    """Whether this process has all of an array."""
+    """Whether this process holds all of an array."""
     return array.is_fully_addressable or array.is_fully_replicated
 
 
 def _holds(suffix: str, dtype: np.dtype) -> bool:
-    """Whether what is written in a format comes back in this dtype."""
+    """Whether a format preserves this dtype."""
     if suffix == ".msgpack":
         return True
     own = dtype.type.__module__ == "numpy"

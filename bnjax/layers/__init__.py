@@ -1,1 +1,1 @@
-"""Flax layers over the core, of linen and of nnx: they own variables and call `batch_norm`."""
+"""Flax layers over the core, for linen and nnx: they own variables and call `batch_norm`."""

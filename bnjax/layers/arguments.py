@@ -1,4 +1,4 @@
-"""Arguments that a layer does not take, and which one was probably meant."""
+"""Explain arguments that a layer does not take, and suggest the one that was probably meant."""
 
 import functools
 import inspect
@@ -12,7 +12,7 @@ from bnjax._names import nearest
 from bnjax.layers import conventions
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
-# How other libraries, and the other convention, name an argument.
+# Arguments of other libraries and of the other convention, and what they are called here.
 _MEANT = {
     "eps": ("epsilon",),
     "epsilon": ("eps",),
@@ -40,7 +40,7 @@ _MODES = ("train", "training", "is_training", "deterministic", "inference")
 
 
 def constructed(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """A layer is made with arguments that its class has."""
+    """Check that a layer is created with arguments that its class takes."""
     signature = inspect.signature(kind.__init__)
     try:
         signature.bind(None, *args, **kwargs)
@@ -56,7 +56,7 @@ def constructed(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def checked(call: _Call, place: Callable[[Any], str]) -> _Call:
-    """The call of a layer, which says what to do about an argument, or variables, it lacks."""
+    """Wrap the call of a layer, to explain unknown arguments and missing variables."""
     known = inspect.signature(call).parameters
 
     @functools.wraps(call)
@@ -67,7 +67,7 @@ def checked(call: _Call, place: Callable[[Any], str]) -> _Call:
         try:
             return call(self, *args, **kwargs)
         except errors.CallCompactUnboundModuleError as error:
-            if self.scope is not None:  # it is a layer that this one has called
+            if self.scope is not None:  # raised by a layer inside this one
                 raise
             name = type(self).__name__
             raise TypeError(
@@ -76,7 +76,7 @@ def checked(call: _Call, place: Callable[[Any], str]) -> _Call:
                 f"bnjax.nnx.{name}(num_features, rngs=rngs)."
             ) from error
 
-    if not hasattr(call, "compact"):  # the tools know a call of nnx by the function itself
+    if not hasattr(call, "compact"):  # the tools recognize nnx calls by the function itself
         calling.__signature__ = inspect.signature(call)  # pyright: ignore[reportAttributeAccessIssue]
         del calling.__wrapped__
     return calling  # pyright: ignore[reportReturnType] - of the same signature
@@ -114,6 +114,6 @@ def _hint(kind: type, name: str, known: list[str]) -> str:
 
 
 def _public(kind: type) -> str:
-    """The name by which a user knows a class."""
+    """The public name of a class."""
     room, _, file = kind.__module__.rpartition(".")
     return f"bnjax.{file}.{kind.__name__}" if room == "bnjax.layers" else kind.__name__

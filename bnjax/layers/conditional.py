@@ -22,14 +22,14 @@ from bnjax.layers import nnx as nnx_layers
 def _of_classes(
     scale: jax.Array, bias: jax.Array, classes: chex.Array, x: chex.Array, axis: int
 ) -> dict[str, jax.Array]:
-    """Scale and bias of each example, by its class."""
+    """The scale and bias of each example, looked up by class."""
     batch = 1 if axis in (0, -jnp.ndim(x)) else 0
     classes = checks.classes(classes, jnp.shape(x)[batch], len(scale))
     return {"scale": jnp.take(scale, classes, 0), "bias": jnp.take(bias, classes, 0)}
 
 
 class _Conditional(nn.Module):
-    """A batch norm without scale and bias, and these for each class."""
+    """A batch norm without scale and bias, followed by those of each example's class."""
 
     num_features: int
     num_classes: int
@@ -63,14 +63,14 @@ class _Conditional(nn.Module):
 
         Args:
             x: input of shape (N, ..., C).
-            classes: the class of each example, integers of shape (N,). Where a traced one is out of
-                range, the output is NaN.
+            classes: the class of each example, integers of shape (N,). If a traced one is out of
+                range, its output is NaN.
             use_running_average: as for `BatchNorm2d`.
             mask: as for `BatchNorm2d`.
 
         Raises:
-            ValueError: `classes` of another shape, or out of range.
-            TypeError: `classes` that are no integers.
+            ValueError: `classes` have the wrong shape or are out of range.
+            TypeError: `classes` are not integers.
         """
         shape = self.num_classes, self.num_features
         scale = self.param("scale", self.scale_init, shape, self.param_dtype)
@@ -97,9 +97,9 @@ class ConditionalBatchNorm2d(_Conditional):
     scales and biases that come from elsewhere, as in FiLM, pass them to a `BatchNorm2d`:
     `norm(x, scale=g, bias=b)`.
 
-    Attributes: those of `BatchNorm2d` but for `affine` and `banks`, and:
+    Attributes: those of `BatchNorm2d` except `affine` and `banks`, and:
         num_classes: number of classes. `params` are a `scale` (ones) and a `bias` (zeros) of shape
-            (num_classes, C); the statistics are those of the module `norm`.
+            (num_classes, C); the submodule `norm` holds the statistics.
 
     >>> layer = ConditionalBatchNorm2d(3, num_classes=10)
     >>> x, classes = jnp.ones((2, 4, 4, 3)), jnp.array([7, 1])
@@ -117,7 +117,7 @@ class ConditionalBatchNorm3d(_Conditional):
 
 
 class _NNXConditional(nnx.Module):
-    """A batch norm without scale and bias, and these for each class."""
+    """A batch norm without scale and bias, followed by those of each example's class."""
 
     _norm: ClassVar[Any]
 
@@ -159,7 +159,7 @@ class _NNXConditional(nnx.Module):
     ) -> jax.Array:
         """Normalize `x` per channel; scale and shift each example by its class.
 
-        Args: as for `bnjax.ConditionalBatchNorm2d`; the mode of the call wins over that of `norm`.
+        Args: as for `bnjax.ConditionalBatchNorm2d`; `use_running_average` overrides that of `norm`.
         """
         given = _of_classes(self.scale[...], self.bias[...], classes, x, self.norm.axis)
         return self.norm(x, use_running_average, mask=mask, **given)
@@ -174,7 +174,7 @@ class NNXConditionalBatchNorm1d(_NNXConditional):
 class NNXConditionalBatchNorm2d(_NNXConditional):
     """Class-conditional batch norm of (N, H, W, C): `bnjax.ConditionalBatchNorm2d` for nnx.
 
-    Args: those of `bnjax.nnx.BatchNorm2d` but for `affine` and `banks`, and `num_classes`.
+    Args: those of `bnjax.nnx.BatchNorm2d` except `affine` and `banks`, and `num_classes`.
     """
 
     _norm = nnx_layers.BatchNorm2d

@@ -1,4 +1,4 @@
-"""PyTorch's convention and Flax's: what the fields of a layer mean, be it of linen or nnx."""
+"""What the fields of linen and nnx layers mean in PyTorch's convention and in Flax's."""
 
 import contextlib
 import dataclasses
@@ -20,17 +20,17 @@ from bnjax.core.moments import working_dtype
 from bnjax.core.policies import Debiased, Policy
 from bnjax.core.settings import counts
 
-# The names of the spatial axes that a 1d, 2d or 3d layer takes.
+# The spatial axes that a 1d, 2d or 3d layer accepts.
 SPATIAL = {1: ("", "L"), 2: ("HW",), 3: ("DHW",)}
 
 
 def is_torch(layer: Any) -> bool:
-    """Whether a layer has PyTorch's fields, or else Flax's."""
+    """Whether a layer has PyTorch's fields rather than Flax's."""
     return hasattr(layer, "track_running_stats")
 
 
 def check(layer: Any) -> None:
-    """A new layer has possible settings, which look like its own convention's."""
+    """Check the settings of a new layer; warn if they look like the other convention's."""
     torch = is_torch(layer)
     if getattr(layer, "num_features", None) is not None:
         checks.num_features(layer.num_features)
@@ -47,14 +47,14 @@ def check(layer: Any) -> None:
 
 
 def check_input(layer: Any, x: jax.Array, any_rank: str) -> None:
-    """A layer with PyTorch's fields gets the rank, dtype and channels that it was made for."""
+    """Check the rank, dtype and channels of the input to a layer with PyTorch's fields."""
     if is_torch(layer):
         name = type(layer).__name__
         checks.torch_input(x, layer._spatial, layer.axis, layer.num_features, name, any_rank)
 
 
 def settings(layer: Any) -> dict[str, Any]:
-    """What a layer tells the core, in PyTorch's terms."""
+    """The settings that a layer passes to the core, in PyTorch's terms."""
     torch = is_torch(layer)
     return {
         "axis": layer.axis,
@@ -69,7 +69,7 @@ def settings(layer: Any) -> dict[str, Any]:
 
 
 def of_torch(momentum: Any) -> Any:
-    """Flax's momentum in PyTorch's convention, or the reverse."""
+    """Convert a momentum from Flax's convention to PyTorch's, or back."""
     if momentum is None or isinstance(momentum, str):
         return momentum
     if isinstance(momentum, Debiased):
@@ -86,7 +86,7 @@ def as_written(schedule: Any, *, torch: bool) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Reversed:
-    """A schedule of the other convention."""
+    """A momentum schedule in the other convention."""
 
     schedule: Callable[[Any], Any]
 
@@ -102,19 +102,19 @@ def parameters(layer: Any) -> tuple[str, ...]:
 
 
 def parameter_shape(layer: Any, name: str, features: chex.Shape) -> chex.Shape:
-    """The shape of a parameter: with banks, some have a row for each."""
+    """The shape of a parameter; with banks, some have a row for each bank."""
     used: dict[str, Any] = dict(zip(("scale", "bias"), _affine(layer), strict=True))
     own = used.get(name) == "own"
     return (*rows(layer), *features) if own or name.startswith("bank_") else tuple(features)
 
 
 def initializer(layer: Any, name: str) -> Initializer:
-    """What a parameter starts from: what is added to that of all banks, from 0."""
+    """The initializer of a parameter; what a bank adds to a shared one starts at 0."""
     return zeros if name.startswith("bank_") else getattr(layer, f"{name}_init")
 
 
 def _affine(layer: Any) -> tuple[Any, Any]:
-    """Whether a layer learns scale and bias: yes, no, "own" ones for each bank, or "both"."""
+    """Whether a layer learns scale and bias: True, False, "own" for each bank, or "both"."""
     if is_torch(layer):
         return layer.affine, layer.affine
     return layer.use_scale, layer.use_bias
@@ -127,7 +127,7 @@ def number_of_banks(layer: Any) -> int | None:
 
 
 def rows(layer: Any) -> tuple[int, ...]:
-    """The axis of the banks, in the shape of a count."""
+    """The leading shape of the statistics: one axis if there are banks."""
     banks = number_of_banks(layer)
     return () if banks is None else (banks,)
 
@@ -141,13 +141,13 @@ def statistics(layer: Any) -> tuple[str, ...]:
 
 
 def with_kept(expected: tuple[str, ...], held: Collection[str]) -> tuple[str, ...]:
-    """The names of statistics, with those that are kept for settings which others now replace."""
+    """The expected statistics, and those held for settings that are now overridden."""
     beside = (name for name in ("count", *POOLED) if name in held and name not in expected)
     return (*expected, *beside)
 
 
 def first_statistics(layer: Any, shape: chex.Shape, dtype: Dtype) -> BatchStats:
-    """The statistics of a new layer; those of complex values have a complex mean from the start."""
+    """The statistics of a new layer; for complex input, the mean is complex from the start."""
     _, stats = init(
         math.prod(shape),
         track_running_stats=bool(statistics(layer)),
@@ -165,7 +165,7 @@ def first_statistics(layer: Any, shape: chex.Shape, dtype: Dtype) -> BatchStats:
 
 
 def _as_kept(layer: Any, stats: BatchStats) -> BatchStats:
-    """Flax keeps statistics in `param_dtype`, be it half precision, where a layer asks for it."""
+    """Keep statistics in `param_dtype`, even half precision, if a drop-in layer asks for it."""
     if getattr(layer, "force_float32_reductions", True):
         return stats
     return {
@@ -183,7 +183,7 @@ def normalize(
     mutable: bool,
     **changes: Any,
 ) -> tuple[jax.Array, BatchStats]:
-    """The output of a layer, and its statistics after the call."""
+    """The output of a layer and its new statistics."""
     told = settings(layer) | changes
     told["bank"] = bank_of(layer, changes.get("bank"))
     y, moved = batch_norm(params, stats, x, mutable=mutable, **told)
@@ -191,7 +191,7 @@ def normalize(
 
 
 def bank_of(layer: Any, given: Any) -> Any:
-    """The bank of a call as a number or an array: as given to it, or as a context says."""
+    """The bank of a call as a number or an array, from its argument or a context."""
     banks = getattr(layer, "banks", None)
     if banks is None:
         checks.no_bank(given)
@@ -199,15 +199,15 @@ def bank_of(layer: Any, given: Any) -> Any:
     return checks.bank_by_name(current.get() if given is None else given, banks)
 
 
-# What a context says, of all layers with banks.
+# The bank that a context sets for all layers with banks.
 current: ContextVar[Any] = ContextVar("bnjax.bank", default=None)
-# The names that layers have given to banks: few, since they are the user's own words.
+# The names that layers give to banks; few, since users write them by hand.
 named_banks: set[tuple[str, ...]] = set()
 
 
 @contextlib.contextmanager
 def naming(layer: Any, where: str | Callable[[], str]) -> Iterator[None]:
-    """A context in which every error says which layer it comes from, if that is anywhere."""
+    """A context that adds the layer and its place in the model, if known, to every error."""
     try:
         yield
     except Exception as error:

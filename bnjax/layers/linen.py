@@ -26,7 +26,7 @@ class _Layer(nn.Module):
     """What both conventions share: it owns variables and calls the core."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """A layer, if it has these arguments."""
+        """Create a layer, after a check of the argument names."""
         if kwargs:
             arguments.constructed(cls, args, kwargs)
         return super().__new__(cls)
@@ -47,28 +47,28 @@ class _Layer(nn.Module):
         scale: chex.Array | None = None,
         bias: chex.Array | None = None,
     ) -> jax.Array:
-        """Normalize `x` per channel, and move the running statistics unless they are used.
+        """Normalize `x` per channel, and update the running statistics in training.
 
         Args:
-            x: real floating point input of the rank that a 1d, 2d or 3d layer is named for; any
+            x: real floating-point input of the rank that a 1d, 2d or 3d layer is named for; any
                 rank and dtype for `BatchNorm`.
-            use_running_average: as the attribute; give it here or there.
-            mask: bool, broadcastable to `x`: statistics are over the True positions only.
-                `BatchNorm` takes numbers too: those that are not zero count.
-            bank: of a layer with `banks`: the name or number of one, or an int32 array of shape
+            use_running_average: as the attribute; set only one of the two.
+            mask: bool, broadcastable to `x`: only True positions enter the statistics. `BatchNorm`
+                also accepts numbers, where nonzero ones count.
+            bank: for a layer with `banks`: the name or number of a bank, or an int32 array of shape
                 (N,), one for each example.
-            scale: of each example, (N, C) or broadcastable: multiplied after the learned scale and
-                bias.
-            bias: of each example, likewise: added last.
+            scale: one for each example, (N, C) or broadcastable: multiplied after the learned scale
+                and bias.
+            bias: one for each example, likewise: added last.
 
         Returns:
-            The normalized input, of x's shape, and of x's dtype unless `dtype` says otherwise.
+            The normalized input, with x's shape, and with x's dtype unless `dtype` is set.
 
         Raises:
-            ValueError: a wrong rank, axis or channel count, `use_running_average` given twice,
+            ValueError: wrong rank, axis or number of channels, `use_running_average` set twice,
                 missing statistics, `use_running_average=False` with immutable ones, or, in
                 PyTorch's convention, one value per channel in training.
-            TypeError: in PyTorch's convention, an integer or complex input.
+            TypeError: integer or complex input, in PyTorch's convention.
         """
         with conventions.naming(self, functools.partial(_place, self)):
             given = {"bank": bank, "scale": scale, "bias": bias}
@@ -76,7 +76,7 @@ class _Layer(nn.Module):
 
 
 def _place(layer: Any) -> str:
-    """Where the layer is; nowhere unless it is in a model or is one that is applied."""
+    """Where the layer is; empty if it is neither in a model nor being applied."""
     if layer.scope is not None and layer.name is not None:
         return f"at {checks.where(layer.path)}"
     parent = getattr(layer.parent, "scope", None)
@@ -85,15 +85,15 @@ def _place(layer: Any) -> str:
     return f"in {checks.where(layer.parent.path)}"
 
 
-# Around what Flax has wrapped around it, which refuses a layer without variables.
+# Outside Flax's own wrapper, which refuses to call a layer without variables.
 _Layer.__call__ = arguments.checked(_Layer.__call__, _place)
 
 
-# Functions, not methods: what Flax calls a method, it tabulates as a call of its own.
+# Functions, not methods, because `nn.tabulate` calls each method of a module by itself.
 def _normalize(
     layer: Any, x: jax.Array, at_call: bool | None, mask: Any, given: dict[str, Any]
 ) -> jax.Array:
-    """Normalize x with the variables of the layer, and move them unless it evaluates."""
+    """Normalize x with the variables of the layer, and update them in training."""
     conventions.check_input(layer, x, any_rank="bnjax.linen.BatchNorm")
     running = _uses_running(layer, at_call)
     shape = tuple(x.shape[a] for a in checks.feature_axes(layer.axis, x.ndim))
@@ -141,7 +141,7 @@ def _normalize(
 
 
 def _uses_running(layer: Any, at_call: bool | None) -> bool:
-    """The mode: as given to the constructor or the call, or what `mutable` says of it."""
+    """The mode, from the constructor, the call or `mutable`."""
     checks.given_once(layer.use_running_average, at_call)
     running = layer.use_running_average if at_call is None else at_call
     checks.static("use_running_average", running)
@@ -157,7 +157,7 @@ def _uses_running(layer: Any, at_call: bool | None) -> bool:
 
 
 class TorchBatchNorm(_Layer):
-    """PyTorch's signature and meaning, for inputs of any number of spatial axes."""
+    """PyTorch's signature and semantics, for inputs with any number of spatial axes."""
 
     num_features: int | None = None
     eps: float = 1e-5
@@ -181,49 +181,49 @@ class TorchBatchNorm(_Layer):
 
 
 class BatchNorm1d(TorchBatchNorm):
-    """`torch.nn.BatchNorm1d`, of (N, C) or (N, L, C); mode and attributes as in `BatchNorm2d`."""
+    """`torch.nn.BatchNorm1d` for (N, C) or (N, L, C); mode and attributes as in `BatchNorm2d`."""
 
     _spatial = conventions.SPATIAL[1]
 
 
 class BatchNorm2d(TorchBatchNorm):
-    """`torch.nn.BatchNorm2d`, of (N, H, W, C): its signature, meaning and results.
+    """`torch.nn.BatchNorm2d` for (N, H, W, C): its signature, semantics and results.
 
-    Whether it trains is Flax's own `mutable` flag: applied with `mutable=["batch_stats"]`, or True,
-    it normalizes with the batch and moves the running statistics, otherwise with the running ones.
-    While a model is initialized it uses mean 0 and variance 1 and moves nothing. A deny-list, which
-    names no statistics, evaluates and warns: give Keras' `FlaxLayer` the mode in
-    `use_running_average`. In an nnx model, `nnx.bridge.ToNNX` needs `mutable` at each call.
+    It trains when applied with `mutable=["batch_stats"]` (or `mutable=True`): it normalizes with
+    the batch and updates the running statistics. Otherwise it normalizes with the running ones.
+    While a model is initialized, it uses mean 0 and variance 1 and updates nothing. With a
+    deny-list, which does not name `batch_stats`, it evaluates and warns: for Keras' `FlaxLayer`,
+    set `use_running_average`. In an nnx model, `nnx.bridge.ToNNX` needs `mutable` at each call.
 
-    After a training call the statistics are float32 at least, also where a policy has cast all
-    variables to half precision; a `lax.scan` that carries such statistics says that their dtype
+    A training call returns statistics in at least float32, even if all variables were cast to half
+    precision. A `lax.scan` that carries half-precision statistics fails because their dtype
     changes: cast them back to float32 first.
 
     Guides: examples/guides/conventions.md, examples/guides/running_statistics.md
 
     Attributes:
-        num_features: number of channels, C; None takes it from the first input.
+        num_features: number of channels, C; None infers it from the first input.
         eps: added to the variance.
         momentum: weight of the new batch in the running statistics (PyTorch's convention: one
             minus Flax's); None for the cumulative average over all batches; a function of the
-            number of training steps, such as a schedule of optax, or `bnjax.policies.Debiased`;
-            "pooled" for mean and variance of all values ever seen, as one set.
+            number of training steps, such as an optax schedule or `bnjax.policies.Debiased`;
+            "pooled" for the mean and variance of all values ever seen, as one set.
         affine: learn `scale` and `bias`, in the collection `params`. With banks, True shares them,
-            "own" has one of each for each bank, and "both" adds `bank_scale` and `bank_bias`.
-        track_running_stats: keep `mean` and `var` in `batch_stats`. Without them each batch is
-            normalized by its own statistics, in evaluation too.
+            "own" has one of each per bank, and "both" adds `bank_scale` and `bank_bias`.
+        track_running_stats: keep `mean` and `var` in `batch_stats`. If False, each batch is
+            normalized with its own statistics, even in evaluation.
         axis: the channel axis: -1 for channels last, 1 for NCHW.
-        use_running_average: None follows the `mutable` flag; True freezes the layer: it uses its
-            running statistics, and they stay, in training too; False requires mutable statistics.
-        axis_name: name of a mapped axis, or several: statistics of all its devices together.
-        axis_index_groups: lists of indices of that axis: statistics pooled within each.
-        virtual_batch_size: groups of this many examples, each normalized by itself in training.
-        using: what normalizes, if it is neither the batch in training nor the running statistics in
-            evaluation: a policy of `bnjax.policies`, such as `Renorm()`.
-        banks: keep several sets of statistics, by number or by names, such as
-            `("source", "target")`, of which each call, or each example, uses and moves one.
-        dtype: dtype of the output; that of the input if None.
-        param_dtype: dtype of `scale` and `bias`; the statistics are float32 at least.
+        use_running_average: None follows `mutable`; True freezes the layer: it uses its running
+            statistics and never updates them, even in training; False requires mutable statistics.
+        axis_name: name of a mapped axis, or several, over whose devices statistics are pooled.
+        axis_index_groups: lists of indices of that axis; statistics are pooled within each list.
+        virtual_batch_size: in training, normalize groups of this many examples separately.
+        using: a policy from `bnjax.policies`, such as `Renorm()`, that sets what to normalize with;
+            by default the batch in training and the running statistics in evaluation.
+        banks: keep several sets of statistics, given by number or by names such as
+            `("source", "target")`; each call, or each example, uses and updates one of them.
+        dtype: dtype of the output; None keeps that of the input.
+        param_dtype: dtype of `scale` and `bias`; the statistics are at least float32.
         scale_init: initializer of `scale`.
         bias_init: initializer of `bias`.
     """
@@ -232,7 +232,7 @@ class BatchNorm2d(TorchBatchNorm):
 
 
 class BatchNorm3d(TorchBatchNorm):
-    """`torch.nn.BatchNorm3d`, of (N, D, H, W, C); mode and attributes as in `BatchNorm2d`."""
+    """`torch.nn.BatchNorm3d` for (N, D, H, W, C); mode and attributes as in `BatchNorm2d`."""
 
     _spatial = conventions.SPATIAL[3]
 
@@ -240,17 +240,17 @@ class BatchNorm3d(TorchBatchNorm):
 class BatchNorm(_Layer):
     """Drop-in for `flax.linen.BatchNorm`: its fields, defaults, variables and output dtype.
 
-    In a model written for Flax's layer, replacing the name changes nothing but the accuracy: the
-    statistics are exact at any mean, whatever `use_fast_variance` and `force_float32_reductions`
-    say, NaN under a mask stays there, a batch without a finite mean and variance moves nothing, and
+    In a model written for Flax's layer, replacing the name changes only the accuracy: statistics
+    are exact at any mean, regardless of `use_fast_variance` and `force_float32_reductions`; NaN
+    under a mask affects nothing else; a batch without finite mean and variance updates nothing; and
     the mean of complex input is complex from the start, so that `lax.scan` can carry it.
 
     Guide: examples/guides/conventions.md
 
     Attributes:
-        use_running_average: use the statistics in `batch_stats` instead of the batch's. Give it
-            here or to the call.
-        axis: the feature axis, or axes.
+        use_running_average: use the statistics in `batch_stats` instead of the batch's. Set it
+            here or at the call.
+        axis: the feature axis or axes.
         momentum: weight of the old statistics (Flax's convention: one minus PyTorch's).
         epsilon: added to the variance.
         dtype: dtype of the output; None infers it from the input and the parameters.
@@ -259,15 +259,15 @@ class BatchNorm(_Layer):
         use_scale: learn a `scale`.
         bias_init: initializer of `bias`.
         scale_init: initializer of `scale`.
-        axis_name: name of a mapped axis, or several: statistics of all its devices together, by
-            count, where Flax averages the devices' means.
-        axis_index_groups: lists of indices of that axis: statistics pooled within each.
-        use_fast_variance: accepted, and without effect: the variance is both fast and exact.
-        force_float32_reductions: False keeps the running statistics in `param_dtype`, otherwise
-            they are float32 at least; the batch's are taken in float32 at least all the same.
-        virtual_batch_size: bnjax's own: groups of this many examples, each normalized by itself.
-        using: bnjax's own, as for `BatchNorm2d`.
-        banks: bnjax's own, as for `BatchNorm2d`; then `use_bias` and `use_scale` may be "own" or
+        axis_name: name of a mapped axis, or several, over whose devices statistics are pooled,
+            weighted by count, where Flax averages the devices' means.
+        axis_index_groups: lists of indices of that axis; statistics are pooled within each list.
+        use_fast_variance: accepted for compatibility; the variance is always fast and exact.
+        force_float32_reductions: False keeps the running statistics in `param_dtype` instead of at
+            least float32. Batch statistics are computed in at least float32 either way.
+        virtual_batch_size: bnjax only, as for `BatchNorm2d`.
+        using: bnjax only, as for `BatchNorm2d`.
+        banks: bnjax only, as for `BatchNorm2d`; then `use_bias` and `use_scale` may be "own" or
             "both".
     """
 

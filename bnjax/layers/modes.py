@@ -1,4 +1,4 @@
-"""The mode of a layer that was told none: what `mutable` says of it, and who said it."""
+"""Infer the mode of a layer that was given none from `mutable`, and from who passed it."""
 
 import sys
 from types import CodeType, FrameType
@@ -11,18 +11,18 @@ from flax.nnx import bridge
 
 from bnjax.core import checks
 
-# The frames of Flax in which a model is applied with `mutable`, and a linen one in an nnx model.
+# Flax's code that applies a model with `mutable`, and that calls a linen model inside an nnx one.
 _APPLY = core.apply(lambda scope: None).__code__
 _TO_NNX = bridge.ToNNX.__call__.__code__
-# What `init` passes, and with it `nn.tabulate` to the `apply` whose operations it counts.
+# What `init` passes, and `nn.tabulate` to the `apply` whose FLOPs it counts.
 _AT_INIT = DenyList("intermediates")
 
 
 def asked_to_train(layer: nn.Module, collection: str) -> bool:
-    """Whether whoever applied the model has named the statistics as mutable, or everything.
+    """Whether the model was applied with `mutable` naming the statistics, or everything.
 
-    A deny-list such as Keras' `DenyList(["params"])` names neither, in training or in prediction:
-    the layer evaluates, and a warning says so.
+    Keras passes `DenyList(["params"])`, which names neither, both to train and to predict: the
+    layer then evaluates and warns.
     """
     if not layer.is_mutable_collection(collection):
         if _is_silent_bridge():
@@ -45,10 +45,10 @@ def asked_to_train(layer: nn.Module, collection: str) -> bool:
 
 
 def _applied_with(layer: Any) -> Filter:
-    """The `mutable` of the `apply` that the layer runs in, whatever lifting made of it here.
+    """The `mutable` passed to the `apply` that the layer runs in, before lifting changed it.
 
-    `nn.jit` and `nn.remat` keep a deny-list; `nn.scan` and `nn.vmap` turn it into the set of the
-    collections that they lift, where only the frame of the `apply` still has it.
+    `nn.jit` and `nn.remat` keep a deny-list, but `nn.scan` and `nn.vmap` turn it into the set of
+    collections that they lift; then only the frame of `apply` still holds it.
     """
     here = layer.scope.root.mutable
     frame = _frame(sys._getframe(), _APPLY) if isinstance(here, set) else None
@@ -56,16 +56,16 @@ def _applied_with(layer: Any) -> Filter:
 
 
 def _is_silent_bridge() -> bool:
-    """Whether `ToNNX` applies the model, and neither its caller nor a model around it said how."""
+    """Whether `ToNNX` applies the model without `mutable` from its caller or an outer model."""
     frame = _frame(_frame(sys._getframe(), _APPLY), _TO_NNX, within=("flax", "jax"))
-    # `mutable` is looked for in a model around it, `m`, only where the caller has given none.
+    # Flax looks for `mutable` in an outer model, `m`, only if the caller passed none.
     return frame is not None and frame.f_locals.get("m", frame) is None
 
 
 def _frame(
     frame: FrameType | None, code: CodeType, within: tuple[str, ...] = ("",)
 ) -> FrameType | None:
-    """The nearest frame, from this one up, that runs the code, if those between are of `within`."""
+    """The nearest frame upwards that runs the code, if only modules in `within` lie between."""
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
         if frame is not None and not frame.f_globals.get("__name__", "").startswith(within):
@@ -74,9 +74,9 @@ def _frame(
 
 
 def check_bridge(*, drop_in: bool) -> None:
-    """An nnx layer that trains in a linen model, by `ToLinen`, has statistics that can move.
+    """Check that an nnx layer training in a linen model, by `ToLinen`, has mutable statistics.
 
-    Flax's own layer trains without them, silently; a drop-in for it warns.
+    Flax's own layer silently trains without them, so its drop-in only warns.
     """
     module = bridge.wrappers.current_linen_module()
     if not isinstance(module, bridge.ToLinen):

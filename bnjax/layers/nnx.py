@@ -1,4 +1,4 @@
-"""Flax nnx layers: PyTorch's `BatchNorm1d/2d/3d`, a drop-in for `flax.nnx.BatchNorm`."""
+"""Flax nnx layers: PyTorch's `BatchNorm1d/2d/3d`, and a drop-in for `flax.nnx.BatchNorm`."""
 
 import functools
 import sys
@@ -27,15 +27,15 @@ class _Layer(nnx.Module):
 
     num_features: int
     use_running_average: bool | None
-    # Variables, or None.
+    # nnx variables, or None.
     mean: Any
     var: Any
     scale: Any
     bias: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """A layer, if it has these arguments."""
-        if args or kwargs:  # there are none when it is copied
+        """Create a layer, after a check of the argument names."""
+        if args or kwargs:  # copies are created without
             arguments.constructed(cls, args, kwargs)
         return super().__new__(cls)
 
@@ -49,26 +49,25 @@ class _Layer(nnx.Module):
         scale: chex.Array | None = None,
         bias: chex.Array | None = None,
     ) -> jax.Array:
-        """Normalize `x` per channel, and move the running statistics unless they are used.
+        """Normalize `x` per channel, and update the running statistics in training.
 
         Args:
-            x: real floating point input of the rank that a 1d, 2d or 3d layer is named for; any
+            x: real floating-point input of the rank that a 1d, 2d or 3d layer is named for; any
                 rank and dtype for `BatchNorm`.
-            use_running_average: the mode of this call; it wins over that of the layer.
-            mask: bool, broadcastable to `x`: statistics are over the True positions only.
-            bank: of a layer with `banks`: the name or number of one, or an int32 array of shape
+            use_running_average: the mode of this call; overrides that of the layer.
+            mask: bool, broadcastable to `x`: only True positions enter the statistics.
+            bank: for a layer with `banks`: the name or number of a bank, or an int32 array of shape
                 (N,), one for each example.
-            scale: of each example, (N, C) or broadcastable: multiplied after the learned scale and
-                bias.
-            bias: of each example, likewise: added last.
+            scale: one for each example, (N, C) or broadcastable: multiplied after the learned scale
+                and bias.
+            bias: one for each example, likewise: added last.
 
         Returns:
-            The normalized input, of x's shape.
+            The normalized input, with x's shape.
 
         Raises:
-            ValueError: a wrong rank, axis or channel count, a mode of None in the layer and in the
-                call, statistics that were taken away, or, in PyTorch's convention, one value per
-                channel in training.
+            ValueError: wrong rank, axis or number of channels, no mode in the layer or the call,
+                removed statistics, or, in PyTorch's convention, one value per channel in training.
             TypeError: a mask that is not boolean, or, in PyTorch's convention, integer input.
         """
         with conventions.naming(self, functools.partial(_place, self)):
@@ -88,7 +87,7 @@ class _Layer(nnx.Module):
 
 
 def _place(layer: Any) -> str:
-    """Where the layer is in the outermost model that is being called; its size, if in none."""
+    """Where the layer is in the outermost model being called, or its size if there is none."""
     frame, models = sys._getframe(), []
     while frame is not None:
         models += [value for value in (*frame.f_locals.values(),) if isinstance(value, nnx.Module)]
@@ -104,7 +103,7 @@ _Layer.__call__ = arguments.checked(_Layer.__call__, _place)
 
 
 def _make_variables(layer: Any, rngs: nnx.Rngs, **makers: tuple[Initializer, Any]) -> None:
-    """Make the variables of a checked layer; those that it does without are None, as in Flax."""
+    """Check a layer and create its variables; those that it does not use are None, as in Flax."""
     conventions.check(layer)
     stats = conventions.first_statistics(layer, (layer.num_features,), layer.param_dtype)
     made: dict[str, nnx.Variable | None] = {"mean": None, "var": None}
@@ -115,7 +114,7 @@ def _make_variables(layer: Any, rngs: nnx.Rngs, **makers: tuple[Initializer, Any
             shape = conventions.parameter_shape(layer, name, (layer.num_features,))
             made[name] = nnx.Param(make(rngs.params(), shape, layer.param_dtype), **metadata)
     for name in conventions.parameters(layer):
-        if name not in made:  # those of banks, beside the ones that they share
+        if name not in made:  # what each bank adds to the shared ones
             shape = conventions.parameter_shape(layer, name, (layer.num_features,))
             made[name] = nnx.Param(jnp.zeros(shape, layer.param_dtype))
     for name, variable in made.items():
@@ -123,12 +122,12 @@ def _make_variables(layer: Any, rngs: nnx.Rngs, **makers: tuple[Initializer, Any
 
 
 def _static(banks: Any) -> Any:
-    """Names as a tuple: nnx takes a list for data."""
+    """Names as a tuple, since nnx would treat a list as data."""
     return tuple(banks) if isinstance(banks, list) else banks
 
 
 def _normalize(layer: Any, x: jax.Array, running: bool | None, given: dict[str, Any]) -> jax.Array:
-    """Normalize x with the variables of the layer, and move them unless it evaluates."""
+    """Normalize x with the variables of the layer, and update them in training."""
     conventions.check_input(layer, x, any_rank="bnjax.nnx.BatchNorm")
     checks.given(running)
     checks.static("use_running_average", running)
@@ -150,7 +149,7 @@ def _normalize(layer: Any, x: jax.Array, running: bool | None, given: dict[str, 
     )
     y, moved = conventions.normalize(layer, params, values, x, mutable=not running, **settings)
     if not running:
-        # As in Flax, no derivative of a statistic: a reference can't be written within grad.
+        # As in Flax, statistics carry no gradient: a reference can't be written within grad.
         for name, new in lax.stop_gradient(moved).items():
             if new.dtype == values[name].dtype:
                 stats[name][...] = new
@@ -160,7 +159,7 @@ def _normalize(layer: Any, x: jax.Array, running: bool | None, given: dict[str, 
 
 
 def _output_dtype(layer: Any, x: jax.Array, held: Mapping[str, nnx.Variable]) -> Dtype:
-    """Flax's rule: x and the variables are promoted together, then x, scale and bias again."""
+    """Flax's rule: promote x and the variables together, then x, scale and bias again."""
 
     def promoted(x: jax.Array, held: Mapping[str, jax.Array]) -> jax.Array:
         arrays = (x, *map(held.get, ("mean", "var", "scale", "bias")))
@@ -171,7 +170,7 @@ def _output_dtype(layer: Any, x: jax.Array, held: Mapping[str, nnx.Variable]) ->
 
 
 class TorchBatchNorm(_Layer):
-    """PyTorch's signature and meaning, for inputs of any number of spatial axes."""
+    """PyTorch's signature and semantics, for inputs with any number of spatial axes."""
 
     _spatial: ClassVar[tuple[str, ...]]
 
@@ -214,28 +213,28 @@ class TorchBatchNorm(_Layer):
 
 
 class BatchNorm1d(TorchBatchNorm):
-    """`torch.nn.BatchNorm1d`, of (N, C) or (N, L, C); mode and attributes as in `BatchNorm2d`."""
+    """`torch.nn.BatchNorm1d` for (N, C) or (N, L, C); mode and attributes as in `BatchNorm2d`."""
 
     _spatial = conventions.SPATIAL[1]
 
 
 class BatchNorm2d(TorchBatchNorm):
-    """`torch.nn.BatchNorm2d`, of (N, H, W, C): its signature, meaning and results.
+    """`torch.nn.BatchNorm2d` for (N, H, W, C): its signature, semantics and results.
 
-    A new layer trains: it normalizes with the batch and moves its running statistics. `.eval()`,
-    on the layer or on the whole model, makes it use the running ones, `.train()` turns it back, and
-    `nnx.view(model, use_running_average=True)` is a model in the other mode on the same variables.
-    The statistics are float32 at least after each training call, also where a policy has cast all
-    variables to half precision. In a linen model, by `nnx.bridge.ToLinen`, it can train only where
-    `batch_stats` are mutable.
+    A new layer trains: it normalizes with the batch and updates its running statistics. Call
+    `.eval()` on the layer or the whole model to use the running ones, and `.train()` to switch
+    back; `nnx.view(model, use_running_average=True)` is a model in eval mode with the same
+    variables. After each training call the statistics are at least float32, even if all variables
+    were cast to half precision. In a linen model, via `nnx.bridge.ToLinen`, it only trains if
+    `batch_stats` is mutable.
 
-    The attributes are those of `bnjax.linen.BatchNorm2d`, with these words to add.
+    The attributes are those of `bnjax.linen.BatchNorm2d`, except:
 
     Attributes:
-        num_features: number of channels, C; nnx makes a layer before it sees an input.
-        use_running_average: the mode: True after `.eval()`, False after `.train()`; the argument of
-            a call wins over it.
-        rngs: where the initializers of `scale` and `bias` get their keys.
+        num_features: number of channels, C; required, since nnx creates variables at construction.
+        use_running_average: the mode: True after `.eval()`, False after `.train()`; overridden by
+            the argument of a call.
+        rngs: keys for the initializers of `scale` and `bias`.
 
     Guides: examples/guides/conventions.md, examples/guides/running_statistics.md
 
@@ -249,7 +248,7 @@ class BatchNorm2d(TorchBatchNorm):
 
 
 class BatchNorm3d(TorchBatchNorm):
-    """`torch.nn.BatchNorm3d`, of (N, D, H, W, C); mode and attributes as in `BatchNorm2d`."""
+    """`torch.nn.BatchNorm3d` for (N, D, H, W, C); mode and attributes as in `BatchNorm2d`."""
 
     _spatial = conventions.SPATIAL[3]
 
@@ -257,21 +256,21 @@ class BatchNorm3d(TorchBatchNorm):
 class BatchNorm(_Layer):
     """Drop-in for `flax.nnx.BatchNorm`: its signature, variables and output dtype.
 
-    In a model written for Flax's layer, replacing the name changes nothing but the accuracy: the
-    statistics are exact at any mean, whatever `use_fast_variance` says, and are taken and kept in
-    float32 whatever `dtype` says; NaN under a mask stays there, and a batch without a finite mean
-    and variance moves nothing.
+    In a model written for Flax's layer, replacing the name changes only the accuracy: statistics
+    are exact at any mean, regardless of `use_fast_variance`, and are computed and kept in float32,
+    regardless of `dtype`; NaN under a mask affects nothing else; and a batch without finite mean
+    and variance updates nothing.
 
-    The attributes are those of `flax.nnx.BatchNorm`, with these words to add.
+    The attributes are those of `flax.nnx.BatchNorm`, except:
 
     Attributes:
         momentum: weight of the old statistics (Flax's convention: one minus PyTorch's).
-        axis_name: statistics of all devices of the axis together, by count, where Flax averages the
-            devices' means.
-        use_fast_variance: accepted, and without effect: the variance is both fast and exact.
-        promote_dtype: takes part in the dtype of the output, and in nothing else.
-        using: bnjax's own, as for `BatchNorm2d`.
-        banks: bnjax's own, as for `BatchNorm2d`; then `use_bias` and `use_scale` may be "own" or
+        axis_name: name of a mapped axis, or several, over whose devices statistics are pooled,
+            weighted by count, where Flax averages the devices' means.
+        use_fast_variance: accepted for compatibility; the variance is always fast and exact.
+        promote_dtype: only affects the dtype of the output.
+        using: bnjax only, as for `BatchNorm2d`.
+        banks: bnjax only, as for `BatchNorm2d`; then `use_bias` and `use_scale` may be "own" or
             "both".
 
     Guide: examples/guides/conventions.md

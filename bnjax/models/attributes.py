@@ -1,4 +1,4 @@
-"""The fields, the variables and the path of a batch norm, read and set from outside."""
+"""Read and set fields, variables and path of a batch norm from outside."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -10,15 +10,15 @@ from flax import nnx
 from bnjax.models.statistics import Path
 
 COLLECTION = "batch_stats"
-PATH = "_bnjax_path"  # where an nnx layer has its own noted
+PATH = "_bnjax_path"  # the attribute that holds the path of an nnx layer
 
 
 @contextlib.contextmanager
 def setting(layer: Any, **fields: Any) -> Iterator[None]:
-    """A context in which a layer, of linen or nnx, has other fields."""
+    """A context that sets fields of a linen or nnx layer."""
     before = {name: getattr(layer, name) for name in fields}
     try:
-        # A linen module is frozen for good reasons, but here it is put back before anyone looks.
+        # linen modules are frozen; the old fields are restored before anyone else sees this one.
         for name, value in fields.items():
             object.__setattr__(layer, name, value)
         yield
@@ -28,7 +28,7 @@ def setting(layer: Any, **fields: Any) -> Iterator[None]:
 
 
 def path_of(layer: Any) -> Path:
-    """The path of a layer in its model; of an nnx layer as `visits.mark` has noted it."""
+    """The path of a layer in its model; for an nnx layer, as recorded by `visits.mark`."""
     if isinstance(layer, nn.Module):
         return layer.path
     path = getattr(layer, PATH, "")
@@ -36,7 +36,7 @@ def path_of(layer: Any) -> Path:
 
 
 def variables_of(layer: Any) -> Mapping[str, Mapping[str, Any]]:
-    """The variables of a layer by collection and name."""
+    """The variables of a layer, by collection and name."""
     if isinstance(layer, nn.Module):
         return layer.variables
     found: dict[str, dict[str, Any]] = {"params": {}, COLLECTION: {}}

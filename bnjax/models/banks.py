@@ -1,4 +1,4 @@
-"""Banks of a model from outside: which one its layers use, and how a plain model gets some."""
+"""Choose the bank that a model uses, and convert variables to and from banks."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bnjax import globs
 from bnjax.core.checks import (
     POOLED,
-    bank_is_there,
     bank_names,
     no_banks_yet,
     one_bank,
@@ -25,18 +24,18 @@ from bnjax.models.contexts import Frame, Reentrant, holding
 
 
 class bank(Reentrant):  # noqa: N801 - used as a function is
-    """A context in which layers with `banks` use this one, in any linen or nnx model.
+    """A context that sets the bank of all layers with `banks`, in any linen or nnx model.
 
-    A call of a layer that names a bank itself uses that one. Contexts nest, and the inner one wins.
-    Each belongs to the thread and to the asyncio task that entered it. Functions under `jit` are
-    compiled for each bank that is given by name.
+    A bank passed to the call of a layer takes precedence. Contexts nest, and the innermost wins.
+    Each applies only to the thread and asyncio task that entered it. `jit` compiles a function once
+    for each bank given by name or number.
 
-    In the steps of bnjax, and in `recalibrate` and `diagnose`, give the bank of each example as an
+    In bnjax's training steps, `recalibrate` and `diagnose`, give the bank of each example as the
     entry `"bank"` of the batch instead, int32 (N,).
 
     Args:
-        which: the name or the number of a bank, or an int32 array of shape (N,), one for each
-            example; arrays may be traced, in a context that is entered where they are.
+        which: the name or number of a bank, or an int32 array of shape (N,), one for each example.
+            Arrays may be traced, if the context is entered where they are traced.
 
     >>> import bnjax, jax, jax.numpy as jnp
     >>> layer = bnjax.BatchNorm1d(2, banks=("source", "target"))
@@ -44,8 +43,8 @@ class bank(Reentrant):  # noqa: N801 - used as a function is
     >>> variables = layer.init(jax.random.key(0), x)
     >>> with bank("target"):
     ...     y, updates = layer.apply(variables, x, mutable=["batch_stats"])
-    >>> updates["batch_stats"]["mean"].round(2).tolist()
-    [[0.0, 0.0], [0.20000000298023224, 0.30000001192092896]]
+    >>> updates["batch_stats"]["mean"].any(1).tolist()
+    [False, True]
     """
 
     def __init__(self, which: int | str | chex.Array) -> None:
@@ -63,7 +62,7 @@ class bank(Reentrant):  # noqa: N801 - used as a function is
             current.reset(before)
 
 
-Arrays = dict[str, Any]  # of one layer, its scale, bias and statistics by name
+Arrays = dict[str, Any]  # scale, bias and statistics of one layer, by name
 
 
 def to_banks(
@@ -73,22 +72,22 @@ def to_banks(
     affine: Literal[True, "own", "both"] = True,
     paths: globs.Paths = "**",
 ) -> Any:
-    """The variables of a trained model, for the same model whose batch norms have `banks`.
+    """Convert the variables of a model to the same model with `banks` in its batch norms.
 
-    Each bank starts with the statistics that the layer has, so all evaluate as the model did.
+    Each bank starts as a copy of the layer's statistics, so all evaluate like the original.
 
     Args:
-        variables: a dict of linen variables, or an `nnx.State`, with bnjax's layers or Flax's.
-        banks: how many banks, or their names.
-        affine: as the layers have it: True shares scale and bias, "own" copies them into each bank,
-            "both" adds `bank_scale` and `bank_bias`, zeros.
-        paths: which batch norms, as globs over module paths.
+        variables: a dict of linen variables or an `nnx.State`, of bnjax's layers or Flax's.
+        banks: the number of banks, or their names.
+        affine: as set in the layers: True shares scale and bias, "own" copies them into each bank,
+            "both" adds `bank_scale` and `bank_bias`, initialized to 0.
+        paths: which batch norms, as a glob over module paths or several.
 
     Returns:
         New variables, of the same kind.
 
     Raises:
-        ValueError: a pattern fits no batch norm, or one has banks already.
+        ValueError: a pattern matches no batch norm, or one has banks already.
 
     >>> stats = {"bn": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}
     >>> new = to_banks({"batch_stats": stats}, ("source", "target"))
@@ -123,17 +122,17 @@ def select_bank(
     banks: int | Sequence[str] | None = None,
     paths: globs.Paths = "**",
 ) -> Any:
-    """The variables of one bank, for the same model without banks.
+    """Extract the variables of one bank, for the same model without banks.
 
-    Flax's own layers read them, and `bnjax.fold` folds them.
+    Flax's own layers accept the result, and `bnjax.fold` folds it.
 
     Args:
-        variables: a dict of linen variables, or an `nnx.State`.
-        bank: the name or the number of a bank.
-        banks: the names of all banks, or how many there are; needed where no layer or `to_banks` of
-            this program has told the name, or where layers without banks have statistics with
-            several axes.
-        paths: which batch norms, as globs over module paths; those without banks stay as they are.
+        variables: a dict of linen variables or an `nnx.State`.
+        bank: the name or number of a bank.
+        banks: the names of all banks, or their number; needed if no layer or `to_banks` in this
+            program has used the name, or if layers without banks have statistics with several axes.
+        paths: which batch norms, as a glob over module paths or several; those without banks are
+            left unchanged.
 
     Returns:
         New variables, of the same kind.
@@ -146,15 +145,15 @@ def select_bank(
     >>> new["batch_stats"]["bn"]["mean"].tolist()
     [3.0, 4.0, 5.0]
     """
-    number, index = one_bank(bank, banks, named_banks)
+    names = tuple(map(str, range(banks))) if isinstance(banks, int) else banks
     found = []
 
     def chosen(path: str, arrays: Arrays) -> Arrays:
         shape = jnp.shape(arrays["mean"])
-        if len(shape) < 2 or (number is not None and shape[0] != number):
+        if len(shape) < 2 or (names is not None and shape[0] != len(names)):
             return arrays
         found.append(path)
-        bank_is_there(index, shape[0], path)
+        index = one_bank(bank, shape[0], names, named_banks, path)
         new = {}
         for name, value in arrays.items():
             if name.startswith("bank_"):
@@ -171,7 +170,7 @@ def select_bank(
 
 
 def with_own_affine(variables: Any) -> Any:
-    """The same, with a scale and a bias for each bank where some were added to shared ones."""
+    """Turn shared scales and biases with additions for each bank into one of each per bank."""
 
     def own(path: str, arrays: Arrays) -> Arrays:
         new = {name: value for name, value in arrays.items() if not name.startswith("bank_")}
@@ -187,7 +186,7 @@ _NAMES = ("scale", "bias", "bank_scale", "bank_bias", "mean", "var", "count", *P
 
 
 def _map(change: Callable[[str, Arrays], Arrays], variables: Any, paths: globs.Paths) -> Any:
-    """Variables in which the arrays of the batch norms that fit are others."""
+    """Variables with the arrays of each matching batch norm replaced by `change(path, arrays)`."""
     state = isinstance(variables, nnx.State)
     if not state:
         checks.has_statistics(variables)

@@ -1,8 +1,8 @@
 """State that is active inside a `with` block, for the thread and task that entered it only.
 
-JAX caches traces, so it must retrace where another state is active. A user context of JAX makes it
-do so, but belongs to a thread, while a `ContextVar` belongs to a task. So the variable is the
-source of truth, and JAX gets a key of it at each entrance and exit.
+JAX caches traces, so it must retrace when the active state changes. A JAX user context makes it do
+so, but is local to a thread, whereas a `ContextVar` is local to a task. So the variable is the
+source of truth, and JAX gets a key of it at each entry and exit.
 """
 
 import asyncio
@@ -18,20 +18,20 @@ from bnjax.models.conventions import knowledge
 
 
 class Reentrant(contextlib.ContextDecorator):
-    """A context that can be entered again, at the same time too, by other threads and tasks."""
+    """A context that can be entered repeatedly, also by several threads and tasks at once."""
 
     def _entered(self) -> contextlib.AbstractContextManager[None]:
-        """What one `with` block is."""
+        """The context of a single `with` block."""
         raise NotImplementedError
 
     def __enter__(self) -> None:
-        """Let it hold."""
+        """Activate it."""
         context = self._entered()
         context.__enter__()
         _inside.set((*_inside.get(), (self, context)))
 
     def __exit__(self, *error: Any) -> bool | None:
-        """End it."""
+        """Deactivate it."""
         mine = [each for each in _inside.get() if each[0] is self][-1]
         _inside.set(tuple(each for each in _inside.get() if each is not mine))
         return mine[1].__exit__(*error)
@@ -75,8 +75,8 @@ def active() -> tuple[Frame, ...]:
 def holding(*frames: Frame, outermost: bool = False) -> Iterator[None]:
     """A context in which frames are active, inside or outside those that already are.
 
-    Tasks inherit them. While the block awaits, other tasks run under this frame's key. What they
-    trace is not reused after the block, but it is inside: two tasks must not call the same jitted
+    Tasks inherit them. While the block awaits, other tasks run under this frame's key. Their traces
+    are not reused after the block, but are inside it, so two tasks must not call the same jitted
     function under different frames.
     """
     thread, around = threading.get_ident(), _frames.get()

@@ -1,4 +1,4 @@
-"""What a batch norm is, in one vocabulary, whoever wrote it: bnjax or Flax, linen or nnx."""
+"""One description of all batch norms: bnjax's, Flax's and registered ones, linen and nnx."""
 
 import abc
 import dataclasses
@@ -19,33 +19,33 @@ from bnjax.layers import linen as linen_layers
 from bnjax.layers import nnx as nnx_layers
 
 
-class Linen(abc.ABC):  # noqa: B024 - it only says what is one
-    """Any batch norm of linen that is known, those that a user has registered among them."""
+class Linen(abc.ABC):  # noqa: B024 - only for isinstance checks
+    """Any known linen batch norm, including those that a user has registered."""
 
 
 class NNX(abc.ABC):  # noqa: B024
-    """Any batch norm of nnx that is known."""
+    """Any known nnx batch norm."""
 
 
 OWN_LINEN: tuple[Any, ...] = (linen_layers.TorchBatchNorm, linen_layers.BatchNorm, nn.BatchNorm)
 OWN_NNX: tuple[Any, ...] = (nnx_layers.TorchBatchNorm, nnx_layers.BatchNorm, nnx.BatchNorm)
-OWN = (*OWN_LINEN[:2], *OWN_NNX[:2])  # of bnjax alone
+OWN = (*OWN_LINEN[:2], *OWN_NNX[:2])  # bnjax's only
 LINEAR_LINEN = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
 LINEAR_NNX = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
 LINEAR: tuple[Any, ...] = LINEAR_LINEN + LINEAR_NNX
 
-# The code of the layers themselves, below whatever a subclass wraps around it; and, by class, that
-# of those which a user has registered.
+# The functions that the layers themselves define, which subclasses may wrap, and by class those of
+# registered layers.
 _OWN_CALLS = {inspect.unwrap(kind.__call__) for kind in OWN_LINEN + LINEAR_LINEN}
 _OWN_CALLS |= {kind.__call__ for kind in OWN_NNX + LINEAR_NNX}
 _calls: dict[type, Any] = {}
-_times: list[None] = []  # as many as there were calls of `know`
+_times: list[None] = []  # one entry per call of `know`
 for _kind in OWN_LINEN + OWN_NNX:
     (Linen if _kind in OWN_LINEN else NNX).register(_kind)
 
 
 def know(kind: Any) -> None:
-    """Take a class, and its subclasses, for batch norms."""
+    """Treat a class and its subclasses as batch norms."""
     linen = issubclass(kind, nn.Module)
     (Linen if linen else NNX).register(kind)
     _calls[kind] = inspect.unwrap(kind.__call__) if linen else kind.__call__
@@ -53,17 +53,17 @@ def know(kind: Any) -> None:
 
 
 def knowledge() -> int:
-    """A number that changes with what is known: programs of before have met other layers."""
+    """A number that changes whenever a class becomes known, which makes compiled programs stale."""
     return len(_times)
 
 
 def registered_class(layer: Any) -> type | None:
-    """The class of a layer that a user has registered, if it is known by that."""
+    """The registered class that a layer belongs to; None if there is none."""
     return next((kind for kind in type(layer).__mro__ if kind in _calls), None)
 
 
 def is_call(layer: Any, function: Any) -> bool:
-    """Whether a function is the call of a batch norm, or of a linear layer, itself."""
+    """Whether a function is the original call of this batch norm or linear layer."""
     registered = registered_class(layer)
     if registered is not None:
         return _calls[registered] is function
@@ -71,12 +71,12 @@ def is_call(layer: Any, function: Any) -> bool:
 
 
 def is_some_call(function: Any) -> bool:
-    """Whether a function is the call of some layer that is known."""
+    """Whether a function is the original call of any known layer."""
     return function in _OWN_CALLS or function in _calls.values()
 
 
 def is_rewritten(kind: Any) -> bool:
-    """Whether a subclass has a call of its own that leaves out that of the known class."""
+    """Whether a subclass overrides the call of the known class without calling it."""
     call = inspect.unwrap(kind.__call__)
     names = {*call.__code__.co_names, *call.__code__.co_freevars}
     return not is_some_call(call) and not names & {"super", "__class__", "__call__"}
@@ -84,24 +84,24 @@ def is_rewritten(kind: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a batch norm does, in PyTorch's terms whatever the convention it is written in.
+    """What a batch norm does, in PyTorch's terms, whatever its own convention.
 
     Attributes:
         layer: the name of its class.
-        flax: whether its momentum is written in Flax's convention.
-        axis: the feature axis, or axes.
-        eps: what it adds to the variance.
-        written: its momentum as it is written.
-        correction: 1 where it keeps the unbiased variance.
+        flax: whether its momentum is in Flax's convention.
+        axis: the feature axis or axes.
+        eps: added to the variance.
+        written: its momentum, in its own convention.
+        correction: 1 if it keeps the unbiased variance, otherwise 0.
         tracked: whether it keeps running statistics.
-        running: whether its fields say to use them; None leaves that to the call, or to `mutable`.
-        by_mutability: whether it trains, where nobody says, if its statistics are mutable.
+        running: whether its fields say to use them; None leaves that to the call or to `mutable`.
+        by_mutability: whether, by default, it trains if its statistics are mutable.
         affine: which of scale and bias it has.
-        axis_name: the mapped axes whose devices it pools.
-        axis_index_groups: groups of these.
-        virtual_batch_size: the size of the groups that are normalized by themselves.
-        using: the policy that says what normalizes; None for the default.
-        banks: how many sets of statistics it keeps, or their names; None for one.
+        axis_name: the mapped axes over which it pools statistics.
+        axis_index_groups: groups within these axes.
+        virtual_batch_size: the number of examples in each ghost batch.
+        using: the policy that chooses the statistics to normalize with; None for the default.
+        banks: the number of sets of statistics it keeps, or their names; None for a single one.
     """
 
     layer: str
@@ -122,28 +122,28 @@ class Facts:
 
     @property
     def momentum(self) -> Any:
-        """What moves the running statistics, as `bnjax.batch_norm` takes it."""
+        """The momentum in PyTorch's convention, as in `bnjax.batch_norm`."""
         return conventions.of_torch(self.written) if self.flax else self.written
 
     @property
     def weight(self) -> float | None:
-        """The weight of a new batch in the running statistics, where it is always the same."""
+        """The weight of a new batch in the running statistics; None unless it is constant."""
         momentum = self.momentum
         return float(momentum) if isinstance(momentum, int | float | np.number) else None
 
     @property
     def by_batch(self) -> bool:
-        """Whether it normalizes with the batch where it evaluates."""
+        """Whether it normalizes with the batch in evaluation."""
         return self.using is not None and (self.using.by_batch(False) or self.using.per_example)
 
 
 def facts(
     layer: Any, fields: Mapping[str, Any] = types.MappingProxyType({}), told: Any = None
 ) -> Facts:
-    """The facts of a batch norm, or of what is told of it; `fields` are looked at first."""
+    """The facts of a batch norm, read from `told` if given, with `fields` taking precedence."""
     told = _Told(layer if told is None else told, fields)
     torch, settings = conventions.is_torch(told), conventions.settings(told)
-    del settings["momentum"]  # in PyTorch's terms, it may be traced in a loop that it outlives
+    del settings["momentum"]  # converted here, it could be a tracer that outlives its trace
     return Facts(
         layer=own_type(layer).__name__,
         flax=not torch,
@@ -162,7 +162,7 @@ def _names(banks: Any) -> Any:
 
 
 class _Told:
-    """A layer with other fields."""
+    """A layer with some fields replaced."""
 
     def __init__(self, layer: Any, fields: Mapping[str, Any]) -> None:
         self._layer, self._fields = layer, fields
@@ -171,12 +171,12 @@ class _Told:
         return self._fields[name] if name in self._fields else getattr(self._layer, name)
 
 
-# The fields with which a batch norm is frozen: it uses its running statistics, and they stay.
+# The fields that freeze a batch norm: it uses its running statistics and does not update them.
 FROZEN: Mapping[str, Any] = types.MappingProxyType({"use_running_average": True, "using": None})
 
 
 class Frozen(nnx.Module):
-    """An nnx batch norm that has one mode, and remembers the one that it is asked for."""
+    """An nnx batch norm with a fixed mode, which remembers the mode it was last set to."""
 
     @property
     def use_running_average(self) -> bool:  # noqa: D102 - the layers document it
@@ -188,5 +188,5 @@ class Frozen(nnx.Module):
 
 
 def own_type(layer: Any) -> type:
-    """The type that a layer was made with."""
+    """The type that a layer was created with, before it was frozen."""
     return next(kind for kind in type(layer).__mro__ if not issubclass(kind, Frozen))

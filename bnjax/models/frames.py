@@ -12,8 +12,8 @@ from bnjax.models.compat import is_tracing
 from bnjax.models.contexts import Frame, active
 from bnjax.models.conventions import Facts
 
-# Patterns, and names of fields, that fitted a batch norm while a program was traced. Called again,
-# it is not traced, and nothing is met. They are the user's own words, so they are few.
+# Patterns and field names that matched a batch norm while a program was traced. Later calls of the
+# program trace and meet nothing. The set stays small, since users write these by hand.
 _fitted: set[tuple[str, frozenset[str]]] = set()
 
 
@@ -21,7 +21,7 @@ class Settings(Frame):
     """Fields for the batch norms whose path matches, while it is active.
 
     Attributes:
-        of_nnx: whether it is for the layers of an nnx model, and for no others.
+        of_nnx: whether it applies only to the layers of an nnx model.
         met: the paths of the batch norms that were called.
         traced: those that were called while tracing, and may run compiled without a call.
     """
@@ -76,11 +76,11 @@ class Visitor(Frame):
 
 
 class Examples(Frame):
-    """What is known of the examples while it is active.
+    """Mask and banks of the examples, while it is active.
 
     Attributes:
-        mask: which count, bool (N,); None for all.
-        bank: the bank of each, int32 (N,), or of all; None if nobody said.
+        mask: which examples count, bool (N,); None for all.
+        bank: the bank of each example, int32 (N,), or of all; None if unspecified.
     """
 
     def __init__(self, mask: chex.Array | None, bank: chex.Array | None) -> None:
@@ -93,7 +93,7 @@ class Met(NamedTuple):
 
     facts: Facts
     moves: bool  # whether its statistics are updated
-    frozen: bool  # by a context, not by the model
+    frozen: bool  # by a context rather than by the model
 
 
 class Watch(Frame):

@@ -34,7 +34,7 @@ def freeze(model: nnx.Module, paths: globs.Paths = "**") -> None:
             A shared layer is frozen if any of its paths matches.
 
     Raises:
-        ValueError: a pattern matches no batch norm; the error lists the paths there are.
+        ValueError: a pattern matches no batch norm; the error lists their paths.
 
     >>> import bnjax, jax.numpy as jnp
     >>> layer = bnjax.nnx.BatchNorm1d(3, rngs=nnx.Rngs(0))
@@ -75,7 +75,7 @@ def fitting(model: nnx.Module, paths: globs.Paths) -> list[nnx.Module]:
 
 
 def batch_norms(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[str, Any]]:
-    """All batch norms with their paths; unlike in `iter_modules`, a shared one has all of its."""
+    """All batch norms with their paths; unlike in `iter_modules`, a shared one with each of its."""
     if isinstance(node, NNX):
         yield path, node
         return
@@ -103,7 +103,7 @@ def _frozen(kind: type[nnx.Module]) -> _FrozenType:
         made = types.new_class(
             f"Frozen{kind.__name__}", (Frozen, kind), keywords, lambda body: body.update(fields)
         )
-        kind._bnjax_frozen = made  # pyright: ignore[reportAttributeAccessIssue] - a class is open
+        kind._bnjax_frozen = made  # pyright: ignore[reportAttributeAccessIssue] - set on a class
     return vars(kind)["_bnjax_frozen"]
 
 

@@ -1,6 +1,6 @@
 """An nnx model in linen's form: separate variables and a pure `apply`.
 
-It lets tools treat any nnx model as they treat a linen one.
+It lets tools handle nnx models like linen ones.
 """
 
 import weakref
@@ -40,7 +40,7 @@ class Copy:
 
     Args:
         model: the model, which is not changed.
-        state: an `nnx.State` of all or a part of it, to use instead of its own.
+        state: an `nnx.State` of all or part of it, to use instead of its own.
         training: keep the modes of the layers, and include random keys and their counts in the
             variables.
 
@@ -161,7 +161,7 @@ def arrays_of(state: nnx.State) -> dict[Path, Any]:
 
 
 def with_arrays(state: nnx.State, arrays: Mapping[Path, Any]) -> nnx.State:
-    """A state with other arrays in the place of some; the other variables are the same objects."""
+    """A state with some arrays replaced; other variables stay the same objects."""
     leaves, held = dict(nnx.to_flat_state(state)), _held(state)
     for keys, own in held.items():
         if own.keys() & arrays:

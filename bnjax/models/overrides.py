@@ -1,4 +1,4 @@
-"""Settings by module path, for any linen model, whoever wrote it: override, freeze."""
+"""Override the settings of batch norms by module path, in any model: override, freeze."""
 
 import contextlib
 import dataclasses
@@ -20,31 +20,31 @@ from bnjax.models.visits import applying, is_marked, mark, unmark
 
 
 class override(Reentrant):  # noqa: N801 - used as a function is
-    """A context in which every batch norm whose module path fits takes other settings.
+    """A context that overrides the settings of every batch norm whose module path matches.
 
-    It holds for bnjax's linen layers and for `flax.linen.BatchNorm`, and subclasses of both, in any
-    model, without touching its code, under `jit` (a function that was compiled before is compiled
-    anew), `nn.remat` and `nn.scan`. Contexts nest, and the inner one wins. Each belongs to the
-    thread and to the asyncio task that entered it, and can be entered again.
+    It works for bnjax's linen layers, `flax.linen.BatchNorm` and subclasses of both, in any model,
+    without changing its code, under `jit` (a function compiled before is recompiled), `nn.remat`
+    and `nn.scan`. Contexts nest, and the innermost wins. Each applies only to the thread and
+    asyncio task that entered it, and can be entered again.
 
     Guide: examples/guides/freezing.md
 
     Args:
-        paths: a glob over module paths or several, such as `"encoder/**"` or `"**/bn1"`; `*` is a
-            part of one name, `**` any number of names.
-        **fields: the settings, by the names of the layers' fields and in their convention: a
-            momentum of 0.01 means 0.99 in a layer of Flax's. `use_running_average` wins over what
-            the model passes to the call. A momentum may be traced: then the context must be entered
-            where it is traced. It may be a schedule of optax, or another function of the number of
-            the step, where a step of bnjax runs the model, linen or nnx; else of the layer's own
-            count. Neither compiles anew when it changes.
+        paths: a glob over module paths or several, such as `"encoder/**"` or `"**/bn1"`; `*`
+            matches within one name, `**` any number of names.
+        **fields: settings, by the names of the layers' fields and in each layer's convention: a
+            PyTorch momentum of 0.01 is 0.99 in a Flax layer. `use_running_average` takes precedence
+            over what the model passes to the call. A momentum may be traced, if the context is
+            entered where it is traced. It may also be an optax schedule or another function of the
+            step number: that of the step if a bnjax training step runs the model, linen or nnx, and
+            the layer's own `count` otherwise. Neither recompiles when its value changes.
 
-            `using`, a policy of `bnjax.policies`, is a field of every batch norm here, Flax's and
-            registered ones too: bnjax then computes their call.
+            `using`, a policy from `bnjax.policies`, works on every batch norm, including Flax's and
+            registered ones: bnjax then computes their call.
 
     Raises:
-        TypeError: no layer has a field of that name.
-        ValueError: a pattern fits no batch norm that was called; the paths there are, are listed.
+        TypeError: no layer has a field with that name.
+        ValueError: a pattern matches no batch norm that was called; the error lists their paths.
     """
 
     def __init__(self, paths: globs.Paths, **fields: Any) -> None:
@@ -62,11 +62,11 @@ class override(Reentrant):  # noqa: N801 - used as a function is
 
 
 class override_nnx(override):  # noqa: N801
-    """A context in which the batch norms of an nnx model take other settings.
+    """A context that overrides the settings of the batch norms of an nnx model.
 
-    It holds for bnjax's layers and for `flax.nnx.BatchNorm`, and subclasses of both, also under
-    `nnx.jit` and the other transformations. Contexts nest, and the inner one wins. For the model
-    that `bnjax.nnx.train_step` trains, `bnjax.override` does the same.
+    It works for bnjax's layers, `flax.nnx.BatchNorm` and subclasses of both, also under `nnx.jit`
+    and the other transformations. Contexts nest, and the innermost wins. For a model trained by
+    `bnjax.nnx.train_step`, `bnjax.override` does the same.
 
     Args:
         model: a module; a batch norm itself has the path "".
@@ -74,8 +74,8 @@ class override_nnx(override):  # noqa: N801
         **fields: as for `bnjax.override`.
 
     Raises:
-        TypeError: no layer has a field of that name.
-        ValueError: a pattern fits no batch norm; the paths there are, are listed.
+        TypeError: no layer has a field with that name.
+        ValueError: a pattern matches no batch norm; the error lists their paths.
 
     >>> import bnjax, jax.numpy as jnp
     >>> from flax import nnx
@@ -107,10 +107,10 @@ class override_nnx(override):  # noqa: N801
 
 
 def freeze(paths: globs.Paths) -> override:
-    """A context in which the batch norms whose module path fits are frozen, in training too.
+    """A context that freezes the batch norms whose module path matches, even in training.
 
-    They normalize with their running statistics, and those stay as they are, bit for bit. The same
-    patterns keep an optimizer from their parameters: `bnjax.trainable_labels`.
+    They normalize with their running statistics and leave them unchanged, bit for bit. To keep an
+    optimizer from their parameters, pass the same patterns to `bnjax.trainable_labels`.
 
     Guide: examples/guides/freezing.md
 
@@ -121,7 +121,7 @@ def freeze(paths: globs.Paths) -> override:
 
 
 def _plain(value: Any) -> Hashable:
-    """A value by which JAX's caches can tell settings apart, if it keeps nothing alive."""
+    """A cache key for a setting that keeps nothing alive; unique if there is no such key."""
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
     if callable(value):

@@ -277,8 +277,10 @@ def _with(stats: Any, seen: Mapping[Path, Moments]) -> Any:
         found |= dict.fromkeys(("values_low", "mean_low", "var_low"), 0 * moments.mean)
         for name in found.keys() & old.keys():
             kept = meta.unbox(old[name])
-            value = jnp.where(some, found[name], kept).astype(kept.dtype)
-            new[name] = meta.replace_boxed(old[name], value)
+            value = found[name]
+            if not jnp.all(some):
+                value = jnp.where(some, value, jax.device_put(kept, value.sharding))
+            new[name] = meta.replace_boxed(old[name], value.astype(kept.dtype))
         return new
 
     found = map_layers(replace, stats)

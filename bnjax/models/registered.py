@@ -12,7 +12,7 @@ from flax import nnx
 from bnjax.models.conventions import NNX, Linen, is_rewritten, know, registered_class
 
 # The settings of a batch norm by their names in `flax.linen.BatchNorm`, with defaults.
-_UNTOLD = {
+_DEFAULTS = {
     "axis": -1,
     "epsilon": 1e-5,
     "mask": None,
@@ -22,7 +22,7 @@ _UNTOLD = {
     "use_bias": True,
 }
 _NEEDED = ("use_running_average", "momentum")
-_FACTS = ("x", *_NEEDED, *_UNTOLD)
+_FACTS = ("x", *_NEEDED, *_DEFAULTS)
 _readings: dict[type, "_Reading"] = {}
 
 
@@ -182,5 +182,5 @@ class Bound:
                 f'bnjax.register({self._reading.kind.__name__}, {{"{name}": ...}}).'
             )
         if found is None:
-            return _UNTOLD.get(name)
+            return _DEFAULTS.get(name)
         return not found if where.startswith("not ") else found

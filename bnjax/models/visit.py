@@ -1,4 +1,4 @@
-"""One call of a batch norm, whoever wrote the layer."""
+"""One call of any known batch norm."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -29,15 +29,14 @@ class Visit:
     """One call of a batch norm.
 
     Attributes:
-        layer: the layer, of linen or nnx.
-        path: where it is in the model.
-        facts: what it does, under the settings that hold.
+        layer: the layer, linen or nnx.
+        path: its path in the model.
+        facts: what it does, under the active settings.
         x: its input.
-        mask: as it was given; None if all positions count.
-        running: whether it normalizes with its running statistics, as it was asked to; None if
-            nobody said.
-        given: what the call said of that.
-        extra: what else it said: `bank`, `scale` and `bias`.
+        mask: the mask of the call; None if all positions count.
+        running: whether it was asked to normalize with its running statistics; None if unspecified.
+        given: the mode passed to the call, if any.
+        extra: other arguments of the call: `bank`, `scale` and `bias`.
     """
 
     layer: Any
@@ -50,7 +49,7 @@ class Visit:
     extra: dict[str, Any]
     _call: Callable
     _fields: dict[str, Any]
-    _bound: Bound | None  # of a layer whose class was registered
+    _bound: Bound | None  # for a layer of a registered class
 
     def run(
         self,
@@ -60,13 +59,13 @@ class Visit:
         here: bool = False,
         plain: bool = False,
     ) -> jax.Array:
-        """What the layer makes of the call.
+        """Run the call and return its output.
 
         Args:
-            x: another input.
-            running: the mode, whatever the layer, the call and the settings say.
-            here: pool over the axes alone that are mapped here, and no other devices.
-            plain: without a policy, whatever the layer and the settings say.
+            x: an input to use instead.
+            running: the mode, overriding layer, call and settings.
+            here: pool only over axes that are mapped here.
+            plain: ignore any policy of the layer and the settings.
         """
         fields, options = dict((self.unmapped() if here else self)._fields), dict(self.extra)
         x = self.x if x is _AS_GIVEN else x
@@ -97,14 +96,14 @@ class Visit:
         with setting(self.layer, **fields):
             if self.mask is None or isinstance(self.layer, OWN) or mode or self.running:
                 return self._call(x, **options)
-            # Without an example that counts, Flax's output and statistics would be NaN.
+            # If no example counted, Flax's output and statistics would be NaN.
             some, before = jnp.any(self.mask), self.statistics
             y = self._call(x, **{**options, "mask": self.mask | ~some})
             self.put({k: jnp.where(some, new, before[k]) for k, new in self.statistics.items()})
             return y
 
     def _by_policy(self, policy: Policy, x: Any, running: bool | None) -> jax.Array:
-        """What a layer of Flax's, or one that is registered, makes of the call with a policy."""
+        """The output of a Flax or registered layer under a policy."""
         dtype = jax.eval_shape(lambda: self.run(x=x, running=True, here=True, plain=True)).dtype
         stats = {name: self.statistics[name] for name in ("mean", "var")}
         settings = {"eps": self.facts.eps, "momentum": self.facts.momentum, "dtype": dtype}
@@ -117,23 +116,23 @@ class Visit:
 
     @property
     def parameters(self) -> dict[str, jax.Array]:
-        """Scale and bias of the layer, those that it has."""
+        """The scale and bias that the layer has."""
         return dict(meta.unbox(variables_of(self.layer).get("params", {})))
 
     @property
     def bank(self) -> Any:
-        """The bank of the call, or those of its examples, by number; None without banks."""
+        """The number of the call's bank, or one for each example; None without banks."""
         return bank_of(self.layer, self.extra.get("bank"))
 
     def of(self, batch: Mapping[str, Any]) -> "Visit":
-        """The same call, in which examples count, and have banks, as a batch says."""
+        """The same call, with the mask and the banks of a batch."""
         visit = self.where(batch.get("mask"))
         if "bank" not in batch or self.facts.banks is None or "bank" in self.extra:
             return visit
         return dataclasses.replace(visit, extra={**visit.extra, "bank": batch["bank"]})
 
     def where(self, examples: chex.Array | None) -> "Visit":
-        """The same call, of which these examples count: bool (N,), or None for all."""
+        """The same call, counting only these examples: bool (N,), or None for all."""
         if examples is None:
             return self
         checks.has_examples(self.layer, jnp.shape(self.x), examples.size, "/".join(self.path))
@@ -143,7 +142,7 @@ class Visit:
         return dataclasses.replace(self, mask=mask)
 
     def unmapped(self) -> "Visit":
-        """The same call, pooled over the axes alone that are mapped here."""
+        """The same call, pooled only over axes that are mapped here."""
         if self.devices[0] == self.facts.axis_name:
             return self
         names = dict(zip(("axis_name", "axis_index_groups"), self.devices, strict=True))
@@ -151,22 +150,22 @@ class Visit:
 
     @property
     def frozen(self) -> bool:
-        """Whether it uses its running statistics whatever the call says."""
+        """Whether it uses its running statistics regardless of the call."""
         fixed = self.facts.by_mutability and self.facts.running
         return bool(self._fields.get("use_running_average") or fixed)
 
     @property
     def told(self) -> bool:
-        """Whether a context says what mode it is in."""
+        """Whether a context sets its mode."""
         return "use_running_average" in self._fields
 
     @property
     def statistics(self) -> dict[str, chex.Array]:
-        """What the layer keeps in `batch_stats`, by name."""
+        """The arrays of the layer in `batch_stats`, by name."""
         return dict(variables_of(self.layer).get(COLLECTION, {}))
 
     def put(self, values: Mapping[str, chex.Array]) -> None:
-        """Write statistics of the layer."""
+        """Write statistics to the layer."""
         for name, value in values.items():
             if isinstance(self.layer, nn.Module):
                 self.layer.put_variable(COLLECTION, name, value)
@@ -175,7 +174,7 @@ class Visit:
 
     @property
     def devices(self) -> tuple[Any, Any]:
-        """`axis_name` and `axis_index_groups`, of the axes that are mapped here."""
+        """`axis_name` and `axis_index_groups`, restricted to axes that are mapped here."""
         names = self.facts.axis_name
         names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
         here = tuple(name for name in names if is_mapped(name))
@@ -184,19 +183,19 @@ class Visit:
         return here or None, None
 
     def seen(self) -> dict[str, jax.Array]:
-        """`mean` and `var` of this call as the running ones take them in; NaN where there is none.
+        """`mean` and `var` of this batch, as they enter the running ones; NaN where there are none.
 
-        They are those of the batch, with the layer's mask, correction, axes and virtual batches.
+        They respect the layer's mask, correction, axes and virtual batches.
         """
         shape = [*rows(self.facts), *(jnp.shape(self.x)[axis] for axis in self.axes)]
         none = jnp.full(shape, -1, working_dtype(jnp.result_type(self.x)))
         stats = {"mean": none, "var": jnp.real(none)}
         found = self._core({}, stats, momentum=1.0, correction=self.facts.correction)[1]
-        # A channel without finite statistics keeps the variance that none can have.
+        # A channel without finite statistics keeps the impossible variance of -1.
         return {name: jnp.where(found["var"] < 0, jnp.nan, found[name]) for name in found}
 
     def by_batch(self) -> jax.Array:
-        """The input normalized by the batch, as in training, where nothing may be written."""
+        """The input normalized by the batch, as in training, without writing anything."""
         dtype = jax.eval_shape(lambda: self.run(running=True, here=True)).dtype
         stats = {name: self.statistics[name] for name in ("mean", "var") if self.facts.banks}
         return self._core(self.parameters, stats, eps=self.facts.eps, dtype=dtype)[0]

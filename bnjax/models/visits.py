@@ -1,7 +1,7 @@
-"""One way to meet each call of a batch norm in a model, whoever wrote the model and the layer.
+"""Intercept each call of a batch norm, in any linen or nnx model.
 
-What is met is the call of the library's own code, below whatever a subclass wraps around it: by
-Flax's interceptors in linen, and in nnx by a look at the frames that the layers' `__call__` takes.
+The intercepted call is that of the library's own code, inside anything a subclass wraps around it.
+linen has interceptors for this; in nnx, each layer's `__call__` looks for active frames.
 """
 
 import contextlib
@@ -43,15 +43,16 @@ def visiting(
     *,
     key: Hashable = None,
 ) -> Iterator[dict[str, str]]:
-    """A context in which each call of a batch norm is a visit.
+    """A context that passes each call of a batch norm to a visitor.
 
     Args:
-        norm: gets the visit, and returns what the caller shall get.
-        linear: gets layer, call, args and kwargs of each conv or dense layer, alike.
-        key: tells this context from others for JAX, which keeps it. The default is unlike any.
+        norm: takes a `Visit` and returns the output of the call.
+        linear: takes layer, call, args and kwargs of each conv or dense layer, and returns the
+            output.
+        key: identifies this context in JAX's caches, which keep it alive; unique by default.
 
     Yields:
-        The classes, by path, of modules that keep a mean and a variance, and are not known.
+        Classes, by path, of unknown modules that keep a mean and a variance.
     """
     visitor = Visitor(norm, linear, object() if key is None else key)
     with applying(visitor):
@@ -60,11 +61,11 @@ def visiting(
 
 @contextlib.contextmanager
 def counting(examples: chex.Array | None, bank: chex.Array | None = None) -> Iterator[None]:
-    """A context in which batch norms know of the examples.
+    """A context that tells batch norms about the examples.
 
     Args:
-        examples: which count, bool (N,); None for all.
-        bank: the bank of each, int32 (N,), or one number, for layers with banks.
+        examples: which of them count, bool (N,); None for all.
+        bank: the bank of each, int32 (N,), or a single number, for layers with banks.
     """
     known = examples is not None or bank is not None
     with applying(Examples(examples, bank)) if known else contextlib.nullcontext():
@@ -73,7 +74,7 @@ def counting(examples: chex.Array | None, bank: chex.Array | None = None) -> Ite
 
 @contextlib.contextmanager
 def watching(step: chex.Array) -> Iterator[dict[str, Met]]:
-    """A context of a training step, with what batch norms that keep statistics do, by path."""
+    """A context for a training step that records, by path, how batch norms with statistics ran."""
     watch = Watch(step)
     with applying(watch):
         yield watch.met
@@ -81,15 +82,15 @@ def watching(step: chex.Array) -> Iterator[dict[str, Met]]:
 
 @contextlib.contextmanager
 def applying(*frames: Frame, outermost: bool = False) -> Iterator[None]:
-    """A context in which frames hold for the layers that are called."""
+    """A context in which frames apply to the layers that are called."""
     with holding(*frames, outermost=outermost), nn.intercept_methods(_intercept):
         yield
 
 
 def listen_to(kind: type[nnx.Module]) -> None:
-    """Let the library code that layers of an nnx type run ask what holds at each of its calls.
+    """Make the library code that an nnx layer type runs check for active frames at each call.
 
-    `nnx.tabulate` leaves a copy of an inherited method in each class that it has seen.
+    `nnx.tabulate` leaves copies of inherited methods in the classes it has seen, so patch them all.
     """
     for each in kind.__mro__:
         call = vars(each).get("__call__")
@@ -98,13 +99,13 @@ def listen_to(kind: type[nnx.Module]) -> None:
 
 
 def mark(layer: nnx.Module, path: Path) -> None:
-    """Note the path of a layer, and listen to it."""
+    """Record the path of a layer, and listen to its calls."""
     listen_to(type(layer))
     setattr(layer, PATH, "/".join(path))
 
 
 def is_marked(layer: nnx.Module) -> bool:
-    """Whether the path of a layer is noted."""
+    """Whether the path of a layer is recorded."""
     return hasattr(layer, PATH)
 
 
@@ -114,7 +115,7 @@ def unmark(layer: nnx.Module) -> None:
         delattr(layer, PATH)
 
 
-# The layer whose call is being met: Flax asks once for each frame, and one meets it for all.
+# The layer whose call is being handled: Flax intercepts once per frame, and only one handles it.
 _met_now: ContextVar[Any] = ContextVar("bnjax.met_now", default=None)
 
 
@@ -128,7 +129,7 @@ def _intercept(
     if context.method_name == "__call__" and is_layer(layer.variables.get(COLLECTION, {})):
         path = "/".join(layer.path)
         for frame in active():
-            if path not in frame.known:  # a subclass that does not call the known code, too
+            if path not in frame.known:  # including subclasses that do not call the known code
                 frame.strangers[path] = type(layer).__name__
     return y
 
@@ -144,8 +145,8 @@ def _asking(function: Callable) -> Callable:
 
 
 def _meet(layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Bring the call of a layer to the innermost visitor."""
-    # What holds is for copies that have their paths, not for what a user calls beside.
+    """Pass the call of a layer to the innermost visitor."""
+    # Frames apply to nnx layers with a recorded path, not to others that the user calls meanwhile.
     frames = active() if isinstance(layer, nn.Module) or hasattr(layer, PATH) else ()
     if _met_now.get() is layer or not (frames or isinstance(layer, Frozen)):
         return call(*args, **kwargs)
@@ -197,7 +198,7 @@ def _visit(
 
 
 def _fields(layer: Any, path: Path, frames: tuple[Frame, ...]) -> dict[str, Any]:
-    """The fields that the layer has in this call, instead of its own."""
+    """The fields that are overridden in this call."""
     fields: dict[str, Any] = {}
     linen = isinstance(layer, nn.Module)
     watches = [frame for frame in frames if isinstance(frame, Watch)]
@@ -217,7 +218,7 @@ def _fields(layer: Any, path: Path, frames: tuple[Frame, ...]) -> dict[str, Any]
 def _policy(
     layer: Any, path: Path, fields: Mapping[str, Any], watches: Sequence[Watch]
 ) -> dict[str, Any]:
-    """The policy of an override in numbers, unless the layer counts its steps by itself."""
+    """The overriding policy with schedules evaluated, unless the layer counts its own steps."""
     policy = fields.get("using")
     checks.policy(policy, Policy)
     if policy is None or not policy.counts or "count" in variables_of(layer).get(COLLECTION, {}):
@@ -229,6 +230,6 @@ def _policy(
 def _arguments(
     x: Any, use_running_average: bool | None = None, *, mask: Any = None, **extra: Any
 ) -> tuple[Any, bool | None, Any, dict[str, Any]]:
-    """What the layers of bnjax and Flax are called with."""
+    """The call arguments of bnjax's and Flax's layers."""
     extra = {name: value for name, value in extra.items() if value is not None}
     return x, use_running_average, mask, extra

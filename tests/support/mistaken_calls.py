@@ -339,7 +339,7 @@ TOOLS = (
     Mistake(
         "a suffix of no format",
         lambda: bn.save("model.xyz", VARIABLES),
-        "Cannot save to model.xyz: '.xyz' is the suffix of no format that is written here. Formats "
+        "Cannot save to model.xyz: '.xyz' is not a supported suffix. Formats "
         "are .safetensors, .pth "
         "and .pt (PyTorch), .msgpack (Flax), and a folder without a suffix (orbax).",
         ValueError,

@@ -1,4 +1,4 @@
-"""The formats of checkpoints: which one a file is in, by its content, and what reads it."""
+"""Detect the format of a checkpoint from its content, and choose what reads and writes it."""
 
 import re
 from collections.abc import Callable
@@ -16,7 +16,7 @@ WRITTEN = (
 
 
 class Format(NamedTuple):
-    """A format by the name that messages give it."""
+    """A format: its name in messages, how to read it and how to write it."""
 
     name: str
     read: Callable[[Path, Only], Any]
@@ -37,7 +37,7 @@ _SUFFIXES = {
     ".msgpack": "msgpack",
     "": "orbax",
 }
-# What a file is called of which the content says nothing, as when its start is damaged.
+# The usual names, for files whose content does not tell, such as when their start is damaged.
 _CALLED = re.compile(
     r".*(?:(?P<safetensors>\.safetensors)|(?P<pytorch>\.(?:pth|pt|bin|ckpt|tar)(?:[-_.]?\d+)?)"
     r"|(?P<msgpack>\.msgpack|checkpoint_\d+)|(?P<shards>\.index\.json))",
@@ -46,10 +46,10 @@ _CALLED = re.compile(
 
 
 def format_of(path: Path) -> Format:
-    """The format of a file, by its content, or of a folder that orbax has saved.
+    """The format of a file, from its content; a folder is orbax.
 
     Raises:
-        ContentError: it is in none of them.
+        ContentError: the format is unknown.
     """
     if path.is_dir():
         return _FORMATS["orbax"]
@@ -61,28 +61,25 @@ def format_of(path: Path) -> Format:
         raise ContentError(f"it is {what}.")
     if called := _CALLED.fullmatch(path.name):
         return _FORMATS[called.lastgroup or ""]
-    raise ContentError("its content is that of no format that is read here, or it is damaged.")
+    raise ContentError("it is in no known format, or damaged.")
 
 
 def is_read(path: Path) -> bool:
-    """Whether a file has the content of a checkpoint, and not of another archive or pickle."""
+    """Whether the content of a file is a checkpoint, rather than another archive or pickle."""
     try:
         kind = signature(path) if path.is_file() else None
         return kind is not None and (kind != "pytorch" or pytorch.is_saved(path))
-    except OSError:  # what may not be read is no checkpoint for this user
+    except OSError:  # this user may not read it
         return False
 
 
 def format_to_write(path: Path) -> tuple[str, Format]:
-    """The format that a suffix chooses, with its suffix.
+    """The suffix of a path and the format that it stands for.
 
     Raises:
-        ValueError: it chooses none.
+        ValueError: no format has this suffix.
     """
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
-        raise ValueError(
-            f"Cannot save to {path}: {suffix!r} is the suffix of no format that is written here. "
-            f"{WRITTEN}"
-        )
+        raise ValueError(f"Cannot save to {path}: {suffix!r} is not a supported suffix. {WRITTEN}")
     return suffix, _FORMATS[_SUFFIXES[suffix]]

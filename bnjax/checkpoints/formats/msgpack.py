@@ -1,4 +1,4 @@
-"""Flax's msgpack: nested dicts as they are."""
+"""Flax's msgpack, which holds nested dicts."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from bnjax.checkpoints.contents import Only
 
 
 def read(path: Path, _: Only) -> Any:
-    """All that was saved."""
+    """Everything that was saved."""
     from flax import serialization
 
     return serialization.msgpack_restore(path.read_bytes())

@@ -1,11 +1,11 @@
-"""The packages of formats, imported where they are used."""
+"""Import the packages that formats need where they are used."""
 
 import importlib
 from typing import Any
 
 
 def needed(module: str, extra: str) -> Any:
-    """A module, or an error that says how to install it."""
+    """Import a module, or raise an error that says how to install it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""orbax: a folder for a tree, or a folder of several such items under their names."""
+"""orbax: a folder with one tree, or with several as named items."""
 
 import contextlib
 import logging
@@ -12,22 +12,22 @@ import numpy as np
 from bnjax._files import hidden_beside
 from bnjax.checkpoints.contents import ContentError, Only
 
-# In the metadata: the arrays of size 0, which orbax does not write, as [path, shape, dtype].
+# Metadata key for arrays of size 0, which orbax does not write, as [path, shape, dtype].
 _EMPTY = "bnjax.empty"
 
 
 def is_orbax(path: Path) -> bool:
-    """Whether a folder is a tree that orbax has saved."""
+    """Whether a folder is a tree saved by orbax."""
     return (path / "_METADATA").is_file()
 
 
 def is_step(path: Path) -> bool:
-    """Whether a folder is one that orbax has saved, with items inside."""
+    """Whether a folder is a step saved by orbax, with items inside."""
     return (path / "_CHECKPOINT_METADATA").is_file() and not is_orbax(path)
 
 
 def read(path: Path, _: Only) -> Any:
-    """What orbax has saved, as NumPy arrays; of a step all items with arrays, by name."""
+    """The saved tree as NumPy arrays; for a step, all items with arrays, by name."""
     if is_orbax(path):
         return _read(path)
     return {each.name: _read(each) for each in sorted(path.iterdir()) if is_orbax(each)}
@@ -38,13 +38,13 @@ def write(path: Path, tree: dict[str, Any]) -> None:
     if path.exists() or path.is_symlink():
         what = "folder" if path.is_dir() else "file"
         raise FileExistsError(
-            f"There is a {what} at {path}, and a {what} can't be replaced by a folder in one "
-            "moment. Choose another name, or remove it first."
+            f"There is a {what} at {path}, and a {what} can't be replaced atomically by a folder. "
+            f"Choose another name, or remove it first."
         )
     _check_names(path, tree)
     temporary = hidden_beside(path.absolute())
     empty: list[Any] = []
-    held = _without_empty(tree, (), empty) or {_EMPTY: np.zeros(1)}  # orbax has no empty tree
+    held = _without_empty(tree, (), empty) or {_EMPTY: np.zeros(1)}  # orbax refuses empty trees
     try:
         with _quiet():
             import orbax.checkpoint as ocp
@@ -81,7 +81,7 @@ def _read(path: Path) -> Any:
 
 
 def _without_empty(tree: Any, path: tuple[str, ...], empty: list[Any]) -> Any:
-    """Nested dicts without the arrays of size 0, which are noted."""
+    """Nested dicts without arrays of size 0, which are added to `empty`."""
     kept = {}
     for name, part in tree.items():
         if isinstance(part, dict):
@@ -99,7 +99,7 @@ def _fill(tree: dict[str, Any], names: list[str], shape: tuple[int, ...], dtype:
     for name in parents:
         tree = tree[name]
     if last in tree or 0 not in shape:
-        raise ContentError(f"its metadata have an array {'/'.join(names)} that is not empty.")
+        raise ContentError(f"its metadata list an array {'/'.join(names)} that is not empty.")
     tree[last] = np.zeros(shape, dtype)
 
 
@@ -125,7 +125,7 @@ def _paths(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A context in which orbax raises its errors alone: its hints are of use to its own users."""
+    """A context that silences orbax's log messages, which are hints for its own users."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

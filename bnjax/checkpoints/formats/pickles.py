@@ -1,4 +1,4 @@
-"""What a pickle would call, found without unpickling it, and why that is refused."""
+"""Find what a pickle would call without unpickling it, and explain why it is refused."""
 
 import builtins
 import pickletools
@@ -9,20 +9,20 @@ from typing import Any
 
 from bnjax.checkpoints.contents import ContentError
 
-# How the files of `torch.save` before its zip archives begin, after the protocol.
+# How files of `torch.save` began, after the protocol, before it wrote zip archives.
 _MAGIC = b"\x8a\n" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _SHOWN = 5
 
 
 def is_torchs(path: Path) -> bool:
-    """Whether a file begins as `torch.save` began its pickles."""
+    """Whether a file begins like a pickle by `torch.save`."""
     with path.open("rb") as file:
         start = file.read(2 + len(_MAGIC))
     return start[:1] == b"\x80" and start[2:] == _MAGIC
 
 
 def check_writer(path: Path) -> None:
-    """Refuse pickles that others than torch have written, whatever they hold."""
+    """Refuse pickles not written by torch, whatever they hold."""
     with path.open("rb") as file:
         if file.read(1) != b"\x80" or is_torchs(path):
             return
@@ -30,38 +30,38 @@ def check_writer(path: Path) -> None:
         names = _called(file)
     held = f", of {_shown(names)}" if names else ""
     raise ContentError(
-        f"it is a pickle that `torch.save` did not write{held}, or damaged at its start, and to "
-        "unpickle it could run code.\nWhere you trust it, load it with pickle and save its arrays "
+        f"it is a pickle that `torch.save` did not write{held}, or damaged at its start, and "
+        "unpickling it could run code.\nIf you trust it, load it with pickle and save its arrays "
         "with `bnjax.save`."
     )
 
 
 def refusal(torch: Any, path: Path, message: str) -> str:
-    """Why torch did not unpickle a file: for what it would have to call, or for damage."""
+    """Why torch did not unpickle a file: what it would have to call, or damage."""
     found = re.findall(r"GLOBAL (\S+)|but got <class '(\S+)'>", message)
     names = {*_listed(torch, path)} or {*map("".join, found)} - {""}
     if not names:
-        return "it is truncated, damaged or something else. Copy or download it again."
+        return "it is truncated, damaged or another format. Copy or download it again."
     may_allow = "is blocked" not in message and not any(map(_is_function, names))
     listed = ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    first = f"allow it before by `torch.serialization.add_safe_globals([{listed}])`,\nor "
+    first = f"first allow it with `torch.serialization.add_safe_globals([{listed}])`,\nor "
     return (
-        f"besides tensors and plain containers it holds {_shown(names)}, and to unpickle that "
-        f"could run code.\nWhere you trust it, {first if may_allow else ''}load it with torch and "
-        "save its `state_dict()` alone."
+        f"besides tensors and plain containers it holds {_shown(names)}, and unpickling that could "
+        f"run code.\nIf you trust it, {first if may_allow else ''}load it with torch and "
+        "save only its `state_dict()`."
     )
 
 
 def _listed(torch: Any, path: Path) -> list[str]:
-    """What a file holds beyond what is allowed, as far as torch lists it."""
+    """What torch lists in a file beyond what it allows."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # it lists archives alone, and each damage has an error of its own
+    except Exception:  # it only lists archives, and each kind of damage raises its own error
         return []
 
 
 def _is_function(name: str) -> bool:
-    """Whether it is one of Python's own functions, such as eval: no network needs that."""
+    """Whether this is a builtin function, such as eval, which no network needs."""
     found = getattr(builtins, name.removeprefix("builtins."), None)
     return found is not None and not isinstance(found, type)
 
@@ -83,13 +83,13 @@ def _called(file: Any) -> set[str]:
                 strings.append(argument[:100])
             else:
                 strings.append("")
-    except Exception:  # where it is damaged, what was found so far
+    except Exception:  # damaged: return what was found so far
         return names
     return names
 
 
 def _shown(names: Collection[str]) -> str:
-    """The first of some names, with no letter that a terminal would follow."""
+    """The first few names, escaped for a terminal."""
     shown = [each if re.fullmatch(r"[\w.]+", each) else repr(each) for each in sorted(names)]
     more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
     return ", ".join(shown[:_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""What `torch.save` writes, today's zip archives and the pickles before; no code of it is run."""
+"""Files by `torch.save`: zip archives, or pickles in old versions. Runs no code from them."""
 
 import pickle
 import tarfile
@@ -15,7 +15,7 @@ from bnjax.checkpoints.tensors import as_tensor
 
 
 def is_saved(path: Path) -> bool:
-    """Whether `torch.save` wrote a file, as far as its names or its first bytes say."""
+    """Whether `torch.save` wrote a file, judging by its names or its first bytes."""
     if not signatures.is_zip(path):
         return pickles.is_torchs(path)
     try:
@@ -26,11 +26,11 @@ def is_saved(path: Path) -> bool:
 
 
 def read(path: Path, _: Only) -> Any:
-    """All that was saved, with tensors on the CPU."""
+    """Everything that was saved, with tensors on the CPU."""
     _check_archive(path)
     torch = needed("torch", "torch")
     try:
-        with path.open("rb") as file:  # of a path torch would ask the suffix
+        with path.open("rb") as file:  # given a path, torch would look at its suffix
             tree = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ContentError(pickles.refusal(torch, path, str(error))) from error
@@ -42,13 +42,13 @@ def write(path: Path, tree: dict[str, Any]) -> None:
     """Save nested dicts of arrays as tensors."""
     torch = needed("torch", "torch")
     tensors = as_dicts(tree, lambda value, _: None if value is None else as_tensor(value))
-    # A file object, as torch writes the name of a path into it.
+    # A file object: given a path, torch would write its name into the file.
     with appearing(path) as temporary, temporary.open("wb") as file:
         torch.save(tensors, file)
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse archives of other things, damaged ones, and those that unpack to more."""
+    """Refuse other archives, damaged ones, and those larger once unpacked."""
     if not zipfile.is_zipfile(path):
         if path.stat().st_size > 512 and tarfile.is_tarfile(path):
             raise ContentError(_tar(path))
@@ -61,7 +61,9 @@ def _check_archive(path: Path) -> None:
         if what := _other_archive(names):
             raise ContentError(what)
         if sum(each.file_size for each in archive.infolist()) > path.stat().st_size:
-            raise ContentError("its parts are larger than the file, as `torch.save` writes none.")
+            raise ContentError(
+                "its parts are larger than the file, which `torch.save` never writes."
+            )
         if (damaged := archive.testzip()) is not None:
             raise ContentError(f"the checksum of its part {damaged} is wrong. Copy it again.")
 
@@ -79,7 +81,7 @@ def _other_archive(names: list[str]) -> str | None:
         return "it is an .npz archive of NumPy. Load it with `numpy.load`."
     if "model.weights.h5" in names:
         return "it is an archive of Keras. Load it with Keras and save its arrays."
-    return f"it is a zip archive of other things, such as {names[:3]}. Unpack it before."
+    return f"it is a zip archive of other things, such as {names[:3]}. Unpack it first."
 
 
 def _tar(path: Path) -> str:
@@ -88,18 +90,18 @@ def _tar(path: Path) -> str:
     if {"pickle", "storages", "tensors"} <= {*names}:
         return (
             "it is in the tar format that `torch.save` wrote before PyTorch 0.1.10, which can't be "
-            "read without running code. Where you trust it, load it by "
-            "`torch.load(path, weights_only=False)` and save its `state_dict()`."
+            "read without running code. If you trust it, load it with `torch.load(path, "
+            "weights_only=False)` and save its `state_dict()`."
         )
-    return f"it is a tar archive of other things, such as {names[:3]}. Unpack it before."
+    return f"it is a tar archive of other things, such as {names[:3]}. Unpack it first."
 
 
 def _check_sizes(torch: Any, tree: Any, size: int) -> None:
-    """Refuse what is larger in memory than in the file, as a view that repeats one number is."""
+    """Refuse anything larger in memory than in the file, such as a view that repeats a number."""
     copied = 0
     for number, value in enumerate(_leaves(tree)):
         if number > size:
-            raise ContentError("its containers repeat, more often than the file has bytes.")
+            raise ContentError("its containers repeat more often than the file has bytes.")
         if not isinstance(value, torch.Tensor):
             continue
         bytes_ = value.numel() * value.element_size()
@@ -109,7 +111,7 @@ def _check_sizes(torch: Any, tree: Any, size: int) -> None:
 
 
 def _leaves(tree: Any) -> Iterator[Any]:
-    """Each leaf, and each container once for each place that it has."""
+    """Each leaf and container, once for each place where it occurs."""
     yield tree
     node = plain(tree)
     for part in node.parts.values() if node else ():

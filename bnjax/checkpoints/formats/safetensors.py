@@ -1,4 +1,4 @@
-"""safetensors: flat names, which may be those of nested dicts with "/" between."""
+"""safetensors: flat names, with "/" between those of nested dicts."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,7 @@ from bnjax._files import appearing
 from bnjax.checkpoints.contents import ContentError, Only, is_path
 from bnjax.checkpoints.formats.needs import needed
 
-_EMPTY = (
-    "bnjax.empty"  # in the metadata: the names of empty dicts, which have no arrays to show them
-)
+_EMPTY = "bnjax.empty"  # metadata key for the names of empty dicts
 
 
 def read(path: Path, wanted: Only) -> dict[str, Any]:
@@ -44,8 +42,8 @@ def write(path: Path, tree: dict[str, Any]) -> None:
         name = "/".join(names)
         if any("/" in part for part in names):
             raise ValueError(
-                f"Cannot save to {path}: the name {name!r} has a '/', which stands between the "
-                "names of nested dicts here. Rename it, or save as .msgpack."
+                f"Cannot save to {path}: the name {name!r} contains '/', which separates the names "
+                f"of nested dicts. Rename it, or save as .msgpack."
             )
         arrays[name] = value
     metadata = {"format": "flax" if any(isinstance(v, dict) for v in tree.values()) else "pt"}
@@ -57,7 +55,7 @@ def write(path: Path, tree: dict[str, Any]) -> None:
 
 
 def _flat(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Any:
-    """The arrays and the empty dicts of nested dicts, by path."""
+    """The arrays and the empty dicts in nested dicts, by path."""
     for name, part in tree.items():
         if isinstance(part, dict) and part:
             yield from _flat(part, (*above, name))
@@ -66,9 +64,9 @@ def _flat(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Any:
 
 
 def _place(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """The dict that a name belongs into, and its own name there."""
+    """The dict that a name belongs in, and its key there."""
     if not is_path(name):
-        raise ContentError(f"it has the name {name!r}, and a name is no such path.")
+        raise ContentError(f"the name {name!r} is not a valid path.")
     *parents, last = name.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})

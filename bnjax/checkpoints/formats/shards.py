@@ -1,4 +1,4 @@
-"""A checkpoint in several files, as Hugging Face saves large ones: an index of names by file."""
+"""Sharded checkpoints, as Hugging Face saves large models: an index maps names to files."""
 
 import json
 import re
@@ -13,7 +13,7 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
 def shard(path: Path) -> tuple[int, int] | None:
-    """Which shard a file is, and of how many, by its name; None if it is none."""
+    """The number of a shard and how many there are, from its name; None for other files."""
     found = _SHARD.fullmatch(path.name)
     return (int(found[2]), int(found[3])) if found else None
 
@@ -32,7 +32,7 @@ def read(path: Path, wanted: Only) -> dict[str, Any]:
 
 
 def _read_one(path: Path, names: set[str], wanted: Only) -> Any:
-    """What is wanted of one shard, which holds all names that it should."""
+    """The wanted arrays of one shard; raises if it lacks a name that it should hold."""
     seen = set()
 
     def mine(name: str, shape: tuple[int, ...]) -> bool:
@@ -51,7 +51,7 @@ def _read_one(path: Path, names: set[str], wanted: Only) -> Any:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """The file of each name, in the folder of the index and nowhere else."""
+    """The file of each name; files outside the folder of the index are refused."""
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         there = {file: Path(file).name for file in places.values()}
@@ -64,7 +64,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _merge(tree: dict[str, Any], other: Any) -> None:
     if not isinstance(other, dict):
-        raise ContentError("one of its shards is no dict of names and arrays.")
+        raise ContentError("one of its shards is not a dict of arrays.")
     for name, part in other.items():
         if isinstance(part, dict) and isinstance(tree.get(name), dict):
             _merge(tree[name], part)

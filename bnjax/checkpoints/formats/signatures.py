@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: a name says little, as many formats share `.bin` or `.pt`."""
+"""Identify a file by its first bytes; suffixes such as `.bin` and `.pt` are ambiguous."""
 
 from pathlib import Path
 
@@ -6,24 +6,24 @@ _HEAD = 512
 _ZIP, _TAR = b"PK", b"ustar"
 _STRINGS = {*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB}  # how msgpack begins one
 _LONGEST_HEADER = 100_000_000  # of safetensors
-# What else people take for a checkpoint: its first bytes, what it is, and what to do about it.
+# Other files that people mistake for checkpoints: first bytes, what it is, and what to do.
 _OTHERS = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes it. Load it with Keras or h5py"),
     (b"\x93NUMPY", "one array of NumPy. Load it with `numpy.load`"),
     (b"GGUF", "a GGUF file. Load it with the package gguf"),
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself: run `git lfs pull`"),
-    (b"<", "a web page or XML. Was the link that of a page around the file? Download it again"),
-    (b"\x1f\x8b", "compressed by gzip. Unpack it before"),
-    (b"BZh", "compressed by bzip2. Unpack it before"),
-    (b"\xfd7zXZ\x00", "compressed by xz. Unpack it before"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd. Unpack it before"),
+    (b"<", "a web page or XML. Did the link lead to a page about the file? Download it again"),
+    (b"\x1f\x8b", "compressed by gzip. Unpack it first"),
+    (b"BZh", "compressed by bzip2. Unpack it first"),
+    (b"\xfd7zXZ\x00", "compressed by xz. Unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd. Unpack it first"),
 )
 
 
 def signature(path: Path) -> str | None:
-    """The name of the format that a file begins like, among those that can be read."""
+    """The readable format that a file begins like; None if there is none."""
     head = _head(path)
-    if _is_safetensors(head):  # first: the length that it begins with may look like the others
+    if _is_safetensors(head):  # first, because its leading length may look like another format
         return "safetensors"
     if head.startswith(_ZIP) or head[257:262] == _TAR or _is_pickle(head):
         return "pytorch"
@@ -33,12 +33,12 @@ def signature(path: Path) -> str | None:
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file begins as a zip archive does, whole or not."""
+    """Whether a file begins like a zip archive, complete or not."""
     return _head(path).startswith(_ZIP)
 
 
 def foreign(path: Path) -> str | None:
-    """What a file is that can't be read, and what to do; None if it is not known either."""
+    """What a file is that can't be read, and what to do about it; None if unknown."""
     head = _head(path).lstrip(b"\r\n ")
     if not path.stat().st_size:
         return "empty. Copy or download it again"
@@ -60,7 +60,7 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _is_msgpack(head: bytes) -> bool:
-    """Whether it is a dict with a name first, or an empty one."""
+    """Whether it is a dict whose first key is a string, or an empty one."""
     first = head[0] if head else 0
     if first == 0x80:
         return head == b"\x80"

@@ -127,33 +127,35 @@ def no_banks_yet(ndim: int, path: str) -> None:
 
 
 def one_bank(
-    bank: Any, banks: int | Sequence[str] | None, named: Collection[tuple[str, ...]]
-) -> tuple[int | None, int]:
-    """How many banks there are, if that is known, and the number of one of them."""
+    bank: Any,
+    banks: int,
+    names: Sequence[str] | None,
+    named: Collection[tuple[str, ...]],
+    path: str,
+) -> int:
+    """The number of a bank, by its number or name, of a batch norm that has so many.
+
+    Without `names`, those are looked through that layers have given to theirs.
+    """
     if not isinstance(bank, str):
         index = operator.index(bank)
-        return (banks if banks is None or isinstance(banks, int) else len(banks)), index
-    if isinstance(banks, int):
-        banks = tuple(map(str, range(banks)))
-    known = [each for each in named if bank in each] if banks is None else [tuple(banks)]
-    if banks is not None and bank not in known[0]:
-        raise ValueError(f"There is no bank {bank!r}; the banks are {list(known[0])}.")
-    if len(known) != 1:
-        found = f"several layers name theirs {known}" if known else "no layer has told its names"
+        if not 0 <= index < banks:
+            raise ValueError(
+                f"`bank` must lie between 0 and {banks - 1}, the banks of the batch norm at "
+                f"{where([path])}, got {index}."
+            )
+        return index
+    if names is not None and bank not in names:
+        raise ValueError(f"There is no bank {bank!r}; the banks are {list(names)}.")
+    known = sorted(each for each in named if bank in each and len(each) == banks)
+    found = {each.index(bank) for each in ([tuple(names)] if names is not None else known)}
+    if len(found) != 1:
+        why = f"several layers name theirs {known}" if known else "no layer has told its names"
         raise ValueError(
-            f"Which bank is {bank!r}? Here {found}. Pass all names in their order, as in "
+            f"Which bank is {bank!r}? Here {why}. Pass all names in their order, as in "
             f"banks=({bank!r}, 'other'), or the number of the bank."
         )
-    return len(known[0]), known[0].index(bank)
-
-
-def bank_is_there(index: int, banks: int, path: str) -> None:
-    """A layer has a bank of that number."""
-    if not 0 <= index < banks:
-        raise ValueError(
-            f"`bank` must lie between 0 and {banks - 1}, the banks of the batch norm at "
-            f"{where([path])}, got {index}."
-        )
+    return found.pop()
 
 
 def some_banks(some: bool) -> None:

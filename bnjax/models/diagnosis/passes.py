@@ -1,6 +1,6 @@
 """Run a model on a batch in evaluation and in training, and record what its batch norms see.
 
-It is one compiled step per kind of batch, and no activation leaves it.
+One step is compiled for each kind of batch, and activations never leave it.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from bnjax.models.visits import visiting
 class Kind(Facts):
     """The facts of a batch norm as seen in its calls; `running` is its mode in evaluation."""
 
-    frozen: bool  # whether it uses its running statistics in training, too
-    given: bool | None  # the mode that its call in evaluation gave
+    frozen: bool  # whether it uses its running statistics even in training
+    given: bool | None  # the mode passed to its call in evaluation
     dtype: Any  # of its input
 
     @property
@@ -46,12 +46,12 @@ class Kind(Facts):
 class Seen(NamedTuple):
     """What a layer saw in one pass, averaged over its calls; each (C,)."""
 
-    calls: Any  # how often it was called and measured
-    mean: Any  # NaN if that of a call was not finite
+    calls: Any  # the number of measured calls
+    mean: Any  # NaN if the mean of any call was not finite
     var: Any  # with the layer's correction
     between: Any  # the sum of squared deviations of the calls' means
     values: Any  # per channel, in the last call
-    limited: Any  # in how many calls batch renormalization was at its limits
+    limited: Any  # the number of calls in which batch renormalization hit its limits
 
 
 _ROOM = tuple(f"seen_{name}" for name in Seen._fields)
@@ -60,7 +60,7 @@ _ROOM = tuple(f"seen_{name}" for name in Seen._fields)
 class Passes:
     """The passes of a linen model, or of a copy of an nnx model in evaluation mode.
 
-    `step` is compiled, and its notes have the `kinds` of the batch norms by path. `strangers` are
+    `step` is compiled, and its notes hold the `kinds` of the batch norms by path. `strangers` holds
     the classes, by path, of unknown modules that keep a mean and a variance.
     """
 
@@ -80,7 +80,7 @@ class Passes:
         self.step = Program(self._step)
 
     def _step(self, notes: dict[str, Any], variables: Any, batch: Batch) -> dict[str, Any]:
-        """The outputs in evaluation, what the layers saw in training, and how both compare."""
+        """The outputs in evaluation, what the layers saw in training, and how the two compare."""
         variables, kinds = unfreeze(variables), notes.setdefault("kinds", {})
         before = variables.get("batch_stats", {})
 
@@ -127,7 +127,7 @@ class Passes:
         return y, updates.get("batch_stats", {})
 
     def _means(self, outputs: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Means of loss and metrics over the examples that count."""
+        """Mean loss and metrics over the examples that count."""
         if self.loss_fn is None:
             return {}
         _, totals = self.layout.totals(self.loss_fn, outputs, batch)
@@ -157,11 +157,11 @@ def _evaluated(visit: Visit, kind: Kind, moves: bool) -> Any:
         shape = tuple(jnp.shape(visit.x)[axis] for axis in visit.axes)
         kept = ("mean", "var", "count")
         held = {name: value for name, value in visit.statistics.items() if name in kept}
-        if registered_class(visit.layer) is None:  # whose statistics may have more axes
+        if registered_class(visit.layer) is None:  # registered ones may have more axes
             banks = rows(visit.facts)
             checks.shapes("batch_stats", held, (*banks, *shape), banks)
         if not kind.running and not moves:
-            return visit.by_batch()  # the user has made nothing mutable
+            return visit.by_batch()  # the statistics are not mutable
     return visit.run(running=kind.running, here=True)
 
 
@@ -192,7 +192,7 @@ def _trained(visit: Visit, kind: Kind) -> Any:
 
 
 def _at_limits(visit: Visit, batch: Mapping[str, jax.Array]) -> Any:
-    """Where batch renormalization limits what it would do; nowhere while it is batch norm."""
+    """The channels where batch renormalization hits its limits; none while it is batch norm."""
     policy, stats = visit.facts.using, visit.statistics
     if not isinstance(policy, Renorm):
         return 0
@@ -209,7 +209,7 @@ def _at_limits(visit: Visit, batch: Mapping[str, jax.Array]) -> Any:
 
 
 def compare(a: Any, b: Any, size: int, examples: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Sums of squared differences of two outputs, and of b's squared deviations over examples."""
+    """Sums of squared differences between two outputs, and of b's deviations over examples."""
     differences, deviations = jnp.zeros(()), jnp.zeros(())
     for one, other in zip(*map(jax.tree.leaves, (a, b)), strict=True):
         if not jnp.issubdtype(other.dtype, jnp.inexact):
@@ -228,7 +228,7 @@ def compare(a: Any, b: Any, size: int, examples: Any = None) -> tuple[jax.Array,
 
 
 def _values(visit: Visit) -> Any:
-    """How many values per channel a layer normalizes with; those of the smallest virtual batch."""
+    """Values per channel that a layer normalizes with, in its smallest virtual batch."""
     shape = jnp.shape(visit.x)
     reduced = [axis for axis in range(len(shape)) if axis not in visit.axes]
     if visit.mask is not None or visit.bank is not None:
@@ -239,7 +239,8 @@ def _values(visit: Visit) -> Any:
         each = jnp.moveaxis(mask, reduced[0], 0)
         axes = tuple(axis + (axis < reduced[0]) for axis in reduced[1:])
         bank = jnp.broadcast_to(jnp.asarray(visit.bank), len(each))
-        return totals(jnp.sum(each, axes, dtype=jnp.float32), bank, *rows(visit.facts))
+        (counts,) = totals([jnp.sum(each, axes, dtype=jnp.float32)], bank, *rows(visit.facts))
+        return counts
     values, group = math.prod(shape[axis] for axis in reduced), visit.facts.virtual_batch_size
     if group is None or not values:
         return values
@@ -248,7 +249,7 @@ def _values(visit: Visit) -> Any:
 
 
 def _with_room(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The statistics of a layer in float32 or wider, with room for what it sees."""
+    """The statistics of a layer in at least float32, with room to record what it sees."""
     wide = {name: jnp.asarray(stats[name]) for name in ("mean", "var")}
     wide = {name: value.astype(working_dtype(value.dtype)) for name, value in wide.items()}
     mean, real = jnp.zeros_like(wide["mean"]), jnp.zeros_like(wide["var"])

@@ -1,19 +1,16 @@
-"""What is wrong with what normalizes, where a policy says so.
-
-As in `findings`, each rule returns a `Finding` or None.
-"""
+"""Find problems with policies; as in `findings`, each rule returns a `Finding` or None."""
 
 import numpy as np
 
 from bnjax._words import number_of
 from bnjax.models.diagnosis.evidence import Evidence, Finding, count_of, part, paths_of
 
-# In most channels: the limits are for the few that are off by chance.
+# Limits are meant for the few channels that are off by chance; this share of them is too many.
 LIMITED = 0.5
 
 
 def by_policy(evidence: Evidence) -> Finding | None:
-    """A policy by which an evaluation depends on the batch."""
+    """A policy that makes evaluation depend on the batch."""
     policies = evidence.measured.by_policy
     if not policies:
         return None
@@ -32,14 +29,14 @@ def by_policy(evidence: Evidence) -> Finding | None:
 
 
 def renorm_limited(evidence: Evidence) -> Finding | None:
-    """Batch renormalization that is at its limits most of the time."""
+    """Batch renormalization that hits its limits most of the time."""
     bad = [x for x in evidence.layers if not x.fresh and np.mean(x.limited) > LIMITED]
     if not bad:
         return None
     worst = max(bad, key=lambda x: np.mean(x.limited))
     share, lags = float(np.mean(worst.limited)), evidence.is_far(worst)
     cause = (
-        "The running statistics lag behind the weights, or are of other data."
+        "The running statistics lag behind the weights, or come from other data."
         if lags
         else f"With {number_of(round(worst.values), 'value')} per channel, batches scatter by more "
         "than the limits allow."

@@ -1,4 +1,4 @@
-"""The report of a diagnosis: as a table, as data, as a picture."""
+"""The report of a diagnosis, as a table, as data or as a plot."""
 
 import dataclasses
 import json
@@ -20,26 +20,26 @@ from bnjax.models.diagnosis.evidence import Finding, part
 from bnjax.models.diagnosis.measuring import Layer, Measured
 from bnjax.plotting import plot_layers
 
-# Of more layers the table shows those with a finding, and the farthest.
+# The table shows at most this many layers: those with findings first, then the farthest.
 _ROWS = 16
 _STYLES = {"error": "bold red", "warning": "bold yellow"}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report(Shown):
-    """What `diagnose` has found: `print(report)` shows the tables, and so does a notebook.
+    """The result of `diagnose`; `print(report)` and notebooks show it as tables.
 
     Attributes:
         findings: what is wrong, errors first; empty if all is well.
-        layers: for each batch norm, in the order of their calls, its numbers: `path`, `layer`,
-            `channels`, `values` (per channel in a batch), `mean_distance` (root mean square over
-            the channels, in standard deviations), `var_ratio` (running by batch variance, geometric
-            mean), `distance` (both as one), `spread` (the same from batch to batch, NaN of one),
+        layers: numbers for each batch norm, in call order: `path`, `layer`, `channels`, `values`
+            (per channel in a batch), `mean_distance` (root mean square over the channels, in
+            standard deviations), `var_ratio` (running over batch variance, geometric mean),
+            `distance` (both combined), `spread` (the same between batches, NaN for a single one),
             `dtype`.
-        outputs: `gap` and `mates`: by how much outputs in evaluation differ from those in training,
-            and from those among other batch mates, as a part of their standard deviation.
+        outputs: `gap` and `mates`: how much outputs in evaluation differ from those in training,
+            and from those with other examples in the batch, in standard deviations of the outputs.
         losses: mean loss and metrics, in `"train"` and in `"eval"` mode; empty without `loss_fn`.
-        batches: how many batches were seen.
+        batches: the number of batches seen.
     """
 
     findings: tuple[Finding, ...]
@@ -50,27 +50,27 @@ class Report(Shown):
     _measured: Measured = dataclasses.field(repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Let NaN be one object, so that a report equals that of the same diagnosis."""
+        """Make all NaN the same object, so that equal diagnoses give equal reports."""
         for name in ("findings", "layers", "outputs", "losses"):
             object.__setattr__(self, name, _with_nan(getattr(self, name), math.nan))
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no findings."""
         return not self.findings
 
     def to_json(self, indent: int | None = 2) -> str:
-        """All of it as JSON; numbers that are not finite are null."""
+        """The whole report as JSON, with null for numbers that are not finite."""
         names = ("layers", "outputs", "losses", "batches")
         data = {name: getattr(self, name) for name in names}
         data["findings"] = [dataclasses.asdict(finding) for finding in self.findings]
         return json.dumps({"healthy": self.healthy, **_with_nan(data, None)}, indent=indent)
 
     def plot(self, path: str | Path) -> None:
-        """Draw running against batch statistics for each layer. Needs matplotlib.
+        """Plot running against batch statistics for each layer. Needs matplotlib.
 
         Args:
-            path: where the picture goes; its suffix chooses the format.
+            path: where to save the plot; the suffix sets the format.
 
         Raises:
             FileNotFoundError: there is no such folder.
@@ -104,7 +104,7 @@ class Report(Shown):
 
     @property
     def verdict(self) -> str:
-        """The findings in a line."""
+        """The findings on one line."""
         if self.healthy:
             return f"all is well: {self._fit()}"
         return ", ".join(f"{f.kind} ({named(f.layer)})" for f in self.findings)
@@ -118,11 +118,11 @@ class Report(Shown):
         return [(name, train[name], evaluation[name]) for name in train]
 
     def print(self, console: Console | None = None) -> None:
-        """Print it as tables, on this console or a new one."""
+        """Print the tables, on this console or a new one."""
         (console or Console()).print(self)
 
     def __repr__(self) -> str:
-        """The verdict, in a line."""
+        """The verdict, on one line."""
         seen = number_of(self.batches, "batch")
         return f"Report({self.verdict}; over {seen})"
 
@@ -189,7 +189,7 @@ class Report(Shown):
 
 
 def row_of(layer: Layer, batches: int) -> dict[str, Any]:
-    """The numbers of a layer that a report shows, over so many batches."""
+    """The numbers of a layer in a report over `batches` batches."""
     compared, nan = layer.compared, float("nan")
     return {
         "path": layer.path,
@@ -206,17 +206,17 @@ def row_of(layer: Layer, batches: int) -> dict[str, Any]:
 
 
 def named(path: str) -> str:
-    """A path as a reader knows it."""
+    """A path, or words for the empty one."""
     return path or "the top of the model"
 
 
 def _written(value: float) -> str:
-    """Two digits, and no more than can be read at a glance."""
+    """Two decimals, or two digits if it is large."""
     return "-" if not math.isfinite(value) else f"{value:.2f}" if value < 100 else f"{value:.1e}"
 
 
 def _with_nan(value: Any, nan: float | None) -> Any:
-    """With this in the place of each NaN, or, if that is None, of each number not finite."""
+    """Replace each NaN by `nan`; if that is None, each number that is not finite."""
     if isinstance(value, dict):
         return {name: _with_nan(item, nan) for name, item in value.items()}
     if isinstance(value, list | tuple):

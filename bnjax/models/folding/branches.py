@@ -207,8 +207,8 @@ def _window(place: Place, host: Place) -> Window | None:
     return Window(ones, ones, ones, ones, ((0, 0),) * len(ones), place.call.input[-1])
 
 
-def _reach(window: Window | None, calls: Sequence[Place]) -> tuple[int, int]:
+def _reach(window: Window | None, calls: Sequence[Place]) -> tuple[int, int, int]:
     """How much of other kernels a kernel can hold."""
     if window is None:
-        return (-1, 0)
-    return (math.prod(window.extent), -window.groups)
+        return (-1, 0, 0)
+    return (math.prod(window.extent), math.prod(window.size), -window.groups)

@@ -64,7 +64,8 @@ class Numbers:
     def affine(self, norm: Call) -> tuple[Any, Any, Any]:
         """Factor, mean and bias of a batch norm, `(x - mean) * factor + bias`, by channel."""
         mean, var = (self.read("batch_stats", norm.path, name) for name in ("mean", "var"))
-        scale = self.read("params", norm.path, "scale") if "scale" in norm.affine else 1.0
+        # A registered class may have none, though nobody said so.
+        scale = self.read("params", norm.path, "scale", 1) if "scale" in norm.affine else 1.0
         bias = self.read("params", norm.path, "bias") if "bias" in norm.affine else 0.0
         factor = scale / self.xp.sqrt(var + norm.eps)
         bias = self.xp.broadcast_to(bias, factor.shape)
