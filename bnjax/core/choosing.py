@@ -48,7 +48,8 @@ def choose(
 
     def each() -> tuple[Moments, jax.Array, jax.Array]:
         moments = moments_of(sharing.each)
-        return moments, sharing.to_each(mean), sharing.to_each(var)
+        of_mean, of_var = sharing.to_each(mean, var)
+        return moments, of_mean, of_var
 
     moved = _running(after, sharing) if told.moves else None
     seen = Seen(batch, mean, var, moved, told.eps, told.mutable, examples, each)

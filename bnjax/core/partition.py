@@ -207,7 +207,7 @@ class Sharing:
             counted = jnp.moveaxis(found, self.batch, 0)
         else:
             counted = jnp.full((len(self.bank), *(1,) * len(self.whole.axes)), found)
-        return banks.totals(counted, self.bank, self.banks)
+        return banks.totals([counted], self.bank, self.banks)[0]
 
 
 def share(x: jax.Array, mask: jax.Array | None, bank: Any, told: Settings) -> Sharing:
