@@ -218,9 +218,9 @@ def _steps(
             moved = update(stats, batch, sharing.group, told)
     chosen, first = choose(batch, stats, moved, sharing, told)
 
-    def normalized(chosen: Any, first: Any, learned: Any, given: Any) -> jax.Array:
-        parts, origin, scale, shift = applied(chosen, first, learned, given, sharing, told)
-        y = normalize(parts, origin, scale, shift, told.dtype)
+    def normalized(chosen: Any, first: Params, learned: Params, given: Params) -> jax.Array:
+        parts, origin, factor, shift = applied(chosen, first, learned, given, sharing, told)
+        y = normalize(parts, origin, factor, shift, told.dtype)
         return partition.join(y, parts, x.shape)
 
     if sharing.vectors:  # what is taken from rows of banks is as large as x: not kept
