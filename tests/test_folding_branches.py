@@ -1,7 +1,6 @@
-"""Branches of one input that are added become one conv, or the report says why not."""
+"""Branches of one input that are added become one conv."""
 
 import re
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,30 +13,20 @@ from flax import nnx
 from jax import export
 
 import bnjax
-from tests.support.folded import EVAL, IMAGES, divisions, inputs, outputs, prepare, trained
-from tests.support.hlo import primitives
+from tests.support.folded import (
+    EVAL,
+    IMAGES,
+    assert_same,
+    branches,
+    convolutions,
+    divisions,
+    inputs,
+    outputs,
+    prepare,
+    trained,
+)
 
 pytestmark = pytest.mark.quick_compile
-
-
-def branches(folded: Any) -> dict[tuple[str, str], str | None]:
-    return {(each.branch, each.into): each.reason for each in folded.report.branches}
-
-
-def convolutions(folded: Any, x: Any) -> int:
-    found = primitives(folded.apply, folded.variables, x)
-    return found["conv_general_dilated"] + found["dot_general"]
-
-
-def assert_same(model: Any, variables: Any, x: Any, rtol: float = 2e-5) -> Any:
-    """The folded model gives the same, for other batch sizes too."""
-    folded = bnjax.fold(model, variables, x)
-    for each in (x, x[:1], jnp.concatenate([x, x + 1])):
-        expected, actual = outputs(model, variables, folded, each)
-        assert np.std(expected) > 0.01
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * np.abs(expected).max())
-        assert actual.dtype == expected.dtype
-    return folded
 
 
 class Sum(nn.Module):
@@ -260,142 +249,6 @@ def test_the_sum_is_gone_from_the_compiled_program():
     assert count(text) == count(plain.compile().as_text())
 
 
-class Around(nn.Module):
-    way: Callable[..., Any]
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> Any:
-        x = nn.relu(EVAL(name="other_bn")(nn.Dense(3, name="other")(x)))
-        return self.way(nn.Conv(3, (3, 3), name="a"), nn.Conv(3, (1, 1), name="b"), x)
-
-
-def norm(name: str = "bn", **fields: Any) -> nn.Module:
-    return EVAL(name=name, **fields)
-
-
-MERGED: dict[str, Any] = {
-    "without batch norms": Around(lambda a, b, x: nn.relu(a(x) + b(x))),
-    "one batch norm after the sum": Around(lambda a, b, x: norm()(a(x) + b(x))),
-    "batch norms within and after": Around(
-        lambda a, b, x: norm()(norm("c")(a(x)) + b(x) + norm("d")(x)) + norm("e")(x)
-    ),
-    "another summand": Around(lambda a, b, x: a(x) + x.mean() + b(x)),
-    "the input itself": Around(lambda a, b, x: norm()(b(x)) + x + norm("c")(a(x))),
-    "used twice": Around(lambda a, b, x: nn.relu(a(x) + b(x)).mean() + (a(z := x + 1) + b(z))),
-    "under remat": Around(
-        lambda a, b, x: (
-            nn.remat(lambda m, n, x: norm()(m(x)) + n(x))(a, b, x)
-            if False
-            else nn.remat(lambda m, x: m(x))(a, x) + b(x)
-        )
-    ),
-    "cast between": Around(lambda a, b, x: a(x).astype(jnp.float32) + b(x)),
-    "a batch norm before, too": Around(lambda a, b, x: a(y := norm()(x)) + b(y) + norm("c")(y)),
-}
-
-
-@pytest.mark.parametrize("name", MERGED)
-def test_branches_are_found_wherever_they_stand(name):
-    model, variables, x = prepare(MERGED[name])
-    folded = assert_same(model, variables, x)
-    assert branches(folded)["b", "a"] is None
-    assert "b" not in folded.variables["params"]
-    if name != "the input itself":
-        assert divisions(folded.apply, folded.variables, x) == 0
-
-
-def test_batch_norms_within_and_after_leave_one_conv():
-    model, variables, x = prepare(MERGED["batch norms within and after"])
-    folded = bnjax.fold(model, variables, x)
-    assert folded.variables["params"].keys() == {"other", "a"}
-    assert branches(folded) == {("b", "a"): None, ("d", "a"): None, ("e", "a"): None}
-
-
-def twice(*arguments: Any, **options: Any) -> jax.Array:
-    return 2 * jax.lax.conv_general_dilated(*arguments, **options)
-
-
-ELSEWHERE = "'{}' is used elsewhere too"
-REFUSALS: dict[str, tuple[Any, dict[tuple[str, str], str]]] = {
-    "another input": (Around(lambda a, b, x: a(x) + b(x * 2)), {}),
-    "relu between": (Around(lambda a, b, x: a(x) + nn.relu(b(x))), {}),
-    "a product": (Around(lambda a, b, x: a(x) * b(x)), {}),
-    "a difference": (Around(lambda a, b, x: a(x) - b(x)), {}),
-    "used again": (Around(lambda a, b, x: (a(x) + (y := b(x))) * y), {}),
-    "broadcast": (Around(lambda a, b, x: a(x) + b(x).mean((1, 2), keepdims=True)), {}),
-    "used elsewhere": (
-        Around(lambda a, b, x: (a(x) + b(x)) * b(x + 1)),
-        {("b", "a"): ELSEWHERE.format("b")},
-    ),
-    "twice the same": (Around(lambda a, b, x: a(x) + a(x) + 0 * b(x).mean()), {}),
-    "other strides": (
-        Around(lambda a, b, x: nn.Conv(3, (3, 3), 2, name="c")(y := x[:, :1, :1]) + a(y)),
-        {("a", "c"): "its strides differ"},
-    ),
-    "beyond the kernel": (
-        Around(lambda a, b, x: nn.Conv(3, (1, 5), name="c")(x) + a(x)),
-        {("c", "a"): "its kernel reaches where that of the other does not"},
-    ),
-    "shifted beyond": (
-        Around(lambda a, b, x: a(x) + nn.Conv(3, (3, 3), padding=((2, 0), (1, 1)), name="c")(x)),
-        {("c", "a"): "its kernel reaches where that of the other does not"},
-    ),
-    "padded otherwise": (
-        Around(lambda a, b, x: a(x) + nn.Conv(3, (3, 3), padding="CIRCULAR", name="c")(x)),
-        {("c", "a"): "it is padded with other values"},
-    ),
-    "groups that do not divide": (
-        Around(
-            lambda a, b, x: (
-                nn.Conv(6, (3, 3), feature_group_count=2, name="c")(y := x.repeat(2, 3))
-                + nn.Conv(6, (1, 1), feature_group_count=3, name="d")(y)
-            )
-        ),
-        {("d", "c"): "its groups are not parts of those of the other"},
-    ),
-    "half precision": (
-        Around(lambda a, b, x: a(x) + nn.Conv(3, (1, 1), dtype=jnp.bfloat16, name="c")(x)),
-        {("c", "a"): "it computes in another dtype or precision"},
-    ),
-    "a mask on the largest": (
-        Around(lambda a, b, x: b(x) + nn.Conv(3, (3, 3), mask=np.ones((3, 3, 3, 3)), name="c")(x)),
-        {("b", "c"): "the other has a mask for its kernel"},
-    ),
-    "a mask that is computed": (
-        Around(lambda a, b, x: a(x) + nn.Conv(3, (1, 1), mask=jnp.ones((1, 1, 3, 3)), name="c")(x)),
-        {("c", "a"): "one of them has a mask that is computed in the model"},
-    ),
-    "a function of its own": (
-        Around(lambda a, b, x: a(x) + nn.Conv(3, (1, 1), conv_general_dilated=twice, name="c")(x)),
-        {("c", "a"): "one of them computes with a function of its own"},
-    ),
-    "conv and dense": (
-        Around(lambda a, b, x: a(x) + nn.DenseGeneral(3, name="c")(x)),
-        {("c", "a"): "a Conv and a DenseGeneral are not merged"},
-    ),
-    "tied": (
-        Around(lambda a, b, x: a(x) + b(x) + b.variables["params"]["kernel"].sum()),
-        {("b", "a"): "the kernel of 'b' is used outside of it"},
-    ),
-    "a batch norm over another axis": (
-        Around(lambda a, b, x: a(x) + norm(axis=1)(x)),
-        {("bn", "a"): "its channels are not the last axis"},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_what_would_be_wrong_is_not_merged_and_the_report_says_why(name):
-    model, reasons = REFUSALS[name]
-    model, variables, x = prepare(model)
-    folded = bnjax.fold(model, variables, x)
-    expected, actual = outputs(model, variables, folded, x)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    assert branches(folded) == reasons
-    stay = variables["params"].keys() - {"other_bn"}
-    assert folded.variables["params"].keys() == stay
-
-
 def test_a_size_that_is_padded_otherwise_is_an_error():
     model, variables, x = prepare(SUMS["same, strided"][0])
     folded = bnjax.fold(model, variables, x)
@@ -411,10 +264,7 @@ def test_a_size_that_is_padded_otherwise_is_an_error():
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_the_report_names_branches():
-    model, variables, x = prepare(REFUSALS["beyond the kernel"][0])
-    text = re.sub(r"[ │┃\n]+", " ", str(bnjax.fold(model, variables, x).report))
-    assert "c - not merged into a: its kernel reaches where that of the other does not" in text
+def test_the_report_names_what_was_merged():
     model, variables, x = prepare(SUMS["repvgg"][0])
     text = re.sub(r"[ │┃\n]+", " ", str(bnjax.fold(model, variables, x).report))
     assert "3 layers folded, 2 branches merged" in text

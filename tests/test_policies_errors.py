@@ -42,7 +42,7 @@ UNTRACKED = (
     "or leave `using` out."
 )
 NO_COUNT = (
-    "{} goes by the number of training steps, but `batch_stats` has no `count`. bnjax.init with "
+    "{} depends on the number of training steps, but `batch_stats` has no `count`. bnjax.init with "
     "the same `momentum` and `using` makes it; in old statistics, add "
     '{{"count": jnp.zeros((), jnp.int32)}}.'
 )

@@ -15,13 +15,12 @@ import bnjax
 from bnjax.models.conventions import registered_class
 from bnjax.training import init_state, train_step
 from tests.support import strangers
+from tests.support.registered import close, each_case
 from tests.support.strangers import (
     BATCHES,
     CASES,
-    CASES_NNX,
     INPUTS,
     Case,
-    NetNnx,
     measured,
     start,
     stats_of,
@@ -29,18 +28,6 @@ from tests.support.strangers import (
 )
 
 pytestmark = pytest.mark.quick_compile
-
-for each in {case.kind: case for case in (CASES | CASES_NNX).values()}.values():
-    if not registered_class(each.kind.__new__(each.kind)):
-        bnjax.register(each.kind, each.facts)
-
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-each_case_nnx = pytest.mark.parametrize("case", CASES_NNX.values(), ids=CASES_NNX)
-
-
-def close(found: Any, wanted: Any, rtol: float = 1e-4) -> None:
-    for a, b in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=rtol, atol=1e-5)
 
 
 @each_case
@@ -171,64 +158,6 @@ def test_what_a_stranger_keeps_beside_mean_and_variance_forbids_micro_batches():
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         step(state, BATCHES[0])
-
-
-def switch(model: NetNnx, train: bool) -> None:
-    model.norm.training = train
-
-
-@each_case_nnx
-def test_a_frozen_stranger_of_nnx_stays_as_it_is(case):
-    model = NetNnx(case)
-    switch(model, False)
-    wanted = model(BATCHES[0]["x"])
-    bnjax.nnx.freeze(model)
-    switch(model, True)
-    close([model(BATCHES[0]["x"], train=True)], [wanted])
-    np.testing.assert_array_equal(model.norm.mean[...], 0)
-    bnjax.nnx.unfreeze(model)
-    model(BATCHES[0]["x"], train=True)
-    assert np.abs(model.norm.mean[...]).max() > 0.01
-
-
-def params_of(model: Any) -> Any:
-    return {"dense": {"kernel": model.dense.kernel[...], "bias": model.dense.bias[...]}}
-
-
-@each_case_nnx
-@pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-def test_a_stranger_of_nnx_is_recalibrated(case, sequential, training):
-    model = NetNnx(case)
-    switch(model, training)
-    inputs: Any = (lambda each: {"x": each["x"], "train": training}) if sequential else "x"
-    found = bnjax.recalibrate(model, None, BATCHES, sequential=sequential, inputs=inputs)
-    stats = (found["norm"][name][...] for name in ("mean", "var"))
-    close(stats, measured(params_of(model), BATCHES, False))
-    np.testing.assert_array_equal(model.norm.mean[...], 0)
-    assert model.norm.training is training
-
-
-@each_case_nnx
-def test_a_diagnosis_of_strangers_of_nnx_tells_stale_statistics_from_fresh_ones(case):
-    model = NetNnx(case)
-    switch(model, False)
-    nnx.update(model, bnjax.recalibrate(model, None, BATCHES))
-    assert list(bnjax.diagnose(model, None, BATCHES).findings) == []
-    model.norm.mean[...] += 10
-    report = bnjax.diagnose(model, None, BATCHES)
-    assert (report.healthy, report.findings[0].layer) == (False, "norm")
-
-
-@each_case_nnx
-def test_a_stranger_of_nnx_is_folded(case):
-    model = NetNnx(case)
-    switch(model, False)
-    nnx.update(model, bnjax.recalibrate(model, None, BATCHES))
-    found = bnjax.fold(model, None, BATCHES[0]["x"])
-    assert [tuple(row) for row in found.report.rows if row.batch_norm] == [("dense", "norm", None)]
-    x = BATCHES[1]["x"]
-    close([found.apply(found.variables, x)], [model(x)])
 
 
 def error(kind: type[Exception], message: str) -> Any:
@@ -387,16 +316,3 @@ def test_a_known_class_does_not_hide_one_that_it_shares_code_with(tool, kind):
     if not registered_class(strangers.Child()):
         bnjax.register(strangers.Child)
     names_the_class(*start(unknown(kind)), tool, kind.__name__)
-
-
-@pytest.mark.parametrize("tool", ["recalibrate", "diagnose", "fold"])
-def test_each_tool_names_a_class_of_nnx_that_is_not_registered(tool):
-    model = NetNnx(Case(strangers.Unknown, {}, lambda norm, x, train: norm(x)))
-    x = BATCHES[0]["x"]
-    call: Any = {
-        "recalibrate": lambda: bnjax.recalibrate(model, None, [x]),
-        "diagnose": lambda: bnjax.diagnose(model, None, [x]),
-        "fold": lambda: bnjax.fold(model, None, x),
-    }[tool]
-    with pytest.raises(ValueError, match=r"'norm' \(Unknown\) keep.* bnjax\.register\(Unknown, "):
-        call()

@@ -34,30 +34,31 @@ def init(
     banks: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[Params, BatchStats]:
-    """Parameters and running statistics of a new batch norm.
+    """Create the parameters and running statistics of a batch norm.
 
     Guide: examples/guides/running_statistics.md
 
     Args:
         num_features: number of channels, C.
         affine: learn a scale (ones) and a bias (zeros); otherwise `params` is `{}`. With banks,
-            True has one of each for all of them, "own" one for each bank, and "both" has both:
-            `bank_scale` and `bank_bias`, which start at 0, are added.
+            True shares one of each, "own" has one of each per bank, and "both" adds `bank_scale`
+            and `bank_bias`, which start at 0, to shared ones.
         track_running_stats: keep a running mean (zeros) and variance (ones); otherwise
-            `batch_stats` is `{}` and each batch is normalized by its own statistics, in
-            evaluation too.
-        momentum: as for `batch_norm`. None or a function of the number of training steps adds
-            their `count`; "pooled" adds the number of `values`, and low-order digits.
-        using: as for `batch_norm`. A policy that goes by the number of training steps adds `count`.
-        banks: keep this many sets of statistics; each array has one more axis in front.
-        dtype: dtype of the parameters. The statistics are float32 at least.
+            `batch_stats` is `{}` and each batch is normalized with its own statistics, even in
+            evaluation.
+        momentum: as for `batch_norm`. None, or a function of the number of training steps, adds
+            that `count`; "pooled" adds the number of `values` and low-order digits.
+        using: as for `batch_norm`. A policy that depends on the number of training steps adds
+            `count`.
+        banks: keep this many sets of statistics; each array has an additional leading axis.
+        dtype: dtype of the parameters. The statistics are at least float32.
 
     Returns:
         `(params, batch_stats)`: `{"scale": (C,), "bias": (C,)}` and `{"mean": (C,), "var": (C,)}`,
         Flax's names and trees.
 
     Raises:
-        ValueError: `num_features` is negative, or no integer.
+        ValueError: `num_features` is negative or not an integer.
 
     >>> params, batch_stats = init(3)
     >>> batch_stats["var"].tolist()
@@ -105,53 +106,54 @@ def batch_norm(
 ) -> tuple[jax.Array, BatchStats]:
     """Normalize `x` per channel; return it with the updated running statistics.
 
-    `y = (x - mean) / sqrt(var + eps) * scale + bias` (Ioffe and Szegedy 2015), where mean and
-    (biased) variance are those of this batch if `mutable`, or if there are no running statistics,
-    and the running ones otherwise. If `mutable`,
+    `y = (x - mean) / sqrt(var + eps) * scale + bias` (Ioffe and Szegedy 2015), with the mean and
+    (biased) variance of this batch if `mutable` or if there are no running statistics, and with
+    the running ones otherwise. If `mutable`,
     `running = (1 - momentum) * running + momentum * batch`, as in `torch.nn.BatchNorm2d`.
 
     Guides: examples/guides/conventions.md, examples/guides/numerics_and_speed.md
 
     Args:
-        params: `{"scale": (C,), "bias": (C,)}`, either alone, or `{}`.
-        batch_stats: `{"mean": (C,), "var": (C,)}` and perhaps `"count": ()`, or `{}` for none.
+        params: `{"scale": (C,), "bias": (C,)}`, only one of them, or `{}`.
+        batch_stats: `{"mean": (C,), "var": (C,)}`, optionally with `"count": ()`; `{}` for none.
         x: the input, with C channels along `axis`.
-        mutable: True trains, False evaluates. It has no default: this is the decision.
-        axis: the channel axis, or axes.
+        mutable: True trains, False evaluates. It has no default, so every call says which.
+        axis: the channel axis or axes.
         eps: added to the variance; positive in training.
         momentum: weight of the new batch in the running statistics (PyTorch's convention; one
-            minus Flax's). A function is called with the number of training steps before this one,
-            such as a schedule of optax. None is the cumulative average over all batches. "pooled"
-            keeps mean and biased variance of all values ever seen as one set, exactly. All but
-            numbers need what `init` adds for them to `batch_stats`.
-        correction: the batch variance enters the running one times `n / (n - correction)`: 1 is
-            PyTorch's unbiased variance, 0 Flax's biased one.
-        using: what normalizes, a policy of `bnjax.policies`; by default the batch if `mutable`, and
-            otherwise the running statistics. What moves is up to `mutable` all the same.
-        mask: bool, broadcastable to `x`: statistics are over the True positions only. What stands
-            at the others (NaN too) reaches neither the other outputs nor any gradient.
+            minus Flax's). A function, such as an optax schedule, is called with the number of
+            previous training steps. None is the cumulative average over all batches. "pooled" keeps
+            the exact mean and biased variance of all values ever seen, as one set. All except
+            numbers need the entries that `init` adds to `batch_stats` for them.
+        correction: the batch variance enters the running one multiplied by `n / (n - correction)`:
+            1 is PyTorch's unbiased variance, 0 Flax's biased one.
+        using: a policy from `bnjax.policies` that sets what to normalize with; by default the batch
+            if `mutable`, and the running statistics otherwise. Updates depend only on `mutable`.
+        mask: bool, broadcastable to `x`: only True positions enter the statistics. Masked values,
+            even NaN, affect neither the other outputs nor any gradient.
         bank: which of several sets of statistics, kept as arrays of K rows, this batch is
             normalized by and moves: a number, or one for each example, int32 (N,). Then the
             examples of a bank share their statistics, and a bank without examples keeps its own.
             Where a traced number is none of 0 to K - 1, the output is NaN, and nothing moves. An
             example that the mask leaves out may have any, such as -1.
-        scale: for each example, (N, C) or broadcastable: multiplied after the learned scale and
+        scale: one for each example, (N, C) or broadcastable: multiplied after the learned scale and
             bias, as in class-conditional batch norm and FiLM.
-        bias: for each example, likewise: added last.
-        axis_name: name of a mapped axis (`pmap`, `shard_map`, `vmap`), or several: statistics are
-            those of all its devices together, by count. Under plain `jit` a sharded batch needs no
-            name. An evaluation communicates nothing.
-        axis_index_groups: lists of indices of that axis, of equal sizes: statistics are pooled
-            within each.
-        virtual_batch_size: normalize groups of this many examples by themselves in training (ghost
+        bias: one for each example, likewise: added last.
+        axis_name: name of a mapped axis (`pmap`, `shard_map`, `vmap`), or several, over whose
+            devices statistics are pooled, weighted by count. Under plain `jit`, a sharded batch
+            needs no name. Evaluation does not communicate.
+        axis_index_groups: lists of indices of that axis, of equal sizes; statistics are pooled
+            within each list.
+        virtual_batch_size: in training, normalize groups of this many examples separately (ghost
             batch norm, Hoffer et al. 2017); the last group may be smaller. The running statistics
-            take the average of the groups, by count. Groups are never pooled over devices.
-        dtype: dtype of `y`; that of `x` if None (float32 for integers).
+            take the average over the groups, weighted by count. Groups are never pooled over
+            devices.
+        dtype: dtype of `y`; None keeps that of `x` (float32 for integers).
 
     Returns:
-        `(y, batch_stats)`. The statistics are a new dict in float32 at least. A channel whose batch
-        statistics are not finite keeps its running ones, as all do if no value counts (an empty
-        batch, an all-False mask, or not more values than `correction`).
+        `(y, batch_stats)`. The statistics are a new dict, in at least float32. A channel whose
+        batch statistics are not finite keeps its running ones, as do all channels if too few values
+        count (an empty batch, an all-False mask, or at most `correction` values).
 
     Raises:
         ValueError: a bad shape, key, `axis`, `eps`, `momentum` or `mask`, or a single value per
@@ -206,7 +208,7 @@ def _steps(
     given: Params,
     told: Settings,
 ) -> tuple[jax.Array, BatchStats]:
-    """Partition, measure, pool, move, choose, affine."""
+    """Partition, measure, pool, update, choose, normalize."""
     sharing, batch = partition.share(x, mask, bank, told), None
     stats, learned = bank_rows.held(batch_stats, params, bank, told.banks)
     moved = stats

@@ -1,4 +1,4 @@
-"""Every private or moving part of JAX that bnjax uses; tests/test_compat.py names what goes."""
+"""Every private or unstable part of JAX that bnjax uses; tests/test_compat.py detects changes."""
 
 import functools
 import math
@@ -15,45 +15,45 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 
 Function = Callable[..., Any]
 
-# A setting of this thread, by whose value JAX keys its caches; called, it is a context.
+# A thread-local setting whose value is part of JAX's cache keys; call it to get a context.
 context = jax.make_user_context
 
-# With `plain(True)`, batch norm is plain jnp: no primitives, no derivatives, no decisions of its
-# own. It reads x more often, and is for what knows no rules, such as `jax.experimental.jet`, which
-# in jax 0.10 fails at any `custom_jvp`, that of `jax.nn.relu` too.
+# With `plain(True)`, batch norm is plain jnp, without primitives, custom derivatives or `cond`. It
+# reads x more often, and serves transformations without rules for these, such as
+# `jax.experimental.jet`, which in jax 0.10 fails at any `custom_jvp`, even that of `jax.nn.relu`.
 plain: Any = context(False)
 
 
 def plain_for(x: jax.Array) -> Any:
-    """A context in which batch norm is plain where x is a Taylor series of `jet`."""
+    """A context that makes batch norm plain if x is a Taylor series of `jet`."""
     jet = sys.modules.get("jax.experimental.jet")
     return plain(plain.value or (jet is not None and isinstance(x, jet.JetTracer)))
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value stands for one in a program that is being traced."""
+    """Whether a value is a tracer."""
     return isinstance(value, Tracer)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
-    """The axes of a `shard_map` with `check_vma=True` along which `x` differs between devices."""
+    """The axes of a `shard_map` with `check_vma=True` along which `x` varies between devices."""
     return jax.typeof(x).mat.varying
 
 
 def gathers_at_once(names: Sequence[str]) -> bool:
-    """Whether one all-gather may go over all these mapped axes; over several of vmap it may not."""
+    """Whether one all-gather can cover all these mapped axes; it can't over several vmaps."""
     if len(names) > 1:
         try:
             lax.all_gather(0.0, tuple(names))
-        except AssertionError:  # what JAX says where it has no rule
+        except AssertionError:  # JAX has no rule for it
             return False
     return True
 
 
 def split_over(context: Any) -> int:
-    """Over how many devices XLA may split the arrays of a program that is lowered.
+    """The number of devices over which XLA may split arrays in a program being lowered.
 
-    Inside of `shard_map` and `pmap`, nothing is split: 1.
+    Inside `shard_map` and `pmap` it splits nothing, so the number is 1.
     """
     axes = context.module_context.axis_context
     if (mesh := getattr(axes, "mesh", None)) is not None:
@@ -70,21 +70,21 @@ mlir.register_lowering(
 
 
 def devices_of_program() -> jax.Array:
-    """`split_over`, as a number that is known when a program is lowered."""
+    """`split_over`, as a number that becomes known when a program is lowered."""
     return _devices_of_program.bind()
 
 
 def linear(
     name: str, function: Function, *, on_cpu: Function | None = None, on_gpu: Function | None = None
 ) -> Primitive:
-    """A primitive for a linear function of several arrays to several.
+    """Create a primitive for a linear function from several arrays to several.
 
     Args:
         name: its name in a program.
-        function: what it does, from arrays and static keywords.
-        on_cpu: what it does on a CPU, if that is something else; it is told `devices`, too, over
-            which arrays may be split.
-        on_gpu: what it does on a GPU, likewise.
+        function: its implementation, which takes arrays and static keywords.
+        on_cpu: another implementation for CPUs, which also takes `devices`, the number of devices
+            over which arrays may be split.
+        on_gpu: another implementation for GPUs, likewise.
     """
     made = Primitive(name)
     made.multiple_results = True
@@ -117,13 +117,13 @@ def linear(
 
 
 def transposed(made: Primitive, transpose: Function, batched: Function) -> None:
-    """Teach a primitive of `linear` its derivatives and `vmap`.
+    """Define the derivatives and `vmap` of a primitive from `linear`.
 
     Args:
         made: the primitive.
-        transpose: `transpose(cotangents, shape, **static)` gives those of the arrays, which have
+        transpose: `transpose(cotangents, shape, **static)` returns those of the arrays, which have
             that shape.
-        batched: `batched(arrays, **static)` for arrays with one more axis in front.
+        batched: `batched(arrays, **static)` for arrays with an additional leading axis.
     """
 
     def transpose_rule(cotangents: Sequence[Any], *arrays: Any, **static: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The moments of all devices of a mapped axis: one gather for few, two sums for many."""
+"""Pool moments over the devices of a mapped axis: one gather for few, two sums for many."""
 
 import functools
 from collections.abc import Sequence
@@ -17,29 +17,29 @@ Groups = Sequence[Sequence[int]]
 Steps = tuple[tuple[str, ...], ...]  # the names of each gather
 Table = tuple[tuple[int, ...], ...]
 
-# Up to so many devices one message of all moments is faster than two of sums; and from 64 on,
-# XLA:TPU makes of the gather a sum of all of them.
+# Up to this many devices, one gather of all moments is faster than two sums; from 64 on, XLA:TPU
+# turns the gather into an all-reduce.
 _GATHERED = 32
 
 
 def pool(local: Moments, axis_name: AxisName, groups: Groups | None = None) -> Moments:
-    """Moments of what all devices of a mapped axis see together.
+    """Pool moments over all devices of a mapped axis.
 
-    Each device sends its count, origin, offset and m2, and merges those of all. What it receives
-    grows with the devices: from 32 on there are two sums instead, of the mean and from there, which
-    do not. Unequal counts, empty shards and far means are exact. A derivative costs one sum of 2C
-    numbers over the devices.
+    Each device sends its count, origin, offset and m2, and merges those of all. The messages it
+    receives grow with the number of devices, so above 32 it takes two sums instead: one for the
+    mean, and one around it. Results are exact for unequal counts, empty shards and distant means.
+    A derivative costs one sum of 2C numbers over the devices.
 
     Args:
-        local: what this device saw.
-        axis_name: the name of the axis of `pmap`, `shard_map` or `vmap`, or several.
-        groups: lists of indices of that axis; the devices of each pool among themselves.
+        local: the moments of this device.
+        axis_name: name of the axis of `pmap`, `shard_map` or `vmap`, or several.
+        groups: lists of indices of that axis; devices pool within each list.
     """
     return _pool(local, _steps(names(axis_name)), table(groups))
 
 
 def total(count: chex.Numeric, axis_name: AxisName, groups: Groups | None = None) -> jax.Array:
-    """The sum over the devices that pool their moments."""
+    """The sum of a count over the devices that pool their moments."""
     count = jnp.asarray(count, jnp.float32)
     if groups is None:
         return lax.psum(count, names(axis_name))
@@ -47,25 +47,25 @@ def total(count: chex.Numeric, axis_name: AxisName, groups: Groups | None = None
 
 
 def names(axis_name: AxisName) -> tuple[str, ...]:
-    """One or several names as a tuple."""
+    """One name or several, as a tuple."""
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 
 def table(groups: Groups | None) -> Table | None:
-    """Groups as tuples, which can be hashed."""
+    """Groups as hashable tuples."""
     return None if groups is None else tuple(map(tuple, groups))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _pool(local: Moments, steps: Steps, groups: Table | None) -> Moments:
-    """Of all devices; the rule for derivatives sums where this one gathers."""
+    """The pooled moments; derivatives sum where this function gathers."""
     if groups is None and lax.axis_size(_names(steps)) > _GATHERED:
         return _summed(local, _names(steps))
     return _merged(_rows(_packed(local), steps, groups), local)
 
 
 def _summed(local: Moments, names: tuple[str, ...]) -> Moments:
-    """Around the mean of all, which needs no more digits than to be near."""
+    """Sum around an approximate pooled mean; being close to the mean is accurate enough."""
     shape, dtype = local.origin.shape, local.origin.dtype
     count = jnp.broadcast_to(local.count, shape)
     total, around = lax.psum(jnp.stack([count.astype(dtype), count * local.mean]), names)
@@ -80,13 +80,13 @@ def _summed(local: Moments, names: tuple[str, ...]) -> Moments:
     return Moments(count, origin, offset, m2)
 
 
-# What is compiled by itself is traced and lowered once for all layers of a shape.
+# Under jit, it is traced and lowered once for all layers of the same shape.
 @jax.jit
 def _packed(local: Moments) -> jax.Array:
-    """What a device sends in one message: a row of C numbers for each part, the count at its end.
+    """The message of a device: a row of C numbers for each part, with the count at its end.
 
-    Of such rows XLA:TPU makes an all-gather, of a single vector an all-reduce that grows with the
-    devices.
+    XLA:TPU gathers rows with an all-gather, but a single vector with an all-reduce, whose size
+    grows with the number of devices.
     """
     parts = [local.origin, local.offset, local.m2]
     if jnp.iscomplexobj(local.origin):
@@ -98,14 +98,14 @@ def _packed(local: Moments) -> jax.Array:
 
 @jax.jit
 def _merged(rows: jax.Array, like: Moments) -> Moments:
-    """The moments of all devices, of which `like` are one's, from what they have sent."""
+    """The pooled moments from the messages of all devices, in the form of `like`."""
     ends = like.m2.size
     parts = [rows[:, i, :ends].reshape(-1, *like.m2.shape) for i in range(rows.shape[1])]
     if jnp.iscomplexobj(like.origin):
         parts = [lax.complex(*parts[:2]), lax.complex(*parts[2:4]), parts[4]]
     origin, offset, m2 = parts
     count = rows[:, 0, ends:].reshape(-1, *(like.count.shape or (1,) * like.m2.ndim))
-    # Distances from the origin of the device that saw most: nothing cancels, however far the means.
+    # Around the origin of the device that saw most values, nothing cancels, however far the means.
     most = jnp.take_along_axis(origin, jnp.argmax(count, 0, keepdims=True), 0)
     mean = jnp.where(count > 0, (origin - most) + offset, 0)
     total = jnp.sum(count, 0)
@@ -121,7 +121,7 @@ def _pool_jvp(steps, groups, primals, tangents):  # pyright: ignore[reportUnused
     pooled = jax.tree.map(kept, _pool(local, steps, groups))
     d_mean = d_local.origin + d_local.offset
     from_mean = (local.origin - pooled.origin) + local.offset - pooled.offset
-    # sum(count * (mean - offset)) is 0, so what the offset's own tangent adds to m2 is 0 too.
+    # sum(count * (mean - offset)) is 0, so the tangent of the offset adds nothing to m2.
     d_m2 = d_local.m2 + 2 * local.count * jnp.real(jnp.conj(from_mean) * d_mean)
     share = local.count / jnp.maximum(pooled.count, 1)
     sent = jnp.stack([share * d_mean, d_m2.astype(d_mean.dtype)])
@@ -134,7 +134,7 @@ def _pool_jvp(steps, groups, primals, tangents):  # pyright: ignore[reportUnused
 
 
 def _steps(names: tuple[str, ...]) -> Steps:
-    """The names to gather over, all at once where JAX can; of nested vmaps it is one by one."""
+    """The names to gather over: all at once if JAX can, else (nested vmaps) one by one."""
     return (names,) if gathers_at_once(names) else tuple((name,) for name in names[::-1])
 
 
@@ -143,12 +143,12 @@ def _names(steps: Steps) -> tuple[str, ...]:
 
 
 def _rows(values: jax.Array, steps: Steps, groups: Table | None) -> jax.Array:
-    """The values of all devices, stacked; with groups, of those in this device's own."""
-    # Where JAX tracks which values differ between devices, it must learn that sums of these do not.
-    alike = groups is None and not varying_axes(values).isdisjoint(_names(steps))
+    """The values of all devices, stacked; with groups, of this device's group only."""
+    # If JAX tracks which values vary between devices, tell it that the gathered ones do not.
+    invarying = groups is None and not varying_axes(values).isdisjoint(_names(steps))
     rows = values
     for names in steps:
-        rows = lax.all_gather(rows, names, to="invarying" if alike else "varying")
+        rows = lax.all_gather(rows, names, to="invarying" if invarying else "varying")
     rows = rows.reshape(-1, *values.shape)
     if groups is None:
         return rows

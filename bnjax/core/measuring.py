@@ -21,21 +21,21 @@ def measure(
     bank: chex.Numeric | None = None,
     banks: int | None = None,
 ) -> Moments:
-    """Moments of `x` over all axes but the feature axes.
+    """Compute the moments of `x` over all axes except the feature axes.
 
-    It reads x once; where nothing but a running mean could be its origin, as under a mask, twice
-    more for means far from zero.
+    It reads x once, or three times if the mean is far from zero and no better origin than a running
+    mean is available, as under a mask.
 
     Args:
-        x: values of any shape and dtype; integers and half precision are taken as float32.
+        x: values of any shape and dtype; integers and half precision are cast to float32.
         axes: the feature axes, non-negative and sorted.
-        mask: bool, of x's rank (sizes 1 broadcast); only True positions are seen.
+        mask: bool, with x's rank (sizes 1 broadcast); only True positions count.
         bank: the bank of x, or of each example.
-        banks: how many there are, each of which has moments of its own.
+        banks: the number of banks, each of which has its own moments.
 
     Returns:
-        Moments in float32 at least, of the shape of the feature axes, after one axis of the banks
-        if there are any; zeros where no value is seen.
+        Moments in at least float32, with the shape of the feature axes after an axis of banks, if
+        there are any; zeros where no value counts.
     """
     parts = whole(jnp.asarray(x), None if mask is None else jnp.asarray(mask), axes)
     if banks is None:
@@ -47,9 +47,9 @@ def measure(
 
 
 def moments_of(parts: Parts, running: jax.Array | None = None) -> Moments:
-    """The moments of each part; those of virtual batches may be on devices that do not talk.
+    """The moments of each part; virtual batches may be on devices that do not communicate.
 
-    The running mean, where there is one, says where the means will be, and nothing else.
+    The running mean, if any, only serves as a guess of the means.
     """
     working = working_dtype(parts.x.dtype)
     real = jnp.finfo(working).dtype
@@ -65,13 +65,13 @@ def moments_of(parts: Parts, running: jax.Array | None = None) -> Moments:
 def _moments(
     count: jax.Array, origin: jax.Array, offset: jax.Array, variance: jax.Array
 ) -> Moments:
-    finite = variance < jnp.inf  # by an infinite one, all would be normal: 0
+    finite = variance < jnp.inf  # with an infinite variance, all values would normalize to 0
     origin = jnp.where(count > 0, origin, 0)
     return Moments(count, origin, offset, jnp.where(finite, variance, jnp.nan) * count)
 
 
 def _count(parts: Parts, dtype: jnp.dtype) -> jax.Array:
-    """How many positions count: a number, or one per channel where the mask differs by channel."""
+    """How many positions count: one number, or one per channel if the mask differs by channel."""
     shape, mask, reduced = parts.x.shape, parts.mask, parts.reduced
     if mask is None:
         return jnp.asarray(math.prod(shape[a] for a in reduced), dtype)
@@ -86,8 +86,8 @@ def _centred(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Origin, mean minus origin, and biased variance.
 
-    The rule for derivatives is written out because it is so much simpler than what happens above:
-    however the origin was chosen, it does not move, and d mean = mean(dx),
+    Its derivative is written out, since it is much simpler than that of the steps above: however it
+    was chosen, the origin is constant, d mean = mean(dx), and
     d var = 2 mean(Re(conj(x - mean) dx)).
     """
     n, apart = jnp.maximum(count, 1), parts.group is not None
@@ -97,14 +97,14 @@ def _centred(
 @_centred.defjvp
 def _centred_jvp(primals, tangents):  # pyright: ignore[reportUnusedFunction]
     parts, count, running = primals
-    # Named here, not inside a jit: there, a policy of jax 0.12 does not see it.
+    # Named here, because a policy of jax 0.12 does not see names inside a jit.
     origin, offset, var = map(kept, _centred(parts, count, running))
     n, dx = jnp.maximum(count, 1), tangents[0].wide
     d_offset, d_var = _tangent(parts.x, parts.mask, n, origin, offset, dx, parts.reduced)
     return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)
 
 
-# With checkpoint, a backward pass keeps x itself, not a float32 copy of its deviations.
+# With checkpoint, the backward pass keeps x itself rather than a float32 copy of its deviations.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=6)
 def _tangent(x, mask, n, origin, offset, dx, reduced: Axes):
     dx = where(mask, dx)

@@ -1,9 +1,9 @@
 """Moments of a set of values, and the exact merge of two sets.
 
-Everything that pools statistics (a batch, a mask, devices, micro-batches, a data set) does it with
-`Moments`. The mean is kept as a sum of two numbers, `origin + offset`: the origin is a typical
-value of the data, so that `x - origin` is exact and of the size of the deviations, and `offset`,
-small, carries the digits that the mean itself has no room for.
+All pooling of statistics (a batch, a mask, devices, micro-batches, a data set) uses `Moments`. The
+mean is kept as a sum of two numbers, `origin + offset`: the origin is a typical value of the data,
+so `x - origin` is exact and as small as the deviations, and the small `offset` carries digits that
+do not fit into the mean itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Axes = tuple[int, ...]
 _STATISTICS = "bnjax.statistics"  # what `remat_policy` keeps
 
 
-@dataclass_transform(frozen_default=True)  # type checkers do not know chex's
+@dataclass_transform(frozen_default=True)  # type checkers do not know `chex.dataclass`
 def _frozen(cls: type) -> Any:
     return chex.dataclass(cls, frozen=True, mappable_dataclass=False)
 
@@ -32,7 +32,7 @@ class Moments:
     Attributes:
         count: how many values were seen; real, shape () or (C,).
         origin: a reference point near the values, shape (C,).
-        offset: mean minus origin, shape (C,); None where running statistics are used as they are.
+        offset: mean minus origin, shape (C,); None if running statistics are used unchanged.
         m2: sum of |value - mean|^2, real, shape (C,).
     """
 
@@ -49,7 +49,7 @@ class Moments:
     def variance(self, correction: chex.Numeric = 0) -> jax.Array:
         """`m2 / (count - correction)`: 0 gives the biased variance, 1 the unbiased one.
 
-        Where count <= correction there is no variance; the result there is m2, which is 0.
+        Where count <= correction the variance is undefined, and the result is m2, which is 0.
         """
         return self.m2 / jnp.maximum(self.count - correction, 1)
 
@@ -57,8 +57,8 @@ class Moments:
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the union of two disjoint sets (Chan, Golub and LeVeque 1983).
 
-    `m2 = a.m2 + b.m2 + delta^2 * a.count * b.count / count`, with delta the difference of the
-    means taken between offsets and origins separately, so that nothing cancels. Either side may be
+    `m2 = a.m2 + b.m2 + delta^2 * a.count * b.count / count`, where delta is the difference of the
+    means, taken separately for offsets and origins so that nothing cancels. Either set may be
     empty.
     """
     origin = jnp.where(a.count > 0, a.origin, b.origin)
@@ -72,16 +72,16 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def remat_policy(*applied: Any, **to: Any) -> Callable[..., bool]:
-    """A policy for `jax.checkpoint` and `nn.remat`: keep what is dear, recompute what is cheap.
+    """A policy for `jax.checkpoint` and `nn.remat`: save what is expensive, recompute the rest.
 
     Guide: examples/guides/numerics_and_speed.md
 
-    It keeps the outputs of convolutions and matrix products, and the statistics of batch norms: a
-    backward pass reduces nothing again, and devices do not talk again. Normalization, activations
-    and sums are recomputed. Between the passes stays about half of what stays without it.
+    It saves the outputs of convolutions and matrix products, and the statistics of batch norms, so
+    the backward pass repeats no reductions and no communication. Normalization, activations and
+    sums are recomputed. About half of the usual memory is kept between the passes.
 
     Raises:
-        TypeError: it is passed on as a policy itself, without `()`.
+        TypeError: the function itself is passed as the policy, without `()`.
 
     >>> from flax import linen as nn
     >>> Block = nn.remat(nn.Sequential, policy=remat_policy())
@@ -98,17 +98,17 @@ def remat_policy(*applied: Any, **to: Any) -> Callable[..., bool]:
 
 
 def kept(statistic: jax.Array) -> jax.Array:
-    """A value under the name that `remat_policy` knows."""
+    """Name a value so that `remat_policy` saves it."""
     return checkpoint_name(statistic, _STATISTICS)
 
 
 def deviations(x: jax.Array, origin: jax.Array, reduced: Axes) -> jax.Array:
-    """`x - origin` in the working precision, with the origin given per channel."""
+    """`x - origin` in the working precision, with one origin per channel."""
     return x.astype(working_dtype(x.dtype)) - jnp.expand_dims(origin, reduced)
 
 
 def where(mask: jax.Array | None, values: jax.Array) -> jax.Array:
-    """The values that count, and zeros."""
+    """The values, with zeros where the mask is False."""
     return values if mask is None else jnp.where(mask, values, 0)
 
 
@@ -120,13 +120,13 @@ def abs2(x: jax.Array) -> jax.Array:
 
 
 def working_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype in which statistics of `dtype` are taken: float32 at least."""
+    """The dtype in which to compute statistics of `dtype`: at least float32."""
     exact = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
     return jnp.dtype(dtype if exact else jnp.float32)
 
 
 def at_least(dtype: jax.typing.DTypeLike, value: chex.Array) -> jax.Array:
-    """`value` in its own dtype, but no narrower than float32 or `dtype`."""
+    """`value`, promoted to at least float32 and `dtype`."""
     value = jnp.asarray(value)
     with jax.numpy_dtype_promotion("standard"):
         wide = jnp.promote_types(working_dtype(value.dtype), working_dtype(dtype))

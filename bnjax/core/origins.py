@@ -1,16 +1,16 @@
-"""Where the sums of a batch are taken from, so that no digits cancel.
+"""Choose the origin of a batch's sums so that no digits cancel.
 
-`var = mean(|x - origin|^2) - |mean - origin|^2` is exact as long as the origin is within about a
-standard deviation of the mean. Each function here takes it from somewhere else, and returns origin,
-mean minus origin, and biased variance:
+`var = mean(|x - origin|^2) - |mean - origin|^2` is exact if the origin is within about a standard
+deviation of the mean. Each function here takes it from elsewhere, and returns origin, mean minus
+origin, and biased variance:
 
-- `_from_typical`: a median of 27 values. It reads nothing, and is never far; but the sums wait for
-  x, and where a batch is split over devices, it is a message.
-- `_from_chunks`: each chunk from a value of its own. It reads nothing, is never far, and needs one
-  message where a batch is split: of numbers for each device, so for few.
-- `_from_running`: the running mean, known before x is. In a training that runs it is never far;
-  in the first steps, and wherever it is, x is read once more, from the mean itself.
-- `_from_mean`: the mean. Always good, and always one reading more.
+- `_from_typical`: a median of 27 values. It costs no pass over x and is never far, but the sums
+  must wait for x, and if a batch is split over devices, it costs a message.
+- `_from_chunks`: a value of each chunk. It costs no pass and is never far. If a batch is split, it
+  needs one message, which grows with the number of devices.
+- `_from_running`: the running mean, known before x is. It is close once training has settled; in
+  the first steps, and whenever it is far, x is read again, around the mean itself.
+- `_from_mean`: the mean. Always accurate, always one more pass.
 """
 
 import functools
@@ -26,8 +26,8 @@ from bnjax.core import compat, sharding
 from bnjax.core.moments import Axes, abs2, deviations, where, working_dtype
 from bnjax.core.sums import at_once, in_chunks, sums
 
-# Squared distance of the mean from the origin, over the variance: up to there, sums lose a factor
-# of 1 + _NEAR of their precision. The rounding of half precision itself has cost more digits.
+# Limits of the squared distance from mean to origin, over the variance: up to there, sums lose at
+# most a factor of 1 + _NEAR in precision. Rounding to half precision has already cost more.
 _NEAR, _NEAR_HALF = 3, 16
 _FEW = 32  # devices
 _HUGE = 2.0**64  # squares of larger numbers overflow in float32
@@ -35,7 +35,7 @@ _HUGE = 2.0**64  # squares of larger numbers overflow in float32
 Centred = tuple[jax.Array, jax.Array, jax.Array]
 
 
-# Compiled by itself, it is traced and lowered once for all layers of a shape.
+# Under jit, it is traced and lowered once for all layers of the same shape.
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def centred(
     x: jax.Array,
@@ -45,9 +45,10 @@ def centred(
     reduced: Axes,
     apart: bool,
 ) -> Centred:
-    """Origin, mean minus origin, and biased variance of n values, from what is nearest at hand.
+    """Origin, mean minus origin, and biased variance of n values, from the cheapest origin.
 
-    With `apart`, the channels may be on devices that should not talk: nothing is decided for all.
+    With `apart`, channels may be on devices that must not communicate, so nothing is decided
+    jointly.
     """
     known = all(isinstance(size, int) for size in x.shape)
     if mask is None and known and all(x.shape[axis] == 1 for axis in reduced):
@@ -88,8 +89,8 @@ def centred(
 def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes, some: int = 27) -> Centred:
     """From a median of 27 values, or of 9.
 
-    Rare wild values are not the median, and no example, no row and no column has more than a few of
-    the places: each axis is walked through in another order.
+    Rare outliers do not affect the median. The positions visit each axis in a different order, so
+    no example, row or column contributes more than a few.
     """
     steps, apart = np.arange(some), 10 if some == 27 else 4
     places: list[Any] = [slice(None)] * x.ndim
@@ -99,22 +100,22 @@ def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes, some: int = 27) -> 
     middle = values.astype(working_dtype(x.dtype))
     while middle.shape[0] > 3:
         middle = _median_of_3(middle)
-    # As a product of matrices, since XLA computes a plain sum anew for each value of x.
+    # A matrix product, because XLA would recompute a plain sum for each value of x.
     weights = np.array([0.25, 0.5, 0.25], middle.dtype)
     origin = jnp.tensordot(weights, middle, 1, precision="highest")
-    # Without the barrier, XLA writes a float32 copy of half precision for this and for the output.
+    # Without the barrier, XLA writes a float32 copy of half-precision x, shared with the output.
     x, origin = lax.optimization_barrier((x, origin))
     offset, var = _around(origin, x, None, n, reduced)
     return origin, offset, jnp.maximum(var, 0)
 
 
 def _together(axes: Axes) -> bool:
-    """NumPy leaves the places where the axes were if these are neighbours, else puts them first."""
+    """Whether axes are adjacent; indexing keeps adjacent axes in place, and moves others first."""
     return axes == tuple(range(axes[0], axes[-1] + 1))
 
 
 def _median_of_3(rows: jax.Array) -> jax.Array:
-    """Of three at a time along the first axis."""
+    """The median of the three thirds of the first axis."""
     return _median(*jnp.split(rows, 3))
 
 
@@ -123,12 +124,12 @@ def _median(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
 
 
 def _from_chunks(x: jax.Array, n: jax.Array, reduced: Axes) -> Centred:
-    """Each chunk of x from a median of three of its values; then the chunks' means are merged."""
+    """Sum each chunk of x around a median of three of its values, and merge the chunks."""
     values, inner = in_chunks(x, reduced, _FEW)
     chunks, size = values.shape[0], math.prod(values.shape[axis] for axis in inner)
 
     def value(third: int) -> jax.Array:
-        # In one row, if it has any: a GPU reads no less than 32 bytes.
+        # From one row, if there are rows: a GPU reads at least 32 bytes at a time.
         start = [n // 2 if axis in inner else 0 for axis, n in enumerate(values.shape)]
         if inner:
             start[inner[-1]] = third * values.shape[inner[-1]] // 3
@@ -138,7 +139,7 @@ def _from_chunks(x: jax.Array, n: jax.Array, reduced: Axes) -> Centred:
     origin = _median(*map(value, range(3))).astype(working_dtype(x.dtype))
     distance = deviations(values, origin, inner)
     total, squares = at_once((distance, abs2(distance)), inner)
-    # Always `size`: but a constant array is written, what comes from another one is not.
+    # Always `size`, but computed from another array, because XLA would write a constant to memory.
     count = jnp.minimum(jnp.abs(origin) + size, size)
     if chunks == 1:
         origin, total, squares = origin[0], total[0], squares[0]
@@ -154,9 +155,9 @@ Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _merged(a: Sums, b: Sums) -> Sums:
-    """Count, origin, sum and sum of squares from there of two sets (Chan et al. 1983).
+    """Merge count, origin, and sum and sum of squares around it (Chan et al. 1983).
 
-    The new origin is the mean of the first set that has values, so squares never grow.
+    The new origin is the mean of the first nonempty set, so squares never grow.
     """
     (count_a, origin_a, total_a, squares_a), (count_b, origin_b, total_b, squares_b) = a, b
     count = count_a + count_b
@@ -177,15 +178,15 @@ def _merged(a: Sums, b: Sums) -> Sums:
 def _from_running(
     x: jax.Array, mask: jax.Array | None, n: jax.Array, origin: jax.Array, reduced: Axes
 ) -> Centred:
-    """From the running mean, and for the channels where that is far from the mean."""
+    """From the running mean; channels that are far from it are summed again around their mean."""
     origin, _ = sharding.varying_alike((origin, x))
     offset, var = _around(origin, x, mask, n, reduced)
     bound = _NEAR if x.dtype == origin.dtype else _NEAR_HALF
-    # 0 away, with the variance 0: a constant channel that never was anything else.
+    # An offset of 0 with variance 0 is a channel that has always been constant.
     near = ((abs2(offset) < bound * var) | (offset == 0)) & (jnp.abs(var) < jnp.inf)
 
     def again() -> Centred:
-        # By channel, so that no channel's result depends on the others.
+        # Per channel, so that no result depends on other channels.
         nearer = jnp.where(near, origin, _mean(x, mask, n, reduced))
         return _put_right(nearer, *_around(nearer, x, mask, n, reduced))
 
@@ -199,13 +200,13 @@ def _from_mean(x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes
 
 
 def _mean(x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes) -> jax.Array:
-    """The mean, as a sum that does not overflow."""
+    """The mean, computed without overflow."""
     unit = _unit(x.shape, reduced, n.dtype)
     scaled = x.astype(working_dtype(x.dtype)) * unit
     (total,) = sums([where(mask, scaled)], reduced)
     mean = total / (n * unit)
-    # What is taken from x must be the same everywhere, but XLA computes a product anew for each
-    # use, here rounded, there (in a fused multiply-add) not: a bound prevents that.
+    # The same mean must be subtracted everywhere, but XLA recomputes a product for each use, either
+    # rounded or, in a fused multiply-add, not. Clipping prevents that.
     bound = jnp.finfo(mean.dtype).max
     return mean if jnp.iscomplexobj(mean) else jnp.clip(mean, -bound, bound)
 
@@ -213,8 +214,8 @@ def _mean(x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes) -> 
 def _around(
     origin: jax.Array, x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean minus origin, and variance, in one reading."""
-    by = jnp.where(jnp.abs(origin) > _HUGE, 1 / _HUGE, 1.0)  # rounding errors have squares, too
+    """Mean minus origin, and variance, in one pass."""
+    by = jnp.where(jnp.abs(origin) > _HUGE, 1 / _HUGE, 1.0)  # squared rounding errors overflow too
     distance = where(mask, deviations(x, origin, reduced))
     squares = abs2(distance * jnp.expand_dims(by, reduced))
     total, squares = sums((distance, squares), reduced)
@@ -223,14 +224,14 @@ def _around(
 
 
 def _put_right(origin: jax.Array, offset: jax.Array, var: jax.Array) -> Centred:
-    """A constant channel has no offset: that is the rounding error of the origin, as is `var`."""
+    """Set offset and `var` of constant channels, which are rounding errors of the origin, to 0."""
     constant = var <= abs2(offset) * 2.0**-18
     origin = jnp.where(constant, origin + offset, origin)
     return origin, jnp.where(constant, 0, offset), jnp.where(constant, 0, var)
 
 
 def _unit(shape: Axes, reduced: Axes, dtype: jnp.dtype) -> float | jax.Array:
-    """What values are multiplied by so that no sum overflows: a power of two, no digit is lost."""
+    """A factor that keeps sums from overflowing; as a power of two, it loses no digits."""
     rows = math.prod(shape[axis] for axis in reduced)
     if isinstance(rows, int):
         return 0.5 ** math.ceil(math.log2(rows))

@@ -1,4 +1,4 @@
-"""What to do about a collection that has other keys than a batch norm needs."""
+"""Suggest how to fix a collection with the wrong keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ COUNT = (
 
 
 def other_keys(name: str, value: Any) -> str:
-    """Where the right keys of `params` or `batch_stats` come from, by those that are there."""
+    """How to get the right keys of `params` or `batch_stats`, judging by those present."""
     if not isinstance(value, Mapping):
         return "bnjax.init makes it."
     if name in value:

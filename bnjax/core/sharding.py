@@ -1,4 +1,4 @@
-"""Where an array lies: what its type says of meshes and mapped axes."""
+"""How arrays are placed on meshes and mapped axes, according to their types."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,10 +15,10 @@ from bnjax.core.compat import varying_axes
 def on_auto_axes(
     function: Callable[..., Any], args: tuple, x: jax.Array, like: chex.ArrayTree
 ) -> Any:
-    """`function(*args)`, with its results split over a mesh as the arrays of `like` are.
+    """Call `function(*args)`, with its results sharded over a mesh like the arrays in `like`.
 
-    Types with explicit axes, in which x is split, allow neither to cut nor to fill up an axis that
-    is. Inside the function the axes are the compiler's, as those of an Auto mesh are.
+    Explicit mesh axes, over which x may be sharded, forbid slicing and padding a sharded axis.
+    Inside the function they are left to the compiler, like those of an Auto mesh.
     """
     mesh = jax.typeof(x).sharding.mesh
     if not any(jax.typeof(x).sharding.spec):
@@ -40,7 +40,7 @@ def on_auto_axes(
 
 
 def varying_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Arrays of which each counts as varying along the axes along which any does."""
+    """Mark all arrays as varying along every axis along which any of them varies."""
     axes = frozenset[str]().union(*map(varying_axes, arrays))
 
     def cast(x: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
-"""Several sums over an array in one reading of it, and their transpose.
+"""Several sums over an array in one pass, and their transpose.
 
-The sums of a batch norm come in pairs: of x and of its squares, of a cotangent and of its product
-with x. Each pair costs one pass over memory. Forward mode, reverse mode and `vmap` know both
-directions, at any order: `sums` and `spread` are linear, and each is the other's transpose.
+The sums of a batch norm come in pairs: of x and its squares, of a cotangent and its product with x.
+Each pair costs one pass over memory. `sums` and `spread` are linear and transposes of each other,
+so forward mode, reverse mode and `vmap` work to any order.
 """
 
 import math
@@ -18,25 +18,25 @@ from bnjax.core.sharding import varying_alike
 
 Axes = tuple[int, ...]
 
-# XLA unrolls the inner loop over so many terms, and vectorizes the one around it.
+# XLA unrolls the inner loop over this many terms, and vectorizes the one around it.
 _TERMS = 16
-_LONG = 512  # values side by side
+_LONG = 512  # adjacent values
 _SMALL = 2**12
-_CHUNKS, _ROWS = 512, 128  # at most and at least: a GPU sums one or more in a block
+_CHUNKS, _ROWS = 512, 128  # at most, and at least: a GPU block sums one chunk or more
 
 
 def sums(values: Sequence[jax.Array], reduced: Axes) -> tuple[jax.Array, ...]:
-    """The sum of each of several arrays of one shape over the axes `reduced`."""
+    """Sum each of several arrays of the same shape over the axes `reduced`."""
     if compat.plain.value:
         return tuple(_each_by_itself(*values, reduced=reduced))
     return tuple(_sums.bind(*values, reduced=tuple(reduced)))
 
 
 def spread(vectors: Sequence[jax.Array], shape: Axes, reduced: Axes) -> tuple[jax.Array, ...]:
-    """Each of several arrays, repeated along the axes `reduced` of `shape`.
+    """Broadcast each of several arrays along the axes `reduced` of `shape`.
 
-    Those that are the same on all devices are taken as not, if another one differs: so that devices
-    add up the gradients of a vector, not those of its copies.
+    If any varies between devices, all are marked as varying, so that devices sum the gradients of
+    a vector rather than those of its copies.
     """
     vectors = varying_alike(vectors)
     if compat.plain.value:
@@ -53,11 +53,11 @@ def _repeated(*vectors: jax.Array, shape: Axes, reduced: Axes) -> list[jax.Array
 
 
 def _in_one_reading(*arrays: jax.Array, reduced: Axes, devices: int) -> Sequence[jax.Array]:
-    """For CPUs: all in a short inner loop along one axis, then what is left of each by itself.
+    """For CPUs: sum all arrays in a short inner loop along one axis, then the rest of each alone.
 
-    XLA has fast, exact and ready kernels for one sum of one large array. Its own loop over several
-    is not vectorized, unless the reduced axis is so short that it is unrolled, and over a small
-    array it adds one value after the other: that is shortened again and again.
+    XLA has fast and exact kernels for a single sum of a large array. Its loop over several arrays
+    is not vectorized unless the reduced axis is short enough to be unrolled, and over a small array
+    it adds values one by one. So the reduced axes are shortened repeatedly.
     """
     values: Sequence[jax.Array] = arrays
     shape = values[0].shape
@@ -66,7 +66,7 @@ def _in_one_reading(*arrays: jax.Array, reduced: Axes, devices: int) -> Sequence
         return [lax.squeeze(value, reduced) for value in values]
     if not known or (len(values) == 1 and _large(shape, reduced)):
         return _each_by_itself(*values, reduced=reduced)
-    if len(values) == 1:  # XLA would make one sum of its sums of sums: not if there are two arrays
+    if len(values) == 1:  # XLA would fuse the sums of sums of one array, but not those of two
         pair = values[0], -values[0]
         plus, minus = _in_one_reading(*pair, reduced=reduced, devices=devices)
         return [plus / 2 - minus / 2]
@@ -78,21 +78,21 @@ def _in_one_reading(*arrays: jax.Array, reduced: Axes, devices: int) -> Sequence
         shape = values[0].shape
         if _large(shape, reduced):
             return _each_by_itself(*values, reduced=reduced)
-    # Devices add up plain sums, but gather what is to be added at once.
+    # Devices all-reduce plain sums, but would gather the inputs of a joint one.
     return at_once(values, reduced) if devices == 1 else _each_by_itself(*values, reduced=reduced)
 
 
 def _large(shape: Axes, reduced: Axes) -> bool:
-    """Whether XLA has a kernel for one sum of it."""
+    """Whether XLA has a kernel for a single sum of this shape."""
     rows = math.prod(shape[axis] for axis in reduced)
     return math.prod(shape) > _SMALL and math.prod(shape) > rows
 
 
 def _in_chunks(*values: jax.Array, reduced: Axes, devices: int) -> Sequence[jax.Array]:
-    """For GPUs: those of each chunk, then all of these at once.
+    """For GPUs: sum each chunk, then all the chunks' sums at once.
 
-    XLA leaves a sum over up to 4,096 rows to a few blocks, and writes what is summed first; and two
-    small sums of sums are two kernels.
+    XLA gives a sum over up to 4,096 rows to a few blocks only and writes the summands first, and it
+    makes two kernels of two small sums of sums.
     """
     shape = values[0].shape
     known = all(isinstance(size, int) for size in shape)
@@ -103,22 +103,22 @@ def _in_chunks(*values: jax.Array, reduced: Axes, devices: int) -> Sequence[jax.
     parts = at_once(chunks, inner[0])
     if devices == 1:
         return at_once(parts, (0,))
-    # As plain sums, which devices add up; with a barrier, or XLA makes one sum of the two.
+    # Plain sums, which devices all-reduce; the barrier keeps XLA from fusing the two steps.
     return _each_by_itself(*lax.optimization_barrier(parts), reduced=(0,))
 
 
 def in_chunks(value: jax.Array, reduced: Axes, devices: int) -> tuple[jax.Array, Axes]:
-    """With an axis of chunks in front, and the axes of each chunk that are summed over.
+    """The value with a leading axis of chunks, and the axes to sum over in each chunk.
 
-    A chunk is an example, or part of one, or several. Where a batch is split over so many devices,
-    or over a divisor of them, no chunk is on two.
+    A chunk is an example, a part of one, or several. If a batch is split over `devices`, or over a
+    divisor of it, no chunk spans two devices.
     """
     shape = value.shape
     if reduced != tuple(range(len(reduced))):  # channels first
         return value if reduced[0] == 0 else jnp.moveaxis(value, reduced[0], 0), tuple(reduced[1:])
     batch, rows = shape[0], math.prod(shape[1 : len(reduced)])
     most = min(_CHUNKS, batch * rows // _ROWS)
-    least = math.gcd(batch, devices)  # chunks are a multiple of it
+    least = math.gcd(batch, devices)  # divides the number of chunks
     if batch >= most:
         chunks = max(k for k in range(least, max(most, least) + 1, least) if batch % k == 0)
     else:
@@ -127,7 +127,7 @@ def in_chunks(value: jax.Array, reduced: Axes, devices: int) -> tuple[jax.Array,
 
 
 def at_once(values: Sequence[jax.Array], reduced: Axes) -> list[jax.Array]:
-    """The sums of all of them in one loop, as XLA makes it."""
+    """Sum all arrays in one XLA loop."""
     zeros = tuple(np.zeros((), value.dtype) for value in values)
     return list(lax.reduce(tuple(values), zeros, _add, tuple(reduced)))
 
@@ -137,7 +137,7 @@ def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array,
 
 
 def _division(shape: Axes, reduced: Axes, devices: int) -> tuple[int, int, int]:
-    """Along which axis, in how many parts by itself, and how many terms are summed."""
+    """The axis to sum along, the number of its parts, and the number of terms per sum."""
 
     def part(axis: int) -> int:
         # An axis may be split over the devices: then its parts can be, too.
@@ -149,18 +149,18 @@ def _division(shape: Axes, reduced: Axes, devices: int) -> tuple[int, int, int]:
     def long(axis: int) -> bool:  # what the loop around the terms is vectorized over
         return math.prod(shape[axis + 1 :]) >= _LONG
 
-    order = (*reduced[1:], reduced[0])  # the batch last
+    order = (*reduced[1:], reduced[0])  # the batch axis last
     good = [axis for axis in order if terms(axis) >= _TERMS // 2]
     axis = next(filter(long, good), good[0] if good else max(order, key=terms))
     if terms(axis) > 1:
         return axis, shape[axis] // part(axis), terms(axis)
-    axis = max(order, key=part)  # no number divides it: it must be filled up
+    axis = max(order, key=part)  # nothing divides it, so it must be padded
     fewest = min(range(_TERMS, _TERMS // 2, -1), key=lambda k: -part(axis) % k)
     return axis, shape[axis] // part(axis), fewest if part(axis) > 1 else 1
 
 
 def _split(value: jax.Array, axis: int, parts: int, terms: int) -> jax.Array:
-    """The axis as (..., terms), filled up with zeros at the end of each part."""
+    """Split the axis into (..., terms), with zero padding at the end of each part."""
     before, size, after = value.shape[:axis], value.shape[axis], value.shape[axis + 1 :]
     if fill := -(size // parts) % terms:
         value = value.reshape(*before, parts, size // parts, *after)

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+import bnjax
 from tests.support.hlo import primitives
 
 KEY = jax.random.key(0)
 EVAL = partial(nn.BatchNorm, use_running_average=True)
 IMAGES = (2, 6, 6, 3)
+STEP = 1 / 32
 DRAWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "var": np.exp,
     "scale": lambda z: 1 + z / 3,
@@ -56,3 +58,50 @@ def outputs(model: nn.Module, variables: Any, folded: Any, x: Any) -> Any:
     """What the model gives, and the folded one."""
     both = jax.jit(lambda v, new, x: (model.apply(v, x), folded.apply(new, x)))
     return both(variables, folded.variables, x)
+
+
+def branches(folded: Any) -> dict[tuple[str, str], str | None]:
+    return {(each.branch, each.into): each.reason for each in folded.report.branches}
+
+
+def convolutions(folded: Any, x: Any) -> int:
+    found = primitives(folded.apply, folded.variables, x)
+    return found["conv_general_dilated"] + found["dot_general"]
+
+
+def assert_same(model: Any, variables: Any, x: Any, rtol: float = 2e-5) -> Any:
+    """The folded model gives the same, for other batch sizes too."""
+    folded = bnjax.fold(model, variables, x)
+    for each in (x, x[:1], jnp.concatenate([x, x + 1])):
+        expected, actual = outputs(model, variables, folded, each)
+        assert np.std(expected) > 0.01
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * np.abs(expected).max())
+        assert actual.dtype == expected.dtype
+    return folded
+
+
+def assert_folded(model: Any, variables: Any, x: Any, rtol: float = 2e-5, bare: bool = True) -> Any:
+    """No batch norm is left, and the outputs are the same, for a larger input too."""
+    folded = bnjax.fold(model, variables, x)
+    larger = [x, x[:1], jnp.concatenate([x, x + 1])]
+    for each in larger:
+        expected, actual = outputs(model, variables, folded, each)
+        assert np.std(expected) > 0.01
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * np.abs(expected).max())
+        assert actual.dtype == expected.dtype
+    if bare:
+        assert divisions(folded.apply, folded.variables, x) == 0
+        assert "batch_stats" not in folded.variables
+    return folded
+
+
+def fake(kernel: jax.Array) -> jax.Array:
+    """Rounded to steps, with a straight-through gradient."""
+    rounded = jnp.clip(jnp.round(kernel / STEP), -128, 127) * STEP
+    return kernel + jax.lax.stop_gradient(rounded - kernel)
+
+
+def close(actual: Any, expected: Any, rtol: float = 2e-5) -> None:
+    expected = np.asarray(expected)
+    scale = max(np.abs(expected).max(), 1e-2)
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=rtol * scale)

@@ -1,6 +1,6 @@
-"""One small function for each mistake in a call, with the text of its error.
+"""One small function for each mistake in a call, with its error message.
 
-Each message says what was expected, what came, and the likely repair.
+Each message says what was expected, what came, and the likely fix.
 """
 
 from bnjax.core.checks.banks import (

@@ -1,4 +1,4 @@
-"""Banks: their names and numbers, and which one a call has."""
+"""Checks of banks: their names and number, and which one a call uses."""
 
 import operator
 from collections.abc import Collection, Mapping, Sequence

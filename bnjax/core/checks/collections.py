@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from bnjax.core.repairs import COUNT, other_keys
 
 _PARAMS = (("scale", "bias"), ("scale",), ("bias",), ())
-_BANK_PARAMS = tuple(  # beside a scale or bias that banks share, those of each bank
+_BANK_PARAMS = tuple(  # a shared scale or bias, and what each bank adds
     (*names, *(f"bank_{name}" for name in own))
     for names in _PARAMS
     for own in _PARAMS
     if {*own} <= {*names}
 )
-# What is kept beside mean and variance: the number of training steps, and of a momentum that pools
-# all values ever seen their number, and the low-order digits of all three.
+# Kept beside mean and variance if the momentum pools all values ever seen: their number, and the
+# low-order digits of all three.
 POOLED = ("values", "values_low", "mean_low", "var_low")
 _BATCH_STATS = (
     ("mean", "var"),
@@ -29,7 +29,7 @@ _BATCH_STATS = (
 def trees(
     params: Any, batch_stats: Any, features: tuple[int, ...], momentum: Any, banks: int | None
 ) -> None:
-    """What `batch_norm` is given has the keys and shapes that it needs."""
+    """Check the keys and shapes of `batch_norm`'s arguments."""
     _keys("params", params, _BANK_PARAMS if banks else _PARAMS)
     pools = isinstance(batch_stats, Mapping) and POOLED[0] in batch_stats
     _keys("batch_stats", batch_stats, _BATCH_STATS[3:] if pools else _BATCH_STATS[:3])
@@ -48,7 +48,7 @@ def trees(
 def _keys(
     name: str, value: Any, allowed: Sequence[tuple[str, ...]], repair: str | None = None
 ) -> None:
-    """A flat dict of arrays has exactly the keys of one of the allowed sets."""
+    """Check that a flat dict of arrays has exactly the keys of one of the allowed sets."""
     repair = repair or other_keys(name, value)
     if not isinstance(value, Mapping):
         raise TypeError(f"`{name}` must be a dict of arrays, got {type(value).__name__}. {repair}")
@@ -66,7 +66,7 @@ def _keys(
 def shapes(
     name: str, value: Mapping[str, Any], expected: tuple[int, ...], rows: tuple[int, ...] = ()
 ) -> None:
-    """All per-channel arrays of a tree have the shape of the channels; a count has that of rows."""
+    """Check that per-channel arrays have the `expected` shape, and a count the shape `rows`."""
     got = {key: jnp.shape(leaf) for key, leaf in value.items()}
     wrong = {key: n for key, n in got.items() if n != (rows if key == "count" else expected)}
     if wrong:
@@ -77,14 +77,14 @@ def shapes(
 
 
 def where(path: Sequence[str]) -> str:
-    """A module path as the user would write it."""
+    """A module path for messages."""
     return f"'{'/'.join(path)}'" if any(path) else "the top of the model"
 
 
 def held(
     collection: str, given: Mapping[str, Any], expected: Collection[str], path: Sequence[str]
 ) -> None:
-    """A collection of a layer holds what the layer is about to use."""
+    """Check that a collection of a layer holds what the layer uses."""
     missing = sorted(set(expected) - set(given))
     if missing:
         repair = (
@@ -98,7 +98,7 @@ def held(
 
 
 def present(names: Collection[str], held: Collection[str]) -> None:
-    """An nnx layer has the statistics that its settings call for."""
+    """Check that an nnx layer has the statistics that its settings require."""
     missing = sorted(set(names) - set(held))
     if missing:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a batch norm is called with: an input and what is given for its positions."""
+"""Checks of the arguments of a call: the input, and arrays for its positions or examples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +12,13 @@ from bnjax.core.checks.numbers import INTEGER
 
 
 def floating(value: Any) -> jax.Array:
-    """An array with numbers after the point: integers become float32."""
+    """An inexact array: integers become float32."""
     x = jnp.asarray(value)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 
 def output_dtype(dtype: Any, x: jax.Array) -> jnp.dtype:
-    """The dtype that the output is asked to have, that of the input by default."""
+    """The dtype of the output; by default that of the input."""
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
@@ -29,7 +29,7 @@ def output_dtype(dtype: Any, x: jax.Array) -> jnp.dtype:
 
 
 def feature_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """The feature axes as sorted non-negative numbers."""
+    """The feature axes, as sorted non-negative numbers."""
     if ndim == 0:
         raise ValueError("`x` must have a channel axis, got a number, of shape ().")
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
@@ -49,9 +49,9 @@ def torch_input(
     layer: str,
     any_rank: str,
 ) -> None:
-    """A 1d, 2d or 3d layer gets the rank, dtype and channels that it was made for.
+    """Check the rank, dtype and channels of the input to a 1d, 2d or 3d layer.
 
-    `spatial` are the names of the spatial axes in each layout, `any_rank` is a layer without these.
+    `spatial` names the spatial axes of each layout, `any_rank` a layer that takes any.
     """
     if not isinstance(axis, INTEGER):
         raise ValueError(
@@ -98,7 +98,7 @@ def _channels(x: jax.Array, axis: int, num_features: int) -> None:
 def several_values(
     x: Any, axes: Sequence[int], devices: int, correction: Any, virtual_batch_size: int | None
 ) -> None:
-    """One value has no variance, so it can't be normalized by it (PyTorch's rule)."""
+    """Check that each channel has more than one value, as PyTorch does in training."""
     sizes = [x.shape[a] for a in range(x.ndim) if a not in axes]
     last = ""
     if virtual_batch_size is not None:
@@ -120,7 +120,7 @@ def several_values(
 
 
 def mask(value: Any, shape: tuple[int, ...]) -> jax.Array:
-    """A mask, brought to the rank of the input."""
+    """A mask, reshaped to the rank of the input."""
     array = jnp.asarray(value)
     if array.dtype != jnp.bool_:
         raise TypeError(
@@ -141,7 +141,7 @@ def mask(value: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def classes(value: Any, size: int, number: int) -> jax.Array:
-    """Each example has a class."""
+    """Check that each example has a valid class."""
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(
@@ -163,7 +163,7 @@ def classes(value: Any, size: int, number: int) -> jax.Array:
 def affine_of_examples(
     scale: Any, bias: Any, shape: tuple[int, ...], axes: tuple[int, ...]
 ) -> dict[str, jax.Array]:
-    """A scale and a bias for each example, brought to (N, C)."""
+    """A scale and a bias for each example, reshaped to (N, C)."""
     found = {}
     for name, value in (("scale", scale), ("bias", bias)):
         if value is None:

@@ -1,4 +1,4 @@
-"""What counts as a number: Python's own, and NumPy's."""
+"""Types that count as numbers: Python's and NumPy's."""
 
 import numpy as np
 

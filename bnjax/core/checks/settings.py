@@ -13,12 +13,12 @@ from bnjax.core import compat
 from bnjax.core.checks.collections import where
 from bnjax.core.checks.numbers import NUMBER
 
-# Between the caller's code and a warning there are frames of these alone.
+# Only frames of these packages lie between the caller's code and a warning.
 _OURS = ("bnjax", "flax", "jax", "contextlib", "functools")
 
 
 def _scalar(name: str, value: Any) -> Any:
-    """A number; an array of one, as a schedule gives it, is none the less."""
+    """A number, also from an array of shape (), which schedules return."""
     if np.ndim(value):
         raise ValueError(
             f"`{name}` must be one number, got an array of shape {np.shape(value)}. It is the same "
@@ -28,7 +28,7 @@ def _scalar(name: str, value: Any) -> Any:
 
 
 def momentum(value: Any, *, cumulative: bool = True) -> None:
-    """A momentum is a weight, a schedule, "pooled", or None if `cumulative`; or it is traced."""
+    """Check a momentum: a weight, traced or not, a schedule, "pooled", or None if `cumulative`."""
     if callable(value) or isinstance(value, str):
         if value != "pooled" and isinstance(value, str):
             raise ValueError(
@@ -47,7 +47,7 @@ def momentum(value: Any, *, cumulative: bool = True) -> None:
 
 
 def limit(name: str, value: Any, least: float) -> None:
-    """A limit of batch renormalization; `least` is the one that makes it batch norm."""
+    """Check a limit of batch renormalization; `least` is the one that makes it batch norm."""
     kinds = str | list | tuple | None
     if isinstance(value, kinds) or (isinstance(value, NUMBER) and not value >= least):
         raise ValueError(
@@ -57,7 +57,7 @@ def limit(name: str, value: Any, least: float) -> None:
 
 
 def one_of(policy: str, **values: Any) -> None:
-    """Exactly one of several numbers is given."""
+    """Check that exactly one of several numbers is given."""
     given = {name: value for name, value in values.items() if value is not None}
     if len(given) != 1:
         first, second = values
@@ -68,20 +68,20 @@ def one_of(policy: str, **values: Any) -> None:
 
 
 def not_negative(name: str, value: Any) -> None:
-    """A number of examples."""
+    """Check a number of examples."""
     if isinstance(value, str | list | tuple) or (isinstance(value, NUMBER) and not value >= 0):
         raise ValueError(f"`{name}` must be a number of examples and not negative, got {value!r}.")
 
 
 def weight(name: str, value: Any) -> None:
-    """A share, of a batch or an example."""
+    """Check the weight of a batch or an example."""
     wrong = isinstance(value, NUMBER) and not 0 <= value <= 1
     if wrong or isinstance(value, str | list | tuple | None):
         raise ValueError(f"`{name}` must lie between 0 and 1, got {value!r}.")
 
 
 def policy(value: Any, kind: type) -> None:
-    """What normalizes is said by a policy, an instance."""
+    """Check that `using` is an instance of a policy, or None."""
     if value is not None and not isinstance(value, kind):
         repair = f"Write {value.__name__}()." if isinstance(value, type) else ""
         raise TypeError(
@@ -91,7 +91,7 @@ def policy(value: Any, kind: type) -> None:
 
 
 def has_running(some: bool, policy: Any) -> None:
-    """A policy that looks at running statistics has some."""
+    """Check that a policy which uses running statistics has some."""
     if not some:
         raise ValueError(
             f"using={policy} needs running statistics, but none are kept. Keep them "
@@ -100,17 +100,17 @@ def has_running(some: bool, policy: Any) -> None:
 
 
 def has_count(some: bool, what: str) -> None:
-    """A setting that goes by the number of steps knows it."""
+    """Check that a setting which depends on the number of steps can read it."""
     if not some:
         raise ValueError(
-            f"{what} goes by the number of training steps, but `batch_stats` has no `count`. "
+            f"{what} depends on the number of training steps, but `batch_stats` has no `count`. "
             "bnjax.init with the same `momentum` and `using` makes it; in old statistics, add "
             '{"count": jnp.zeros((), jnp.int32)}.'
         )
 
 
 def eps(value: Any, *, training: bool, name: str = "eps") -> None:
-    """Epsilon keeps the reciprocal of a zero variance finite."""
+    """Check epsilon, which keeps the reciprocal of a zero variance finite."""
     value = _scalar(name, value)
     if isinstance(value, jax.Array):
         return
@@ -126,7 +126,7 @@ def eps(value: Any, *, training: bool, name: str = "eps") -> None:
 
 
 def correction(value: Any) -> None:
-    """What is taken off the count in the variance."""
+    """Check the number subtracted from the count in the variance."""
     if isinstance(value, NUMBER) and not value >= 0:
         raise ValueError(
             f"`correction` must not be negative, got {value}. 1 gives PyTorch's unbiased running "
@@ -135,7 +135,7 @@ def correction(value: Any) -> None:
 
 
 def num_features(value: Any) -> None:
-    """A number of channels."""
+    """Check the number of channels."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 0:
         raise ValueError(
             f"`num_features` must be an integer and not negative, got {value!r}. It is the number "
@@ -144,7 +144,7 @@ def num_features(value: Any) -> None:
 
 
 def devices(axis_name: str | Sequence[str] | None, groups: Sequence[Sequence[int]] | None) -> int:
-    """How many devices pool their statistics: those of the axis, or of each of its groups."""
+    """The number of devices that pool their statistics: those of the axis, or of one group."""
     if axis_name is None:
         if groups is not None:
             raise ValueError(
@@ -172,7 +172,7 @@ def devices(axis_name: str | Sequence[str] | None, groups: Sequence[Sequence[int
 
 
 def virtual_batch_size(size: int | None, groups: Sequence[Sequence[int]] | None) -> None:
-    """A virtual batch has at least one example, and is a division of its own."""
+    """Check the size of virtual batches, which exclude `axis_index_groups`."""
     if size is None:
         return
     if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
@@ -187,7 +187,7 @@ def virtual_batch_size(size: int | None, groups: Sequence[Sequence[int]] | None)
 
 
 def given_once(at_init: bool | None, at_call: bool | None) -> None:
-    """A mode is given to the constructor or to the call."""
+    """Check that the mode is set only once."""
     if at_init is not None and at_call is not None:
         raise ValueError(
             "`use_running_average` was given to the constructor and to the call. Give it to one."
@@ -195,7 +195,7 @@ def given_once(at_init: bool | None, at_call: bool | None) -> None:
 
 
 def given(use_running_average: bool | None) -> None:
-    """Flax's convention has no default mode."""
+    """Check that the mode is set, since Flax's convention has no default."""
     if use_running_average is None:
         raise ValueError(
             "`use_running_average` was given neither to the constructor nor to the call. Pass "
@@ -220,15 +220,15 @@ def plausible_momentum(value: Any, *, torch: bool) -> None:
 
 
 def overriding_momentum(value: Any, torch: bool) -> None:
-    """A momentum for a layer, of PyTorch's convention or Flax's, that comes from an override."""
+    """Check an overriding momentum, in the layer's own convention."""
     momentum(value)
-    if isinstance(value, NUMBER) and 0 < value < 1:  # nobody mistakes the ends
+    if isinstance(value, NUMBER) and 0 < value < 1:  # 0 and 1 are deliberate
         plausible_momentum(value, torch=torch)
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Warn at the line of the caller's own code that led here, however many frames above."""
+    """Warn at the line in the caller's own code that led here, however many frames up."""
     frame, level = sys._getframe(), 1
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _OURS:
         frame, level = frame.f_back, level + 1
@@ -236,7 +236,7 @@ def warn_once(message: str) -> None:
 
 
 def static(name: str, value: Any) -> None:
-    """What decides between two programs is known before either is compiled."""
+    """Check that a setting which selects the program to compile is not traced."""
     if compat.is_traced(value):
         raise TypeError(
             f"`{name}` must be a Python bool, got a traced value: it decides which program is "
@@ -245,7 +245,7 @@ def static(name: str, value: Any) -> None:
 
 
 def mutable_statistics(mutable: bool, path: Sequence[str]) -> None:
-    """Training moves the statistics, so they must be mutable."""
+    """Check that statistics are mutable in training, which updates them."""
     if not mutable:
         raise ValueError(
             f"The batch norm at {where(path)} was asked to train (use_running_average=False), but "
