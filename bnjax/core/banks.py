@@ -213,7 +213,7 @@ def _merged(each: Moments, bank: jax.Array, banks: int) -> Moments:
         zeros = (jnp.zeros((banks, *part.shape[1:]), part.dtype) for part in (origin, each.m2))
         origin, m2 = zeros
         return Moments(jnp.zeros((banks, *count.shape[1:]), m2.dtype), origin, origin, m2)
-    near = _nearby(origin, count, bank, banks)
+    near = lax.stop_gradient(_nearby(origin, count, bank, banks))
     mean = (origin - to_examples([near], bank)[0]) + each.offset
     (total,) = totals([count], bank, banks)
     parts = count * mean, each.m2 + count * abs2(mean)
@@ -251,28 +251,49 @@ def _count_of_each(each: Moments, bank: jax.Array) -> jax.Array:
 
 
 def _nearby(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
-    """A typical value of each bank: the mean of one from each part of the batch, if it counts.
+    """A typical value of each bank, from which sums lose few digits, and none for one example.
 
-    From there, sums lose few digits: a wild value among so few is a wild one of its bank.
+    Where a batch is split over devices, it is that of the first: more would be more messages.
     """
+    if not isinstance(bank.shape[0], int) or compat.plain.value:
+        return _first(origin, count, bank, banks)
+    of_parts, of_first = (functools.partial(f, banks=banks) for f in (_of_parts, _first))
+    alone = compat.devices_of_program() == 1
+    return lax.cond(alone, of_parts, of_first, origin, count, bank)
+
+
+def _of_parts(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
+    """The mean of one value from each part of the batch: a wild one is one of several."""
     size = bank.shape[0]
-    parts = _PARTS if isinstance(size, int) else 1
-    length = -(-size // parts)
-    known = _beside(bank, count) == _beside(jnp.arange(banks)[:, None], count[None])
-    known = (count > 0) & known
-    if length * parts != size:
-        fill = [(0, length * parts - size if axis == 1 else 0) for axis in range(known.ndim)]
-        known = jnp.pad(known, fill)
-    known = known.reshape(banks, parts, length, *known.shape[2:])
-    place = jnp.argmax(known, 2) + length * _beside(jnp.arange(parts), known[0, :, 0])
-    place = jnp.minimum(place, size - 1)  # (K, parts, 1) or (K, parts, C)
-    alike = all(n == 1 for n in count.shape[1:])
-    if alike:
-        values = origin[place.reshape(banks, parts)]
-    else:
-        values = jnp.take_along_axis(origin[None], place, 1)
-    values = lax.stop_gradient(jnp.where(jnp.isfinite(values), values, 0))
-    some = jnp.any(known, 2)
+    length = -(-size // _PARTS)
+    known = _known(count, bank, banks)
+    fill = [(0, length * _PARTS - size if axis == 1 else 0) for axis in range(known.ndim)]
+    known = jnp.pad(known, fill).reshape(banks, _PARTS, length, *known.shape[2:])
+    place = jnp.argmax(known, 2) + length * _beside(jnp.arange(_PARTS), known[0, :, 0])
+    values, some = _taken(origin, jnp.minimum(place, size - 1)), jnp.any(known, 2)
     first = jnp.take_along_axis(values, jnp.argmax(some, 1)[:, None], 1)
     apart = jnp.where(some, values - first, 0)
-    return first[:, 0] + jnp.sum(apart, 1) / jnp.maximum(jnp.sum(some, 1), 1)
+    apart = apart / jnp.maximum(jnp.sum(some, 1, keepdims=True), 1)
+    # As a product of matrices, since XLA computes a plain sum anew for each value of x.
+    ones = np.ones(_PARTS + 1, origin.dtype)
+    terms = jnp.concatenate([first, apart], 1)
+    return jnp.tensordot(ones, terms, (0, 1), precision="highest")
+
+
+def _first(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
+    """The value of the first example that counts."""
+    return _taken(origin, jnp.argmax(_known(count, bank, banks), 1)[:, None])[:, 0]
+
+
+def _known(count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
+    """Which examples count in each bank, (K, N, 1), or (K, N, C) if channels differ in that."""
+    return (count > 0) & (_beside(bank, count) == _beside(jnp.arange(banks)[:, None], count[None]))
+
+
+def _taken(origin: jax.Array, place: jax.Array) -> jax.Array:
+    """The values of several examples for each bank, (K, several, C); 0 for what is no number."""
+    if all(size == 1 for size in place.shape[2:]):
+        values = origin[place.reshape(place.shape[:2])]
+    else:
+        values = jnp.take_along_axis(origin[None], place, 1)
+    return jnp.where(jnp.isfinite(values), values, 0)

@@ -1,7 +1,7 @@
 """Batch normalization as pure functions: plain dicts in, plain dicts out."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import chex
 import jax
@@ -219,13 +219,6 @@ def _steps(
         if told.moves:
             moved = update(stats, batch, sharing.group, told)
     chosen, first = choose(batch, stats, moved, sharing, told)
-
-    def normalized(chosen: Any, first: Params, learned: Params, given: Params) -> jax.Array:
-        parts, origin, factor, shift = applied(chosen, first, learned, given, sharing, told)
-        y = normalize(parts, origin, factor, shift, told.dtype)
-        return partition.join(y, parts, x.shape)
-
-    if sharing.vectors:  # what is taken from rows of banks is as large as x: not kept
-        normalized = jax.checkpoint(normalized)
-    y = normalized(chosen, first, learned, given)
+    parts, origin, factor, shift = applied(chosen, first, learned, given, sharing, told)
+    y = partition.join(normalize(parts, origin, factor, shift, told.dtype), parts, x.shape)
     return y, bank_rows.put(batch_stats, bank, moved)

@@ -73,6 +73,12 @@ def whole(x: jax.Array, mask: jax.Array | None, axes: Axes, group: int | None = 
     return Parts(x, x.astype(working_dtype(x.dtype)), mask, axes, group)
 
 
+def apart(x: jax.Array, mask: jax.Array | None, axes: Axes) -> Parts:
+    """Each example has statistics of its own; nothing is divided."""
+    batch = other_axes(x.ndim, axes)[0]
+    return whole(x, mask, tuple(sorted([batch, *axes])), batch)
+
+
 def virtual(x: jax.Array, mask: jax.Array | None, axes: Axes, size: int) -> Parts:
     """So many examples at a time share statistics (Hoffer et al. 2017).
 
@@ -101,7 +107,7 @@ def virtual(x: jax.Array, mask: jax.Array | None, axes: Axes, size: int) -> Part
 
 def join(y: jax.Array, parts: Parts, shape: Axes) -> jax.Array:
     """The output of all parts as one array of the shape that was divided."""
-    if parts.group is None:
+    if parts.group is None or y.shape == shape:
         return y
     axis = parts.group
     merged = y.reshape(*y.shape[:axis], y.shape[axis] * y.shape[axis + 1], *y.shape[axis + 2 :])
@@ -127,16 +133,23 @@ class Sharing:
     @functools.cached_property
     def parts(self) -> Parts:
         """The values, divided as they are measured."""
-        size = 1 if self.bank is not None else self.size
-        return self.whole if size is None else self._virtual(size)
+        if self.bank is not None:
+            return self.each
+        whole = self.whole
+        if self.size is None:
+            return whole
+        return virtual(whole.x, whole.mask, whole.axes, self.size)
 
     @functools.cached_property
     def each(self) -> Parts:
         """The values, each example by itself."""
-        return self._virtual(1) if self.bank is None else self.parts
+        return apart(self.whole.x, self.whole.mask, self.whole.axes)
 
-    def _virtual(self, size: int) -> Parts:
-        return virtual(self.whole.x, self.whole.mask, self.whole.axes, size)
+    def _by_channel(self, mask: jax.Array) -> jax.Array:
+        """1 for each example with a value that counts, in each channel; the batch axis first."""
+        positions = tuple(axis for axis in self.whole.reduced if axis != self.batch)
+        some = jnp.any(mask, positions).astype(jnp.float32)
+        return jnp.moveaxis(some, self.batch, 0)
 
     def of_counted(self, bank: jax.Array) -> jax.Array:
         """The banks of the examples, where those that the mask leaves out may have any number."""
@@ -145,11 +158,6 @@ class Sharing:
             return bank
         counted = jnp.any(mask, tuple(a for a in range(mask.ndim) if a != self.batch))
         return jnp.where(counted, bank, jnp.clip(bank, 0, self.banks - 1))
-
-    @property
-    def vectors(self) -> bool:
-        """Whether each example has a bank and just one value in each channel."""
-        return self.bank is not None and len(self.whole.reduced) == 1
 
     @property
     def batch(self) -> int:
@@ -199,14 +207,11 @@ class Sharing:
 
     def examples(self) -> chex.Numeric:
         """How many examples those who share are, beside their statistics."""
-        found = self.parts.examples()
         if self.bank is None:
-            return found
-        found = jnp.asarray(found, jnp.float32)
-        if found.ndim:
-            counted = jnp.moveaxis(found, self.batch, 0)
-        else:
-            counted = jnp.full((len(self.bank), *(1,) * len(self.whole.axes)), found)
+            return self.parts.examples()
+        shape, mask = (len(self.whole.axes) + 1) * (1,), self.whole.mask
+        counted = jnp.ones(shape) if mask is None else self._by_channel(mask)
+        counted = jnp.broadcast_to(counted, (*self.bank.shape, *counted.shape[1:]))
         return banks.totals([counted], self.bank, self.banks)[0]
 
 
