@@ -117,7 +117,7 @@ def main(
 def draw(states: dict[str, TrainState], path: Path) -> None:
     """Mean and deviation of each channel of the first layer, in both banks and without any."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.subplots(2, 1, sharex=True)
+    axes = figure.subplots(2, 1, sharex=True, sharey=True)
     pairs = (("one batch norm", ["both domains"]), ("banks", DOMAINS))
     for axis, (kind, names) in zip(axes, pairs, strict=True):
         stats = states[kind].batch_stats["BatchNorm2d_0"]

@@ -30,6 +30,7 @@ MODULES = {
     "bnjax.training": "bnjax.training",
     "bnjax.diagnosis": "bnjax.diagnosis",
     "bnjax.masks": "bnjax.masks",
+    "bnjax.policies": "bnjax.policies",
 }
 COMMANDS = ((), ("inspect",), ("convert",), ("diagnose",))
 THEME = {

@@ -188,8 +188,8 @@ def measure(
     for seed in range(seeds):
         variables = network.train(seed)
         for name in track(CORRUPTIONS, f"network {seed + 1} of {seeds}", console=console):
-            shifted = (corrupted(data, name) for data in (splits.train, test))
-            for way, accuracies in network.accuracies(variables, *shifted, sizes).items():
+            seen, unlike = corrupted(splits.train, name), corrupted(test, name)
+            for way, accuracies in network.accuracies(variables, seen, unlike, sizes).items():
                 found[name][way].append(accuracies)
     return found
 

@@ -18,7 +18,7 @@ from tests.benchmarks.device import exactness, layers, report
 from tests.benchmarks.device.clock import Budget, Queue
 from tests.benchmarks.device.plan import Plan
 
-KINDS = {"op", "network", "memory", "policies", "compile", "numerics"}
+KINDS = {"op", "network", "memory", "policies", "banks", "compile", "numerics"}
 ROOT = Path(__file__).parents[1]
 
 

@@ -110,7 +110,7 @@ def test_renorm_is_compared_at_small_batches(tmp_path):
     settings = ("--epochs", "1", "--seeds", "1", "--size", "2")
     code, output = run(EXAMPLES / "small_batches.py", *settings, "--out", tmp_path)
     assert code == 0, output
-    cell = r" +0\.\d{3} ± 0\.000, \d\.\d{3} "
+    cell = r" +0\.\d{3} ± 0\.000, \d\.\d{3} +"
     for size in (2, 64):
         assert re.search(rf"│ {size} +│({cell}│){{4}}", output), output
     assert (tmp_path / "small_batches.png").stat().st_size > 10_000
@@ -126,6 +126,19 @@ def test_policies_are_compared_on_data_that_have_shifted(tmp_path):
     source, by_batch, *_ = found["contrast"]  # of the last table, batches of 64
     assert by_batch > source + 0.1
     assert (tmp_path / "shifted_data.png").stat().st_size > 10_000
+
+
+def test_two_domains_are_compared_with_banks_and_without(tmp_path):
+    code, output = run(EXAMPLES / "domains.py", "--epochs", "2", "--seeds", "1", "--out", tmp_path)
+    assert code == 0, output
+    rows = re.findall(r"│ (.+?) +│ +(0\.\d{3}) +│ +(0\.\d{3}) +│", output)
+    accuracy = {name: float(digits) for name, digits, _ in rows}
+    wrong = ", of the wrong domain"
+    banks = ("banks", "banks, own scale and bias")
+    assert set(accuracy) == {"one batch norm", *banks, *(name + wrong for name in banks)}
+    for name in banks:
+        assert accuracy[name] > accuracy[name + wrong] + 0.1
+    assert (tmp_path / "domains.png").stat().st_size > 10_000
 
 
 def test_a_users_own_images_train(tmp_path):

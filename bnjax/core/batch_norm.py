@@ -220,9 +220,10 @@ def _steps(
             moved = update(stats, batch, sharing.group, told)
     chosen, first = choose(batch, stats, moved, sharing, told)
 
-    def normalized(*of_those_who_share: Any) -> jax.Array:
-        parts, *numbers = applied(*of_those_who_share, sharing, told)
-        return partition.join(normalize(parts, *numbers, told.dtype), parts, x.shape)
+    def normalized(chosen: Any, first: Params, learned: Params, given: Params) -> jax.Array:
+        parts, origin, factor, shift = applied(chosen, first, learned, given, sharing, told)
+        y = normalize(parts, origin, factor, shift, told.dtype)
+        return partition.join(y, parts, x.shape)
 
     if sharing.vectors:  # what is taken from rows of banks is as large as x: not kept
         normalized = jax.checkpoint(normalized)

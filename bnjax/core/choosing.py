@@ -47,8 +47,9 @@ def choose(
         return total(count, told.axis_name, told.axis_index_groups)
 
     def each() -> tuple[Moments, jax.Array, jax.Array]:
-        beside = sharing.to_each(mean, var)
-        return moments_of(sharing.each), beside[0], beside[1]
+        moments = moments_of(sharing.each)
+        of_mean, of_var = sharing.to_each(mean, var)
+        return moments, of_mean, of_var
 
     moved = _running(after, sharing) if told.moves else None
     seen = Seen(batch, mean, var, moved, told.eps, told.mutable, examples, each)

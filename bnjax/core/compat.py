@@ -164,8 +164,8 @@ def each_others_transpose(first: Primitive, second: Primitive, batched: Function
             return made.bind(index, *values, **static), made.bind(index, *moved, **static)
 
         def transpose(cotangents: Sequence[Any], index: Any, *_: Any, other=other, **static: Any):
-            cotangents = map(ad.instantiate_zeros, cotangents)
-            return [None, *other.bind(index, *cotangents, **static)]
+            known = map(ad.instantiate_zeros, cotangents)
+            return [None, *other.bind(index, *known, **static)]
 
         def batching_rule(arrays: Sequence[Any], dims: Sequence[Any], made=made, **static: Any):
             results, dim = batched(made, arrays, dims, **static)

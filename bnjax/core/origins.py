@@ -61,7 +61,8 @@ def centred(
     if apart and (mask is not None or not known):
         return _from_mean(x, mask, n, reduced)
     if apart:
-        return _from_typical(x, n, reduced)
+        small = math.prod(x.shape[axis] for axis in reduced) < 8 * 27
+        return _from_typical(x, n, reduced, 9 if small else 27)
     if running is None:
         running = jnp.zeros([x.shape[a] for a in range(x.ndim) if a not in reduced])
     origin = lax.stop_gradient(jnp.where(jnp.isfinite(running), running, 0))
@@ -85,18 +86,20 @@ def centred(
     return lax.platform_dependent(x, n, origin, cpu=on_cpu, default=from_running, **gpu)
 
 
-def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes) -> Centred:
-    """From a median of 27 values.
+def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes, some: int = 27) -> Centred:
+    """From a median of 27 values, or of 9.
 
     Rare outliers do not affect the median. The positions visit each axis in a different order, so
     no example, row or column contributes more than a few.
     """
-    steps = np.arange(27)
+    steps, apart = np.arange(some), 10 if some == 27 else 4
     places: list[Any] = [slice(None)] * x.ndim
     for order, axis in enumerate(reduced):
-        places[axis] = (2 * (10**order * steps % 27) + 1) * x.shape[axis] // 54
+        places[axis] = (2 * (apart**order * steps % some) + 1) * x.shape[axis] // (2 * some)
     values = jnp.moveaxis(x[tuple(places)], reduced[0] * _together(reduced), 0)
-    middle = _median_of_3(_median_of_3(values.astype(working_dtype(x.dtype))))
+    middle = values.astype(working_dtype(x.dtype))
+    while middle.shape[0] > 3:
+        middle = _median_of_3(middle)
     # A matrix product, because XLA would recompute a plain sum for each value of x.
     weights = np.array([0.25, 0.5, 0.25], middle.dtype)
     origin = jnp.tensordot(weights, middle, 1, precision="highest")

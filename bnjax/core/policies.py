@@ -69,6 +69,8 @@ class Policy:
     on any Flax model. It decides what normalizes; whether the running statistics move is decided by
     the mode, as without a policy. Policies are frozen dataclasses: equal ones compare equal, and
     their numbers may be traced.
+
+    Guide: examples/guides/policies.md
     """
 
     def __repr__(self) -> str:

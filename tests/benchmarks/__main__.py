@@ -32,6 +32,7 @@ class Kind(StrEnum):
     network = "network"
     memory = "memory"
     policies = "policies"
+    banks = "banks"
     compile = "compile"
     numerics = "numerics"
     device = "device"

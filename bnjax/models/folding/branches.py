@@ -66,7 +66,7 @@ class Branches:
 
     def _merged(self, groups: list[_Group]) -> list[Merge]:
         """Merge the groups of the same layers, which are all or none."""
-        calls = groups[0].calls
+        calls = sorted(groups[0].calls, key=lambda place: place.start)
         linear = [place for place in calls if not place.call.norm]
         host = max(linear, key=lambda p: _reach(p.call.linear.window, calls))
         found = []
