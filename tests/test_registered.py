@@ -177,7 +177,7 @@ def norm_class(**annotations: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm(), len, dict, "Norm", None])
-def test_only_classes_of_modules_are_registered(kind):
+def test_only_classes_of_modules_are_registered(kind: Any):
     repair = " Pass its class, BatchNorm." if isinstance(kind, nn.Module) else ""
     message = f"`kind` must be a class of linen or nnx modules, got {kind!r}.{repair}"
     with error(TypeError, message):

@@ -97,6 +97,8 @@ class ConditionalBatchNorm2d(_Conditional):
     scales and biases that come from elsewhere, as in FiLM, pass them to a `BatchNorm2d`:
     `norm(x, scale=g, bias=b)`.
 
+    Guide: examples/guides/banks.md
+
     Attributes: those of `BatchNorm2d` except `affine` and `banks`, and:
         num_classes: number of classes. `params` are a `scale` (ones) and a `bias` (zeros) of shape
             (num_classes, C); the submodule `norm` holds the statistics.

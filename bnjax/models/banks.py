@@ -33,6 +33,8 @@ class bank(Reentrant):  # noqa: N801 - used as a function is
     In bnjax's training steps, `recalibrate` and `diagnose`, give the bank of each example as the
     entry `"bank"` of the batch instead, int32 (N,).
 
+    Guide: examples/guides/banks.md
+
     Args:
         which: the name or number of a bank, or an int32 array of shape (N,), one for each example.
             Arrays may be traced, if the context is entered where they are traced.
@@ -75,6 +77,8 @@ def to_banks(
     """Convert the variables of a model to the same model with `banks` in its batch norms.
 
     Each bank starts as a copy of the layer's statistics, so all evaluate like the original.
+
+    Guide: examples/guides/banks.md
 
     Args:
         variables: a dict of linen variables or an `nnx.State`, of bnjax's layers or Flax's.
@@ -125,6 +129,8 @@ def select_bank(
     """Extract the variables of one bank, for the same model without banks.
 
     Flax's own layers accept the result, and `bnjax.fold` folds it.
+
+    Guide: examples/guides/banks.md
 
     Args:
         variables: a dict of linen variables or an `nnx.State`.
