@@ -108,15 +108,20 @@ def test_groups_of_devices_pool_their_banks_apart(way):
 
 @each_of(tuple(way for way in WAYS if way.name not in ("vmap",)))
 @each_case
-def test_the_messages_of_devices_grow_in_number_with_no_bank(way, case):
+def test_devices_send_no_more_messages_for_more_banks(way, case):
+    """Under plain jit, XLA joins some of them: there are eight at most, and not always as many."""
+
     def sent(number: int, step: Any) -> list[str]:
         data = parts(make(case, number))
         found = collectives(way.compile(step), way.place(data))
         return [kind for kind, _ in found]
 
     for step in (forward(apply(way)), differentiated(apply(way))):
-        one, *others = (len(sent(number, step)) for number in (1, 2, 8, 16))
-        assert max(others) <= one <= 9
+        few, more, many = (sent(number, step) for number in (2, 8, 16))
+        assert max(map(len, (few, more, many))) <= 8
+        if way.axis_name is not None:
+            assert few == more == many
+            assert len(few) <= 2
 
 
 @each_of(JIT_WAYS)
