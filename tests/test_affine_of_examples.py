@@ -38,7 +38,7 @@ def make(case: Case, dtype: Any = np.float32) -> tuple[Any, ...]:
 
 def by_torch(case: Case, mutable: bool, given: tuple[Any, ...]) -> Any:
     """Output, moved statistics, and the gradients of tables, learned scale and bias, and x."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     kinds = torch.nn.BatchNorm1d, torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d
     scales, biases, params, stats, x, cotangent = jax.tree.map(

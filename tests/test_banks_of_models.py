@@ -232,7 +232,7 @@ PLAIN = {"batch_stats": {"bn": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
         ),
         (
             lambda: bnjax.select_bank(BANKS, "nobody's"),
-            'Which bank is "nobody\'s"? Here no layer has told its names. Pass all names in their '
+            'Which bank is "nobody\'s"? Here no layer names it. Pass all names in their '
             "order, as in banks=(\"nobody's\", 'other'), or the number of the bank.",
         ),
         (

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 import bnjax
 import bnjax.linen
+
+pytest.importorskip("torch")
+
+import torch
 
 CLASSES = np.array([0, 2, 1, 0, 2, 2, 3, 3])
 KINDS = {

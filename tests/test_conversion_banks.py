@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import linen as nn
 from flax import nnx
 
 import bnjax
 from bnjax import policies
+
+pytest.importorskip("torch")
+
+import torch
 
 
 class Split(torch.nn.BatchNorm2d):

@@ -59,7 +59,7 @@ def test_a_second_run_has_its_own_folder_and_each_says_what_to_try_next(tmp_path
         assert f"pictures and checkpoints: {tmp_path}/run{number}\n" in output
         code, report = shell(output.partition("next: ")[2].strip())
         assert code in (0, 1), report
-        assert "values per" in report
+        assert "batch norms over" in report
         assert "error" not in report.splitlines()[0]
     code, output = run(TRAIN, *settings, "--resume")
     assert code == 2

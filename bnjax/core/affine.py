@@ -14,7 +14,7 @@ from bnjax.core.sums import spread
 
 
 def composed(dtype: jax.typing.DTypeLike, *maps: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """One affine map for several, one after another; each has `scale`, `bias`, both or neither."""
+    """Compose affine maps, applied in order; each has `scale`, `bias`, both or neither."""
     maps = tuple(each for each in maps if each)
     if len(maps) < 2:
         return maps[0] if maps else {}
@@ -37,17 +37,17 @@ def normalize(
     shift: jax.Array,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """`(x - origin) * scale + shift` as `dtype`; each is beside x, or beside the parts."""
-    if parts.group is not None:  # some may be the same for all parts
+    """`(x - origin) * scale + shift` as `dtype`; each broadcasts against x or its parts."""
+    if parts.group is not None:  # some may be shared by all parts
         scale, shift = (jnp.broadcast_to(each, parts.features) for each in (scale, shift))
     apply = _affine.fun if compat.plain.value else _affine
     return apply(parts, origin, scale, shift, dtype)
 
 
-def alike(
+def as_varying(
     parts: Parts, origin: jax.Array, scale: jax.Array, shift: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What is alike on all devices, to be used where x differs: one sum in a backward pass."""
+    """Mark scale and shift as varying wherever x does, together: one sum in the backward pass."""
     new = compat.varying_axes(parts.x) - compat.varying_axes(scale) - compat.varying_axes(shift)
     if new:
         scale, shift = jnp.broadcast_arrays(scale, shift)
@@ -55,16 +55,16 @@ def alike(
     return origin, scale, shift
 
 
-# What is compiled by itself is traced, differentiated and lowered once for all layers of a shape.
+# Under jit, it is traced, differentiated and lowered once for all layers of the same shape.
 @jax.jit
 def scale_and_shift(
     params: dict[str, jax.Array], moments: Moments, eps: chex.Numeric
 ) -> tuple[jax.Array, jax.Array]:
-    """What x minus the origin is multiplied by, and what is added."""
+    """The factor for x minus the origin, and the shift to add."""
     params = {key: at_least(moments.m2.dtype, value) for key, value in params.items()}
     if moments.offset is None:
-        var = moments.m2  # of one value, as it were
-    else:  # a batch without values is normalized as if it had mean 0 and variance 1
+        var = moments.m2  # its count is 1
+    else:  # a batch without values is normalized with mean 0 and variance 1
         var = jnp.where(moments.count > 0, moments.variance(), 1)
     # Not rsqrt: its derivative forms var^-1.5, which underflows from a deviation of 1e13 on.
     scale = params.get("scale", 1) / jnp.sqrt(var + eps)
@@ -98,8 +98,8 @@ def _affine_jvp(dtype, primals, tangents):  # pyright: ignore[reportUnusedFuncti
     )
 
 
-# The plain product rule, arranged for its transpose, where `spread` becomes one reading for both
-# sums. With checkpoint, a backward pass keeps x itself and recomputes the deviations.
+# The plain product rule, arranged for its transpose, where `spread` becomes one pass for both sums.
+# With checkpoint, the backward pass keeps x itself and recomputes the deviations.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(7, 8))
 def _tangent(x, mask, origin, scale, dx, d_scale, d_shift, reduced: Axes, dtype):
     by_x = _guard(x, mask, dx * jnp.expand_dims(scale, reduced))
@@ -109,5 +109,5 @@ def _tangent(x, mask, origin, scale, dx, d_scale, d_shift, reduced: Axes, dtype)
 
 
 def _guard(x: jax.Array, mask: jax.Array | None, values: jax.Array) -> jax.Array:
-    """Zero where a masked x is no number: it must not meet a zero cotangent, 0 * NaN is NaN."""
+    """Zero where a masked x is not finite, because a zero cotangent times NaN is NaN."""
     return values if mask is None else jnp.where(mask | jnp.isfinite(x), values, 0)

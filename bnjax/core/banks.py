@@ -1,7 +1,7 @@
 """Banks: several sets of statistics in one layer, and which examples share which.
 
-Statistics of K banks are arrays of K rows. Each example of a batch is measured by itself, and those
-of one bank are merged: one reading of x for all banks, whatever their number.
+Statistics of K banks are arrays with K rows. Each example is measured separately, and those of the
+same bank are merged, so one pass over x serves any number of banks.
 """
 
 import functools
@@ -19,15 +19,15 @@ from bnjax.core.sharding import varying_alike
 from bnjax.core.sums import at_once
 
 Bank = Any  # an int, or int32, () or (N,)
-_FEW = 16  # banks: up to there, sums by comparison are fast
-_MANY = 64  # examples: from there on, they are summed in blocks
-_BLOCK = 8  # of so many, which XLA unrolls
+_FEW = 16  # up to this many banks, sums by comparison are fast
+_MANY = 64  # from this many examples on, they are summed in blocks
+_BLOCK = 8  # examples in a block, which XLA unrolls
 _CHUNK = 256
 _PARTS = 8
 
 
 def by_example(bank: Bank | None) -> bool:
-    """Whether each example has a bank of its own."""
+    """Whether each example has its own bank."""
     return jnp.ndim(bank) == 1 if bank is not None else False
 
 
@@ -37,7 +37,7 @@ def held(
     bank: Bank | None,
     banks: int | None,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Statistics and affine map of one bank; rows of all, where each example has its own."""
+    """Statistics and affine map of one bank; rows of all if each example has its own."""
     if banks is None or bank is None:
         return dict(batch_stats), dict(params)
 
@@ -45,7 +45,7 @@ def held(
     stats = {name: rows(value) for name, value in batch_stats.items()}
     learned = {key: params[key] for key in ("scale", "bias") if key in params}
     for key, value in learned.items():
-        if value.ndim == batch_stats["mean"].ndim:  # own ones
+        if value.ndim == batch_stats["mean"].ndim:  # one per bank
             learned[key] = rows(value)
         if f"bank_{key}" in params:
             learned[key] = value + rows(params[f"bank_{key}"])
@@ -55,7 +55,7 @@ def held(
 
 
 def row(values: Any, bank: Bank | None) -> Any:
-    """Those of one bank; of all, where each example has its own, or there is just one."""
+    """The row of one bank; all values if each example has its own, or without banks."""
     if values is None or bank is None or by_example(bank):
         return values
     return lax.dynamic_index_in_dim(values, bank, keepdims=False)
@@ -64,7 +64,7 @@ def row(values: Any, bank: Bank | None) -> Any:
 def put(
     batch_stats: Mapping[str, jax.Array], bank: Bank | None, moved: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """The statistics of all banks after those of one have moved; of none if there is no such."""
+    """The statistics of all banks after an update of one; unchanged if there is no such bank."""
     if bank is None or by_example(bank):
         return dict(moved)
     known = len(batch_stats["mean"]) if batch_stats else 0
@@ -76,17 +76,17 @@ def put(
 
 
 def nowhere(bank: jax.Array, banks: int) -> jax.Array:
-    """NaN for each number that is no bank, 0 for others: what is added to an output."""
+    """NaN for each number out of range, else 0: added to an output, it invalidates it."""
     return jnp.where(is_there(bank, banks), 0.0, jnp.nan)
 
 
 def is_there(bank: jax.Array, banks: int) -> jax.Array:
-    """Whether there is such a bank."""
+    """Whether a bank's number is in range."""
     return (bank >= 0) & (bank < banks)
 
 
 def to_examples(values: Sequence[jax.Array], bank: jax.Array) -> list[jax.Array]:
-    """For each example the rows of its bank, (N, ...) of (K, ...); zeros if there is no such."""
+    """The rows of each example's bank, (N, ...) from (K, ...); zeros if out of range."""
     bank, *values = varying_alike((bank, *values))
     banks = values[0].shape[0]
     if compat.plain.value:
@@ -95,7 +95,7 @@ def to_examples(values: Sequence[jax.Array], bank: jax.Array) -> list[jax.Array]
 
 
 def totals(values: Sequence[jax.Array], bank: jax.Array, banks: int) -> list[jax.Array]:
-    """For each bank the sums over its examples, (K, ...) of (N, ...)."""
+    """The sums over each bank's examples, (K, ...) from (N, ...)."""
     bank, *values = varying_alike((bank, *values))
     if compat.plain.value:
         return _by_comparison(bank, *values, banks=banks)
@@ -113,7 +113,7 @@ def _rows(bank: jax.Array, *values: jax.Array, banks: int) -> list[jax.Array]:
 
 
 def _by_comparison(bank: jax.Array, *values: jax.Array, banks: int) -> list[jax.Array]:
-    """It fuses with what the values come from, and is a plain sum for arrays that are split."""
+    """Sum by comparison, which fuses with its inputs, and all-reduces sharded arrays."""
     if banks > _FEW:
         return [_added(each, bank, banks) for each in values]
 
@@ -125,20 +125,20 @@ def _by_comparison(bank: jax.Array, *values: jax.Array, banks: int) -> list[jax.
 
 
 def _by_place(bank: jax.Array, *values: jax.Array, banks: int, devices: int) -> list[jax.Array]:
-    """In one reading, whatever the number of banks, where the batch is not split over devices."""
+    """Sum in one pass for any number of banks, unless the batch is split over devices."""
     if devices > 1 and banks <= _FEW:
         return _by_comparison(bank, *values, banks=banks)
     size = bank.shape[0]
     if not isinstance(size, int) or size < _MANY or size * banks > np.iinfo(np.int32).max:
         return [_added(each, bank, banks) for each in values]
     places, valid, owner = _blocks(bank, banks)
-    # XLA takes the rows while it sums: no array is written in this order.
+    # XLA gathers the rows as it sums, without writing an array in this order.
     rows = [jnp.where(_beside(valid, each[None]), each[places], 0) for each in values]
     return [_added(each, owner, banks) for each in at_once(rows, (1,))]
 
 
 def _blocks(bank: jax.Array, banks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The examples by bank, eight at a time: their numbers, which are valid, and whose they are."""
+    """Blocks of eight examples of a bank: their indices, which are valid, and each block's bank."""
     size = bank.shape[0]
     known = jnp.where(is_there(bank, banks), bank, banks)
     order = jnp.sort(known * size + jnp.arange(size)) % size
@@ -154,9 +154,9 @@ def _blocks(bank: jax.Array, banks: int) -> tuple[jax.Array, jax.Array, jax.Arra
 
 
 def _added(values: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
-    """Each row is added where its bank is."""
+    """Scatter-add each row to its bank."""
     size = bank.shape[0]
-    # A few at a time: of thousands, one after the other, the sum would be less exact.
+    # In chunks, because a sequential sum of thousands would lose precision.
     chunks = -(-size // _CHUNK) if isinstance(size, int) else 1
     place = jnp.where(is_there(bank, banks), bank, chunks * banks)
     if chunks > 1:
@@ -172,7 +172,7 @@ def _beside(index: jax.Array, values: jax.Array) -> jax.Array:
 def _batched(
     made: compat.Primitive, arrays: Sequence[Any], dims: Sequence[Any], banks: int
 ) -> tuple[list[jax.Array], int]:
-    """Several calls at once: those of one index side by side, others as one call of more banks."""
+    """Batch calls that share an index along a new axis, and others as a call with more banks."""
     (bank, *values), (of_bank, *of_values) = arrays, dims
     if of_bank is None:
         moved = [
@@ -202,7 +202,7 @@ compat.each_others_transpose(_to_examples, _totals, _batched)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def merged(each: Moments, bank: jax.Array, banks: int) -> Moments:
-    """The moments of each bank from those of the examples, along the first axis."""
+    """Merge the moments of examples, along the first axis, into those of each bank."""
     return _merged(each, bank, banks)
 
 
@@ -237,7 +237,7 @@ def _tangent(each: Moments, bank, found: Moments, d_mean, d_m2, banks: int):
     count = _count_of_each(each, bank)
     origin, offset = to_examples([found.origin, found.offset], bank)
     from_mean = (each.origin - origin) + each.offset - offset
-    # sum(count * from_mean) is 0, so what the offset's own tangent adds to m2 is 0 too.
+    # sum(count * from_mean) is 0, so the tangent of the offset adds nothing to m2.
     d_m2 = d_m2 + 2 * count * jnp.real(jnp.conj(from_mean) * d_mean)
     parts = [jnp.where(count > 0, part, 0) for part in (count * d_mean, d_m2)]
     d_sum, d_m2 = totals(parts, bank, banks)
@@ -251,7 +251,7 @@ def _count_of_each(each: Moments, bank: jax.Array) -> jax.Array:
 
 
 def _nearby(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
-    """A typical value of each bank, from which sums lose few digits, and none for one example.
+    """A typical value of each bank: sums around it lose few digits, and none for one example.
 
     Where a batch is split over devices, it is that of the first: more would be more messages.
     """
@@ -263,7 +263,7 @@ def _nearby(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) ->
 
 
 def _of_parts(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
-    """The mean of one value from each part of the batch: a wild one is one of several."""
+    """The mean of one value from each part of the batch: an outlier is one of several."""
     size = bank.shape[0]
     length = -(-size // _PARTS)
     known = _known(count, bank, banks)
@@ -274,7 +274,7 @@ def _of_parts(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) 
     first = jnp.take_along_axis(values, jnp.argmax(some, 1)[:, None], 1)
     apart = jnp.where(some, values - first, 0)
     apart = apart / jnp.maximum(jnp.sum(some, 1, keepdims=True), 1)
-    # As a product of matrices, since XLA computes a plain sum anew for each value of x.
+    # As a matrix product: XLA would recompute a plain sum for each value of x.
     ones = np.ones(_PARTS + 1, origin.dtype)
     terms = jnp.concatenate([first, apart], 1)
     return jnp.tensordot(ones, terms, (0, 1), precision="highest")
@@ -291,7 +291,7 @@ def _known(count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
 
 
 def _taken(origin: jax.Array, place: jax.Array) -> jax.Array:
-    """The values of several examples for each bank, (K, several, C); 0 for what is no number."""
+    """The values of several examples for each bank, (K, several, C); 0 where not finite."""
     if all(size == 1 for size in place.shape[2:]):
         values = origin[place.reshape(place.shape[:2])]
     else:

@@ -206,19 +206,19 @@ def _steps(
     mask: jax.Array | None,
     bank: Bank | None,
     given: Params,
-    told: Settings,
+    settings: Settings,
 ) -> tuple[jax.Array, BatchStats]:
     """Partition, measure, pool, update, choose, normalize."""
-    sharing, batch = partition.share(x, mask, bank, told), None
-    stats, learned = bank_rows.held(batch_stats, params, bank, told.banks)
+    sharing, batch = partition.share(x, mask, bank, settings), None
+    stats, learned = bank_rows.held(batch_stats, params, bank, settings.banks)
     moved = stats
-    if told.measures:
+    if settings.measures:
         batch = sharing.merged(moments_of(sharing.parts, sharing.near(stats.get("mean"))))
-        if told.axis_name is not None and sharing.group is None:
-            batch = pool(batch, told.axis_name, told.axis_index_groups)
-        if told.moves:
-            moved = update(stats, batch, sharing.group, told)
-    chosen, first = choose(batch, stats, moved, sharing, told)
-    parts, origin, factor, shift = applied(chosen, first, learned, given, sharing, told)
-    y = partition.join(normalize(parts, origin, factor, shift, told.dtype), parts, x.shape)
+        if settings.axis_name is not None and sharing.group is None:
+            batch = pool(batch, settings.axis_name, settings.axis_index_groups)
+        if settings.moves:
+            moved = update(stats, batch, sharing.group, settings)
+    chosen, first = choose(batch, stats, moved, sharing, settings)
+    parts, origin, factor, shift = applied(chosen, first, learned, given, sharing, settings)
+    y = partition.join(normalize(parts, origin, factor, shift, settings.dtype), parts, x.shape)
     return y, bank_rows.put(batch_stats, bank, moved)

@@ -92,9 +92,9 @@ def linear(
     specials = {platform: f for platform, f in specials.items() if f is not None}
 
     def eager(*arrays: jax.Array, **static: Any) -> Any:
-        told = {name: functools.partial(f, devices=1, **static) for name, f in specials.items()}
+        bound = {name: functools.partial(f, devices=1, **static) for name, f in specials.items()}
         default = functools.partial(function, **static)
-        return lax.platform_dependent(*arrays, default=default, **told)
+        return lax.platform_dependent(*arrays, default=default, **bound)
 
     made.def_impl(jax.jit(eager, static_argnames=("reduced", "shape", "banks")))
     made.def_abstract_eval(
@@ -106,8 +106,8 @@ def linear(
 
     def register(special: Function, platform: str) -> None:
         def lower(context: Any, *arrays: Any, **static: Any) -> Any:
-            told = functools.partial(special, devices=split_over(context))
-            return mlir.lower_fun(told, multiple_results=True)(context, *arrays, **static)
+            bound = functools.partial(special, devices=split_over(context))
+            return mlir.lower_fun(bound, multiple_results=True)(context, *arrays, **static)
 
         mlir.register_lowering(made, lower, platform=platform)
 

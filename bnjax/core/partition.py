@@ -1,4 +1,4 @@
-"""Who shares statistics: the whole batch, virtual batches (ghost batch norm), or banks."""
+"""Which examples share statistics: the whole batch, virtual batches (ghost batch norm) or banks."""
 
 import dataclasses
 import functools
@@ -21,19 +21,19 @@ from bnjax.core.settings import Settings
 )
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Values, those of one part beside those of another, each part with statistics of its own.
+    """Values divided into parts, each of which has its own statistics.
 
-    Two copies of the values travel together. What is read is `x`, in its own dtype, so that no
-    float32 copy of half precision is ever written, or kept for a backward pass. What derivatives
-    are taken to is `wide`, the same in the working precision: the gradient by the statistics and
-    that by the output are added in it, and rounded to the dtype of `x` once.
+    Two copies of the values travel together. Reads use `x`, in its own dtype, so that no float32
+    copy of half precision is written or kept for the backward pass. Derivatives are taken with
+    respect to `wide`, the same values in the working precision: gradients through the statistics
+    and through the output are added there, and rounded to the dtype of `x` once.
 
     Attributes:
         x: the values.
-        wide: the values in float32 at least.
-        mask: bool, of x's rank, the positions that count; None for all.
+        wide: the values in at least float32.
+        mask: bool, with x's rank, True where values count; None for all.
         axes: the axes along which statistics differ, sorted; all others are reduced.
-        group: which of them counts virtual batches, in x and in the moments alike; None for none.
+        group: the one of `axes` that enumerates virtual batches, in x and in moments; None if none.
     """
 
     x: jax.Array
@@ -53,10 +53,7 @@ class Parts:
         return tuple(self.x.shape[axis] for axis in self.axes)
 
     def examples(self) -> chex.Numeric:
-        """How many examples with a value that counts each channel of each part has.
-
-        They broadcast to its statistics.
-        """
+        """The number of examples with values that count, broadcastable to the statistics."""
         if not self.reduced:
             return 1
         axis = self.reduced[0]
@@ -69,25 +66,25 @@ class Parts:
 
 
 def whole(x: jax.Array, mask: jax.Array | None, axes: Axes, group: int | None = None) -> Parts:
-    """All values of a channel share its statistics."""
+    """A single part: all values of a channel share statistics."""
     return Parts(x, x.astype(working_dtype(x.dtype)), mask, axes, group)
 
 
 def apart(x: jax.Array, mask: jax.Array | None, axes: Axes) -> Parts:
-    """Each example has statistics of its own; nothing is divided."""
+    """Each example has its own statistics; the values keep their shape."""
     batch = other_axes(x.ndim, axes)[0]
     return whole(x, mask, tuple(sorted([batch, *axes])), batch)
 
 
 def virtual(x: jax.Array, mask: jax.Array | None, axes: Axes, size: int) -> Parts:
-    """So many examples at a time share statistics (Hoffer et al. 2017).
+    """Virtual batches: groups of `size` examples share statistics (Hoffer et al. 2017).
 
-    The batch axis becomes two, (groups, size), of which the first is one more feature axis. A
-    ragged last group is filled up and masked.
+    The batch axis becomes two, (groups, size), the first of which is an additional feature axis.
+    A smaller last group is padded and masked.
     """
     batch = other_axes(x.ndim, axes)[0]
     n = x.shape[batch]
-    known = isinstance(n, int)  # not if the shape is symbolic
+    known = isinstance(n, int)  # False for symbolic shapes
     size = min(size, max(n, 1)) if known else size
     groups = (n + size - 1) // size
     ragged = size > 1 and (not known or n % size)
@@ -106,7 +103,7 @@ def virtual(x: jax.Array, mask: jax.Array | None, axes: Axes, size: int) -> Part
 
 
 def join(y: jax.Array, parts: Parts, shape: Axes) -> jax.Array:
-    """The output of all parts as one array of the shape that was divided."""
+    """Join the output of all parts to an array with the original shape."""
     if parts.group is None or y.shape == shape:
         return y
     axis = parts.group
@@ -116,13 +113,13 @@ def join(y: jax.Array, parts: Parts, shape: Axes) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Sharing:
-    """Who shares statistics in a call, and the way from those who share to each example.
+    """Which examples share statistics in a call, and how to broadcast shared values to each.
 
     Attributes:
-        whole: the values, not divided.
-        size: how many examples share, by their places; None for all.
-        bank: the bank of each example, (N,), instead; of `banks`.
-        banks: how many there are.
+        whole: the undivided values.
+        size: the number of consecutive examples that share statistics; None for all.
+        bank: instead of `size`, the bank of each example, (N,).
+        banks: the number of banks.
     """
 
     whole: Parts
@@ -132,7 +129,7 @@ class Sharing:
 
     @functools.cached_property
     def parts(self) -> Parts:
-        """The values, divided as they are measured."""
+        """The values, divided as for measuring."""
         if self.bank is not None:
             return self.each
         whole = self.whole
@@ -142,7 +139,7 @@ class Sharing:
 
     @functools.cached_property
     def each(self) -> Parts:
-        """The values, each example by itself."""
+        """The values, with each example as a part."""
         return apart(self.whole.x, self.whole.mask, self.whole.axes)
 
     def _by_channel(self, mask: jax.Array) -> jax.Array:
@@ -152,7 +149,7 @@ class Sharing:
         return jnp.moveaxis(some, self.batch, 0)
 
     def of_counted(self, bank: jax.Array) -> jax.Array:
-        """The banks of the examples, where those that the mask leaves out may have any number."""
+        """The banks of the examples, in range also for masked ones, which may have any number."""
         mask = self.whole.mask
         if mask is None:
             return bank
@@ -166,28 +163,28 @@ class Sharing:
 
     @property
     def group(self) -> int | None:
-        """The axis of virtual batches in the moments; banks come first, as in their statistics."""
+        """The axis of virtual batches in the moments; None for banks, which come first."""
         return None if self.bank is not None else self.parts.group
 
     def near(self, running: jax.Array | None) -> jax.Array | None:
-        """The running mean where it says where the means of the parts will be."""
+        """The running mean, if it is a good guess of the means of the parts."""
         return running if self.group is None and self.bank is None else None
 
     def merged(self, moments: Moments) -> Moments:
-        """The moments of those who share, from those of the parts."""
+        """Merge the moments of the parts into those that examples share."""
         if self.bank is None:
             return moments
         first = jax.tree.map(lambda a: jnp.moveaxis(a, self.batch, 0) if a.ndim else a, moments)
         return banks.merged(first, self.bank, self.banks)
 
     def beside(self, values: jax.Array) -> jax.Array:
-        """Running statistics or parameters beside the moments of those who share."""
+        """Reshape running statistics or parameters to broadcast against shared moments."""
         if self.bank is not None and jnp.ndim(values) == len(self.whole.axes):
             return jnp.expand_dims(values, 0)  # one for all banks
         return values if self.group is None else jnp.expand_dims(values, self.group)
 
     def to_each(self, *values: jax.Array) -> list[jax.Array]:
-        """What those who share have in common, for each example; of size 1 if all share."""
+        """Broadcast shared values to each example; with size 1 if all examples share them."""
         if self.bank is None:
             return [self._repeated(each) for each in values]
         rows = [each for each in values if jnp.ndim(each) and each.shape[0] > 1]
@@ -206,7 +203,7 @@ class Sharing:
         return values
 
     def examples(self) -> chex.Numeric:
-        """How many examples those who share are, beside their statistics."""
+        """The number of examples that share, broadcastable to their statistics."""
         if self.bank is None:
             return self.parts.examples()
         shape, mask = (len(self.whole.axes) + 1) * (1,), self.whole.mask
@@ -215,10 +212,10 @@ class Sharing:
         return banks.totals([counted], self.bank, self.banks)[0]
 
 
-def share(x: jax.Array, mask: jax.Array | None, bank: Any, told: Settings) -> Sharing:
-    """Who shares statistics in a call."""
-    parts = whole(x, mask, told.axes)
+def share(x: jax.Array, mask: jax.Array | None, bank: Any, settings: Settings) -> Sharing:
+    """Determine which examples share statistics in a call."""
+    parts = whole(x, mask, settings.axes)
     if banks.by_example(bank):
-        sharing = Sharing(parts, bank=bank, banks=told.banks or 0)
+        sharing = Sharing(parts, bank=bank, banks=settings.banks or 0)
         return dataclasses.replace(sharing, bank=sharing.of_counted(bank))
-    return Sharing(parts, size=told.virtual_batch_size if told.measures else None)
+    return Sharing(parts, size=settings.virtual_batch_size if settings.measures else None)

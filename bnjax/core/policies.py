@@ -1,4 +1,4 @@
-"""Which moments normalize: those of the batch, the running ones, or what a policy makes of both."""
+"""Policies: normalize with moments of the batch, running ones, or a combination."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,18 +19,18 @@ _T = TypeVar("_T", bound="Policy")
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a policy chooses from; all arrays broadcast against each other.
+    """What a policy can choose from; all arrays broadcast against each other.
 
     Attributes:
         batch: the moments of the batch, pooled over devices; None if they were not measured.
         mean: the running mean before this batch.
         var: the running variance before this batch.
-        after: the running mean and variance after this batch; None where they do not move.
-        eps: what is added to a variance.
+        after: the running mean and variance after this batch; None if they are not updated.
+        eps: added to the variance.
         mutable: whether the call trains.
-        examples: the number of examples in the batch, when asked.
-        each: the moments of each example alone, and the running mean and variance beside them,
-            when asked.
+        examples: returns the number of examples in the batch.
+        each: returns the moments of each example alone, and the running mean and variance,
+            broadcastable to them.
     """
 
     batch: Moments | None
@@ -44,7 +44,7 @@ class Seen:
 
     @property
     def measured(self) -> Moments:
-        """The moments of a batch that was measured."""
+        """The moments of the batch, which were measured."""
         assert self.batch is not None, "Policy.by_batch said that they are needed"
         return self.batch
 
@@ -56,27 +56,27 @@ class Seen:
 def fixed(mean: jax.Array, var: jax.Array) -> Moments:
     """A mean and a variance as moments.
 
-    They have no offset: the origin is the mean itself, and an evaluation computes nothing with it.
+    The origin is the mean itself, without an offset, so evaluation computes nothing extra.
     """
     return Moments(jnp.ones((), var.dtype), mean, None, var)  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Policy:
-    """Which moments normalize, as a setting.
+    """A setting that chooses which statistics to normalize with.
 
     Pass a policy as `using=` to a layer, to `bnjax.batch_norm`, or to `bnjax.override`, which works
-    on any Flax model. It decides what normalizes; whether the running statistics move is decided by
-    the mode, as without a policy. Policies are frozen dataclasses: equal ones compare equal, and
-    their numbers may be traced.
+    on any Flax model. It does not affect updates: as without a policy, the running statistics are
+    updated in training. Policies are frozen dataclasses: equal ones compare equal, and their
+    numbers may be traced.
 
     Guide: examples/guides/policies.md
     """
 
     def __repr__(self) -> str:
-        """The call that makes it, without defaults."""
-        told = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
-        given = [f"{name}={value}" for name, value, default in told if value is not default]
+        """The call that creates it, without defaults."""
+        held = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
+        given = [f"{name}={value}" for name, value, default in held if value is not default]
         return f"{type(self).__name__}({', '.join(given)})"
 
     def by_batch(self, mutable: bool) -> bool:
@@ -85,7 +85,7 @@ class Policy:
 
     @property
     def per_example(self) -> bool:
-        """Whether each example is normalized by moments of its own."""
+        """Whether each example is normalized with its own moments."""
         return False
 
     @property
@@ -94,17 +94,17 @@ class Policy:
         return False
 
     def at(self, count: Any) -> Self:
-        """The policy after `count` training steps: the same, with numbers in all of its fields."""
+        """The policy after `count` training steps, with functions evaluated."""
         return self
 
     def choose(self, seen: Seen) -> tuple[Moments, Affine]:
-        """The moments that normalize, and a scale and bias to apply before the learned ones."""
+        """The moments to normalize with, and a scale and bias to apply before the learned ones."""
         raise NotImplementedError
 
 
 @dataclass_transform(frozen_default=True)
 def _policy(cls: type[_T]) -> type[_T]:
-    """A frozen dataclass that is a pytree of its numbers; flags are static."""
+    """Make a class a frozen dataclass and a pytree of its numbers; flags are static."""
     cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
     flags = [each.name for each in dataclasses.fields(cls) if each.type is bool]
     data = [each.name for each in dataclasses.fields(cls) if each.name not in flags]
@@ -113,9 +113,9 @@ def _policy(cls: type[_T]) -> type[_T]:
 
 @_policy
 class Batch(Policy):
-    """Normalize with the statistics of the batch, in evaluation too.
+    """Normalize with the statistics of the batch, even in evaluation.
 
-    "Prediction-time batch norm" (Nado et al. 2020): where test data differ from the training data,
+    "Prediction-time batch norm" (Nado et al. 2020): if test data differ from the training data,
     their own statistics may fit better than the running ones, given enough examples.
     """
 
@@ -125,12 +125,11 @@ class Batch(Policy):
 
 @_policy
 class Running(Policy):
-    """Normalize with the running statistics, in training too, while they move.
+    """Normalize with the running statistics, even in training, which updates them.
 
     Attributes:
-        updated: normalize with the statistics after this batch, through which no gradient flows:
-            running normalization as for observations in reinforcement learning. Otherwise those
-            before it.
+        updated: normalize with the statistics after this batch, without a gradient through them, as
+            for observations in reinforcement learning. False uses those before it.
     """
 
     updated: bool = False
@@ -146,23 +145,23 @@ class Running(Policy):
 
 @_policy
 class Renorm(Policy):
-    """Batch renormalization (Ioffe 2017): train with what evaluation will use.
+    """Batch renormalization (Ioffe 2017): train with the statistics that evaluation uses.
 
-    In training, with batch mean and biased variance `mu, v` and running ones `m, V` before this
+    In training, with batch mean and biased variance `mu, v`, and running ones `m, V` before this
     batch:
 
         y = scale * ((x - mu) / sqrt(v + eps) * r + d) + bias
         r = stop_gradient(clip(sqrt(v + eps) / sqrt(V + eps), 1 / r_max, r_max))
         d = stop_gradient(clip((mu - m) / sqrt(V + eps), -d_max, d_max))
 
-    Within the limits this equals evaluation with the running statistics. `Renorm(1, 0)` is batch
-    norm. Evaluation is that of batch norm. Start a training at (1, 0), and relax the limits when
-    the running statistics have settled: see `paper` and `crossq`.
+    Within the limits, this equals evaluation with the running statistics. `Renorm(1, 0)` is batch
+    norm. Evaluation is that of batch norm. Start training at (1, 0), and relax the limits once the
+    running statistics have settled: see `paper` and `crossq`.
 
     Attributes:
-        r_max: at least 1; or a function of the number of training steps done, such as a schedule
-            of optax. Such a layer counts its steps in `batch_stats["count"]`.
-        d_max: not negative; or a function alike.
+        r_max: at least 1, or a function of the number of previous training steps, such as an optax
+            schedule. With a function, the layer counts steps in `batch_stats["count"]`.
+        d_max: not negative, or a function likewise.
     """
 
     r_max: Limit = 3.0
@@ -217,13 +216,13 @@ class Renorm(Policy):
 def renormalization(
     batch: Moments, mean: jax.Array, var: jax.Array, eps: chex.Numeric
 ) -> tuple[jax.Array, jax.Array]:
-    """Ratio and distance of batch renormalization, before they are limited."""
+    """Ratio and distance of batch renormalization, before clipping."""
     deviation = jnp.sqrt(var + eps)
     return jnp.sqrt(batch.variance() + eps) / deviation, _distance(batch, mean) / deviation
 
 
 def _distance(batch: Moments, mean: jax.Array) -> jax.Array:
-    """From the running mean to the batch's, taken before the latter is rounded."""
+    """The batch mean minus the running mean, without rounding the former."""
     return (batch.origin - mean) + batch.offset
 
 
@@ -235,24 +234,24 @@ def _within(value: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 def _beside(value: jax.Array, channels: jax.Array) -> jax.Array:
-    """A number, or one for each of several sets of statistics, beside those of the channels."""
+    """Reshape a number, or one for each of several sets of statistics, to broadcast to channels."""
     return value.reshape(*value.shape, *(1,) * (channels.ndim - value.ndim))
 
 
 @_policy
 class Blend(Policy):
-    """Normalize with a mixture of the batch and the running statistics, in evaluation too.
+    """Normalize with a mixture of batch and running statistics, even in evaluation.
 
-    With the weight a of the batch: `mean = (1 - a) * m + a * mu` and
-    `var = (1 - a) * V + a * v + a * (1 - a) * (mu - m)^2`: the statistics of both sets of data
-    together. Give the weight, or a prior.
+    With the weight a of the batch, `mean = (1 - a) * m + a * mu` and
+    `var = (1 - a) * V + a * v + a * (1 - a) * (mu - m)^2`, the statistics of both sets of data
+    combined. Give the weight or a prior.
 
     Attributes:
-        prior: how many examples the running statistics count for: `a = n / (prior + n)` for a batch
-            of n examples (Schneider et al. 2020).
+        prior: the number of examples that the running statistics count as: `a = n / (prior + n)`
+            for a batch of n examples (Schneider et al. 2020).
         weight: a, between 0 and 1.
-        between: add the last term, by which the mixture is exact (You et al. 2021); Schneider et
-            al. leave it out.
+        between: include the last term, which makes the mixture exact (You et al. 2021); Schneider
+            et al. omit it.
     """
 
     prior: chex.Numeric | None = None
@@ -276,13 +275,13 @@ class Blend(Policy):
 
 @_policy
 class Example(Policy):
-    """Normalize each example with a mixture of its own and the running statistics.
+    """Normalize each example with a mixture of its own statistics and the running ones.
 
-    As `Blend`, with the moments of each example alone, over its positions (Summers and Dinneen
-    2020): the result does not depend on who shares the batch, in training or evaluation.
+    Like `Blend`, but with the moments of each example alone, over its positions (Summers and
+    Dinneen 2020): in training and evaluation, the result does not depend on the rest of the batch.
 
     Attributes:
-        weight: that of the example, between 0 and 1.
+        weight: the weight of the example, between 0 and 1.
         between: as for `Blend`.
     """
 
@@ -306,7 +305,7 @@ class Example(Policy):
 def mixed(
     batch: Moments, mean: jax.Array, var: jax.Array, weight: chex.Numeric, between: bool
 ) -> Moments:
-    """The running statistics and those of a batch, which has this weight."""
+    """Mix running statistics with those of a batch, which get the given weight."""
     weight = jnp.asarray(weight, var.dtype)
     weight = jnp.where(batch.count > 0, _beside(weight, var), 0)
     distance = _distance(batch, mean)
@@ -327,7 +326,7 @@ class Ramp:
     high: float
 
     def __call__(self, count: Any) -> jax.Array:
-        """The value after so many steps."""
+        """The value after `count` steps."""
         return jnp.clip(self.slope * count + self.start, self.low, self.high)
 
 
@@ -340,20 +339,20 @@ class Switch:
     after: float
 
     def __call__(self, count: Any) -> jax.Array:
-        """The value after so many steps."""
+        """The value after `count` steps."""
         return jnp.where(count < self.steps, self.before, self.after)
 
 
 @dataclasses.dataclass(frozen=True)
 class Debiased:
-    """A momentum without the bias of the statistics 0 and 1 that a new layer starts from.
+    """A momentum without bias towards the initial statistics, mean 0 and variance 1.
 
-    `max(momentum, 1 / (t + 1))` after t training steps: the average of all batches first, then the
-    decaying one. With a plain momentum of 0.1, 12% of a new layer's statistics are still 0 and 1
-    after 20 steps.
+    `max(momentum, 1 / (t + 1))` after t training steps: a cumulative average at first, then an
+    exponential one. With a plain momentum of 0.1, the initial values still weigh 12% after 20
+    steps.
 
     Attributes:
-        momentum: the momentum to end with, in the convention of the layer that gets it.
+        momentum: the final momentum, in the convention of the layer.
 
     >>> [round(float(Debiased(0.3)(t)), 2) for t in range(5)]
     [1.0, 0.5, 0.33, 0.3, 0.3]
@@ -365,5 +364,5 @@ class Debiased:
         checks.momentum(self.momentum, cumulative=False)
 
     def __call__(self, count: Any) -> jax.Array:
-        """The weight of a new batch after so many steps."""
+        """The weight of a new batch after `count` steps."""
         return jnp.maximum(self.momentum, 1 / (jnp.asarray(count, jnp.float32) + 1))

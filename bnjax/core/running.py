@@ -1,4 +1,4 @@
-"""What moves: the running statistics after one more batch."""
+"""Update the running statistics with a batch."""
 
 import functools
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ Shares = tuple[chex.Numeric, chex.Numeric] | None
 def update(
     batch_stats: dict[str, jax.Array], batch: Moments, group: int | None, settings: Settings
 ) -> dict[str, jax.Array]:
-    """The running statistics, moved by those of the batch; of virtual ones by their average."""
+    """Update the running statistics with a batch, or with the average of its virtual batches."""
     if settings.pooled:
         if group is not None:
             batch = _united(batch, group)
@@ -36,13 +36,13 @@ def move(
     momentum: Momentum,
     correction: chex.Numeric = 0,
 ) -> dict[str, jax.Array]:
-    """The running statistics after one more batch, of these moments.
+    """Update the running statistics with the moments of a batch.
 
     Args:
-        batch_stats: those before.
+        batch_stats: the old running statistics.
         batch: the moments of the batch.
         momentum: as for `batch_norm`.
-        correction: taken off the count in the variance, unless all values are pooled.
+        correction: subtracted from the count in the variance, unless all values are pooled.
     """
     if isinstance(momentum, str):
         return _pooled(dict(batch_stats), batch)
@@ -52,7 +52,7 @@ def move(
 
 
 def weights(momentum: chex.Numeric | None) -> Shares:
-    """Those of the old statistics and of the new; None for the cumulative average."""
+    """The weights of the old statistics and the new; None for the cumulative average."""
     return None if momentum is None else (1 - momentum, momentum)
 
 
@@ -67,7 +67,7 @@ def _update(
 ) -> dict[str, jax.Array]:
     counts = batch.count > correction
     mean, var = batch.mean, batch.variance(correction)
-    if group is not None:  # on all devices, weighed by their counts
+    if group is not None:  # average over groups and devices, weighted by count
         weight = jnp.broadcast_to(jnp.where(counts, batch.count, 0), mean.shape)
         sums = jnp.stack([weight.astype(mean.dtype), weight * mean, weight * var]).sum(group + 1)
         if axis_name is not None:
@@ -85,10 +85,10 @@ def _decayed(
     counts: jax.Array,
     shares: Shares,
 ) -> dict[str, jax.Array]:
-    """The running statistics after one more batch, in each channel where that is a number.
+    """Update each channel whose batch statistics are finite.
 
-    In a cumulative average, a channel with exactly the mean 0 and the variance 1 that `init` gives
-    has seen nothing yet: its first batch counts fully, however many came before.
+    In a cumulative average, a channel with exactly the mean 0 and variance 1 from `init` has seen
+    nothing yet, so its first batch replaces them, however many batches came before.
     """
     counts = counts & jnp.isfinite(mean) & jnp.isfinite(var)
     updated = dict(batch_stats)
@@ -99,7 +99,7 @@ def _decayed(
             seen = jnp.where(new, 1, jnp.expand_dims(jnp.maximum(updated["count"], 1), channels))
             share = 1 / seen.astype(at_least(var.dtype, batch_stats["var"]).dtype)
             shares = 1 - share, share
-        elif jnp.ndim(shares[1]):  # a schedule, by several counts
+        elif jnp.ndim(shares[1]):  # a schedule of several counts
             old, new = (jnp.expand_dims(share, channels) for share in shares)
             shares = old, new
     assert shares is not None, "checks.trees: without a momentum there is a count"
@@ -113,9 +113,9 @@ def _decayed(
 def _counted(
     batch_stats: Mapping[str, jax.Array], counts: jax.Array
 ) -> tuple[jax.Array, tuple[int, ...]]:
-    """The number of steps after one that some channel counts, and the axes of the channels.
+    """Count a step if any channel was updated; return the new count and the channel axes.
 
-    The statistics of several layers or banks may be stacked, as by nn.scan: one number for each.
+    The statistics of several layers or banks may be stacked, as in nn.scan, with a count for each.
     """
     channels = tuple(range(jnp.ndim(batch_stats["count"]), counts.ndim))
     return batch_stats["count"] + jnp.any(counts, channels).astype("int32"), channels
@@ -123,10 +123,10 @@ def _counted(
 
 @jax.jit
 def _pooled(batch_stats: dict[str, jax.Array], batch: Moments) -> dict[str, jax.Array]:
-    """Mean and biased variance of all values ever seen (Chan et al. 1983).
+    """Pool mean and biased variance of all values ever seen (Chan et al. 1983).
 
-    What each batch adds is soon smaller than the last digit of a float32. So there are two of them
-    for each number, the second for the digits that the first has no room for.
+    Updates soon become smaller than the last digit of a float32. So each number is kept as two
+    floats, the second of which holds the digits that do not fit into the first.
     """
     mean, var, old = batch_stats["mean"], batch_stats["var"], batch_stats["values"]
     count = jnp.broadcast_to(batch.count, old.shape).astype(old.dtype)
@@ -149,7 +149,7 @@ def _pooled(batch_stats: dict[str, jax.Array], batch: Moments) -> dict[str, jax.
         low = batch_stats[f"{name}_low"]
         total, rest = _two_sum(batch_stats[name], (low + step).astype(low.dtype))
         new[name], new[f"{name}_low"] = total, rest
-    # Of nothing and the first batch, the latter, to the last digit.
+    # The first batch replaces the initial values, to the last digit.
     alone = {"mean": batch.origin + batch.offset, "var": batch.variance()}
     alone |= {"mean_low": (batch.origin - alone["mean"]) + batch.offset, "var_low": 0 * var}
     for name, value in alone.items():
@@ -158,14 +158,14 @@ def _pooled(batch_stats: dict[str, jax.Array], batch: Moments) -> dict[str, jax.
 
 
 def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The rounded sum, and what rounding has lost (Knuth)."""
+    """The rounded sum and its rounding error (Knuth)."""
     total = a + b
     of_b = total - a
     return total, (a - (total - of_b)) + (b - of_b)
 
 
 def _united(batch: Moments, group: int) -> Moments:
-    """The moments of all virtual batches together."""
+    """Merge the moments of all virtual batches."""
     shape = batch.m2.shape
     count = jnp.broadcast_to(batch.count, shape)
     most = jnp.argmax(count, group, keepdims=True)
@@ -179,7 +179,7 @@ def _united(batch: Moments, group: int) -> Moments:
 
 
 def pooled_from(mean: jax.Array, var: jax.Array) -> dict[str, jax.Array]:
-    """What is kept beside mean and variance to pool all values, before the first has come."""
+    """The initial values of what is kept beside mean and variance to pool all values."""
     values = {"values": var, "values_low": var, "mean_low": mean, "var_low": var}
     assert tuple(values) == POOLED
     return {name: jnp.zeros_like(value) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""What a call is told, checked once."""
+"""The settings of a call, checked once."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ Momentum = chex.Numeric | Callable[[Any], chex.Numeric] | Literal["pooled"] | No
 )
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The arguments of `batch_norm` that are no arrays, as a pytree: numbers may be traced.
+    """The arguments of `batch_norm` other than arrays, as a pytree whose numbers may be traced.
 
     Attributes:
         axes: the feature axes, sorted and not negative.
@@ -33,15 +33,15 @@ class Settings:
         tracked: whether there are running statistics.
         eps: added to the variance.
         momentum: the weight of the new batch, a number; None for the cumulative average.
-        pooled: instead, the running statistics are those of all values ever seen.
-        correction: taken off the count in the running variance.
-        axis_name: of the devices that pool their statistics; None for this one alone.
-        axis_index_groups: those of them that pool among themselves; None for all.
-        virtual_batch_size: how many examples share statistics; None for all.
-        dtype: of the output.
+        pooled: instead of a momentum, pool all values ever seen.
+        correction: subtracted from the count in the running variance.
+        axis_name: the mapped axes over which devices pool statistics; None for no pooling.
+        axis_index_groups: groups of devices that pool; None for all.
+        virtual_batch_size: the number of examples that share statistics; None for all.
+        dtype: dtype of the output.
         using: the policy, with numbers in its fields; None for the default.
-        banks: how many sets of statistics there are, of which the call has one or one for each
-            example; None where there is just one.
+        banks: the number of sets of statistics; the call uses one, or one for each example. None
+            without banks.
     """
 
     axes: Axes
@@ -60,23 +60,23 @@ class Settings:
 
     @property
     def moves(self) -> bool:
-        """Whether the running statistics move."""
+        """Whether the running statistics are updated."""
         return self.mutable and self.tracked
 
     @property
     def by_batch(self) -> bool:
-        """Whether the statistics of the batch normalize, alone or with others."""
+        """Whether to normalize with the statistics of the batch, alone or mixed with others."""
         if self.using is not None:
             return self.using.by_batch(self.mutable)
         return self.mutable or not self.tracked
 
     @property
     def measures(self) -> bool:
-        """Whether the statistics of the batch are taken."""
+        """Whether to compute the statistics of the batch."""
         return self.by_batch or self.moves
 
     def checked(self, x: jax.Array) -> Self:
-        """The same, if it makes sense together, for this input."""
+        """Check the settings against each other and this input, and return them."""
         checks.policy(self.using, Policy)
         checks.has_running(self.tracked or self.using is None, self.using)
         checks.eps(self.eps, training=self.measures)
@@ -91,13 +91,13 @@ class Settings:
 
 
 def counts(momentum: Momentum, using: Policy | None) -> bool:
-    """Whether a setting goes by the number of training steps, which is then kept."""
+    """Whether a setting depends on the number of training steps, which is then kept."""
     scheduled = momentum is None or callable(momentum)
     return scheduled or (using is not None and using.counts)
 
 
 def at(count: Any, momentum: Momentum, using: Policy | None) -> tuple[Any, Policy | None]:
-    """Momentum and policy after so many training steps: numbers where they were functions."""
+    """Momentum and policy after `count` training steps, with functions evaluated."""
     checks.momentum(momentum)
     checks.policy(using, Policy)
     if callable(momentum):

@@ -184,9 +184,9 @@ def normalize(
     **changes: Any,
 ) -> tuple[jax.Array, BatchStats]:
     """The output of a layer and its new statistics."""
-    told = settings(layer) | changes
-    told["bank"] = bank_of(layer, changes.get("bank"))
-    y, moved = batch_norm(params, stats, x, mutable=mutable, **told)
+    options = settings(layer) | changes
+    options["bank"] = bank_of(layer, changes.get("bank"))
+    y, moved = batch_norm(params, stats, x, mutable=mutable, **options)
     return y, _as_kept(layer, moved)
 
 

@@ -225,9 +225,9 @@ def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
         raise TypeError(f"`override` takes settings of batch norm layers, got `{name}`. {hint}")
 
 
-def layer_has_fields(layer: Any, told: Any, fields: Mapping[str, Any], path: str) -> None:
+def layer_has_fields(layer: Any, source: Any, fields: Mapping[str, Any], path: str) -> None:
     """Require that the layer has the fields; the conventions differ in some names."""
-    missing = sorted(name for name in fields if name != "using" and not hasattr(told, name))
+    missing = sorted(name for name in fields if name != "using" and not hasattr(source, name))
     if missing:
         raise TypeError(
             f"The {type(layer).__name__} at {where([path])} has no field {missing}. "

@@ -138,21 +138,21 @@ class Facts:
 
 
 def facts(
-    layer: Any, fields: Mapping[str, Any] = types.MappingProxyType({}), told: Any = None
+    layer: Any, fields: Mapping[str, Any] = types.MappingProxyType({}), source: Any = None
 ) -> Facts:
-    """The facts of a batch norm, read from `told` if given, with `fields` taking precedence."""
-    told = _Told(layer if told is None else told, fields)
-    torch, settings = conventions.is_torch(told), conventions.settings(told)
+    """The facts of a batch norm, read from `source` if given, with `fields` taking precedence."""
+    source = _Overridden(layer if source is None else source, fields)
+    torch, settings = conventions.is_torch(source), conventions.settings(source)
     del settings["momentum"]  # converted here, it could be a tracer that outlives its trace
     return Facts(
         layer=own_type(layer).__name__,
         flax=not torch,
-        tracked=bool(conventions.statistics(told)),
-        running=told.use_running_average,
+        tracked=bool(conventions.statistics(source)),
+        running=source.use_running_average,
         by_mutability=torch and isinstance(layer, nn.Module),
-        affine=conventions.parameters(told),
-        written=told.momentum,
-        banks=_names(getattr(told, "banks", None)),
+        affine=conventions.parameters(source),
+        written=source.momentum,
+        banks=_names(getattr(source, "banks", None)),
         **settings,
     )
 
@@ -161,7 +161,7 @@ def _names(banks: Any) -> Any:
     return tuple(banks) if isinstance(banks, list | tuple) else banks
 
 
-class _Told:
+class _Overridden:
     """A layer with some fields replaced."""
 
     def __init__(self, layer: Any, fields: Mapping[str, Any]) -> None:

@@ -110,9 +110,9 @@ class Watch(Frame):
         super().__init__(object())
         self.step = step
         # Evaluated out here: inside a loop over micro-batches they would be tracers of that loop.
-        told = [each.fields.get("momentum") for each in settings()]
-        told = [as_written(each, torch=torch) for each in told for torch in (True, False)]
-        self._momenta = {each: each(step) for each in told if callable(each)}
+        momenta = [each.fields.get("momentum") for each in settings()]
+        momenta = [as_written(each, torch=torch) for each in momenta for torch in (True, False)]
+        self._momenta = {each: each(step) for each in momenta if callable(each)}
         self.met: dict[str, Met] = {}
 
     def momentum(self, schedule: Callable) -> Any:
@@ -122,7 +122,9 @@ class Watch(Frame):
     def meet(self, visit: Any) -> None:
         """Record a visit."""
         if visit.facts.tracked:
-            self.met["/".join(visit.path)] = Met(visit.facts, not visit.running, visit.told)
+            self.met["/".join(visit.path)] = Met(
+                visit.facts, not visit.running, visit.mode_is_forced
+            )
 
 
 def settings() -> tuple[Settings, ...]:

@@ -155,7 +155,7 @@ class Visit:
         return bool(self._fields.get("use_running_average") or fixed)
 
     @property
-    def told(self) -> bool:
+    def mode_is_forced(self) -> bool:
         """Whether a context sets its mode."""
         return "use_running_average" in self._fields
 

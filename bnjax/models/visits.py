@@ -172,16 +172,16 @@ def _visit(
     fields = _fields(layer, path, frames)
     if registered_class(layer) is not None:
         bound = Bound(layer, checks.where(path), args, kwargs)
-        told, x, given, mask, extra = bound.facts, bound.facts.x, None, bound.facts.mask, {}
+        source, x, given, mask, extra = bound.facts, bound.facts.x, None, bound.facts.mask, {}
     else:
-        bound, told = None, layer
+        bound, source = None, layer
         x, given, mask, extra = _arguments(*args, **kwargs)
-    checks.layer_has_fields(layer, told, fields, "/".join(path))
+    checks.layer_has_fields(layer, source, fields, "/".join(path))
     if "momentum" in fields:
-        checks.overriding_momentum(fields["momentum"], is_torch(told))
+        checks.overriding_momentum(fields["momentum"], is_torch(source))
         kept = variables_of(layer).get(COLLECTION, {})
         checks.keeps_for_momentum(fields["momentum"], kept, "/".join(path))
-    does = facts(layer, fields, told)
+    does = facts(layer, fields, source)
     running = does.running if given is None or "use_running_average" in fields else given
     if running is None and isinstance(layer, nn.Module) and does.by_mutability:
         running = layer.is_initializing() or not asked_to_train(layer, COLLECTION)

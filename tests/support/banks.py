@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bnjax
 from tests.support import oracle
@@ -148,7 +149,7 @@ def by_torch(data: Data, *, mutable: bool = True, momentum: float | None = 0.1) 
 
 
 def _torch_layer(data: Data, *, mutable: bool, momentum: float | None) -> Outcome:
-    import torch
+    torch = pytest.importorskip("torch")
 
     kinds = torch.nn.BatchNorm1d, torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d
     channels = len(data.batch_stats["mean"])

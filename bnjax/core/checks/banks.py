@@ -14,7 +14,7 @@ from bnjax.core.checks.numbers import INTEGER
 
 
 def number_of_banks(banks: Any, *affine: Any) -> None:
-    """How many sets of statistics there are, and which affine maps they have."""
+    """Check the number of sets of statistics, and which affine maps they have."""
     integer = isinstance(banks, INTEGER) and not isinstance(banks, bool)
     if banks is not None and not (integer and banks >= 1):
         raise ValueError(
@@ -30,7 +30,7 @@ def number_of_banks(banks: Any, *affine: Any) -> None:
 
 
 def bank_names(banks: Any, tracked: bool) -> None:
-    """Banks have different names, or there are so many; and each keeps statistics."""
+    """Check the number or the names of banks, and that they keep statistics."""
     if banks is None:
         return
     names = isinstance(banks, list | tuple) and all(isinstance(name, str) for name in banks)
@@ -46,7 +46,7 @@ def bank_names(banks: Any, tracked: bool) -> None:
 
 
 def no_bank(given: Any) -> None:
-    """A layer without banks is not told one."""
+    """Check that no bank is passed to a layer without banks."""
     if given is not None:
         raise ValueError(
             f"The call has bank={given!r}, but the layer has no banks. Make it with "
@@ -55,7 +55,7 @@ def no_bank(given: Any) -> None:
 
 
 def bank_by_name(given: Any, banks: int | Sequence[str]) -> Any:
-    """A bank as a number, or numbers for each example."""
+    """A bank as a number, or as one for each example."""
     names = tuple(map(str, range(banks))) if isinstance(banks, int) else tuple(banks)
     if given is None:
         raise ValueError(
@@ -72,7 +72,7 @@ def bank_by_name(given: Any, banks: int | Sequence[str]) -> Any:
 def bank(
     value: Any, batch_stats: Any, shape: tuple[int, ...], axes: tuple[int, ...], mask: Any
 ) -> tuple[Any, int | None]:
-    """Which bank a call has, as an int or an array of int32, and how many there are.
+    """The bank of a call, as an int or an int32 array, and the number of banks.
 
     Examples that the mask leaves out may have any number.
     """
@@ -118,7 +118,7 @@ def bank(
 
 
 def no_banks_yet(ndim: int, path: str) -> None:
-    """A layer that gets banks has one set of statistics."""
+    """Check that a layer to which banks are added has a single set of statistics."""
     if ndim > 1:
         raise ValueError(
             f"The batch norm at {where([path])} has statistics with {ndim} axes: it has banks "
@@ -133,9 +133,9 @@ def one_bank(
     named: Collection[tuple[str, ...]],
     path: str,
 ) -> int:
-    """The number of a bank, by its number or name, of a batch norm that has so many.
+    """The number of a bank, given by number or name, in a batch norm with `banks` of them.
 
-    Without `names`, those are looked through that layers have given to theirs.
+    Without `names`, look the name up among those that layers have used.
     """
     if not isinstance(bank, str):
         index = operator.index(bank)
@@ -150,7 +150,7 @@ def one_bank(
     known = sorted(each for each in named if bank in each and len(each) == banks)
     found = {each.index(bank) for each in ([tuple(names)] if names is not None else known)}
     if len(found) != 1:
-        why = f"several layers name theirs {known}" if known else "no layer has told its names"
+        why = f"several layers name theirs {known}" if known else "no layer names it"
         raise ValueError(
             f"Which bank is {bank!r}? Here {why}. Pass all names in their order, as in "
             f"banks=({bank!r}, 'other'), or the number of the bank."
@@ -159,7 +159,7 @@ def one_bank(
 
 
 def some_banks(some: bool) -> None:
-    """Variables from which a bank is taken have some."""
+    """Check that variables from which to select a bank have any."""
     if not some:
         raise ValueError(
             "`variables` must have batch norms with banks, statistics of shape (K, C), but have "
