@@ -110,29 +110,35 @@ def main(
             table.add_row(row, *(f"{value:.3f}" for value in total / seeds))
     console.print(table)
     out.mkdir(parents=True, exist_ok=True)
-    draw(states, out / "domains.png")
+    draw(statistics(states), out / "domains.png")
     console.print(f"picture: {out / 'domains.png'}", soft_wrap=True)
 
 
-def draw(states: dict[str, TrainState], path: Path) -> None:
+def statistics(states: dict[str, TrainState]) -> dict[str, Any]:
+    """Mean and variance of each channel of the first layer, a row for each set of statistics."""
+    layers = {kind: state.batch_stats["BatchNorm2d_0"] for kind, state in states.items()}
+    return {
+        kind: {name: np.atleast_2d(stats[name]).tolist() for name in ("mean", "var")}
+        for kind, stats in layers.items()
+    }
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
     """Mean and deviation of each channel of the first layer, in both banks and without any."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots(2, 1, sharex=True, sharey=True)
-    pairs = (("one batch norm", ["both domains"]), ("banks", DOMAINS))
+    pairs = (("one batch norm", ("both domains",)), ("banks", DOMAINS))
     for axis, (kind, names) in zip(axes, pairs, strict=True):
-        stats = states[kind].batch_stats["BatchNorm2d_0"]
-        mean, var = (np.atleast_2d(stats[name]) for name in ("mean", "var"))
-        for number, name in enumerate(names):
-            color = "0.45" if len(names) == 1 else f"C{number}"
-            place = np.arange(mean.shape[1]) + 0.24 * (number - (len(names) - 1) / 2)
-            axis.errorbar(
-                place, mean[number], np.sqrt(var[number]), fmt="o", ms=4, lw=2, color=color,
-                label=name,
-            )  # fmt: skip
+        colors = ["0.45"] if len(names) == 1 else ["C0", "C1"]
+        for number, (name, color) in enumerate(zip(names, colors, strict=True)):
+            mean, var = (np.array(found[kind][key][number]) for key in ("mean", "var"))
+            place = np.arange(len(mean)) + 0.24 * (number - (len(names) - 1) / 2)
+            look = {"fmt": "o", "ms": 4, "lw": 2, "color": color}
+            axis.errorbar(place, mean, np.sqrt(var), label=name, **look)
         axis.axhline(0, color="0.85", lw=1, zorder=0)
         axis.set(title=kind, ylabel="mean ± deviation")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, ncols=2, loc="upper right")
+        axis.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.95))
     axes[1].set_xlabel("channel of the first batch norm")
     figure.savefig(path)
 

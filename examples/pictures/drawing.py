@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import domains
 import joint_training
 import shifted_data
 import small_batches
@@ -27,6 +28,7 @@ PICTURES: dict[str, Callable[[Any, Path], None]] = {
     "diagnosis": lambda data, path: plotting.plot_layers(path=path, **data),
     "diagnosis_resnet50": lambda data, path: plotting.plot_layers(path=path, **data),
     "joint_training": joint_training.draw,
+    "domains": domains.draw,
     "shifted_data": shifted_data.draw,
     "small_batches": small_batches.draw,
     "benchmark": benchmark.draw_summary,
@@ -57,6 +59,7 @@ def fingerprint(name: str) -> str:
     """What tells a picture that was drawn from other numbers, or by other code."""
     code = {
         "joint_training": inspect.getsource(joint_training.draw),
+        "domains": inspect.getsource(domains.draw),
         "shifted_data": inspect.getsource(shifted_data.draw),
         "small_batches": inspect.getsource(small_batches.draw),
         "benchmark": inspect.getsource(benchmark),

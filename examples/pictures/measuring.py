@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import domains
 import jax
 import joint_training
 import numpy as np
@@ -62,11 +63,20 @@ def joint() -> dict[str, Any]:
     }
 
 
+def two_domains() -> dict[str, Any]:
+    """The statistics of the first batch norm, with banks for two domains and without."""
+    kinds = {kind: domains.KINDS[kind] for kind in ("one batch norm", "banks")}
+    splits = load(seed=0)
+    states = {kind: domains.train(splits, norm, 12, 0, kind) for kind, norm in kinds.items()}
+    return domains.statistics(states)
+
+
 MEASURED = {
     "statistics": statistics,
     "diagnosis": diagnosis,
     "diagnosis_resnet50": many_layers,
     "joint_training": joint,
+    "domains": two_domains,
     "shifted_data": lambda: shifted_data.measure(load()),
     "small_batches": lambda: small_batches.measure(load()),
 }
