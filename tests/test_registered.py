@@ -176,9 +176,14 @@ def norm_class(**annotations: Any) -> Any:
     return Fresh
 
 
-@pytest.mark.parametrize("kind", [nn.BatchNorm(), len, dict, "Norm", None])
-def test_only_classes_of_modules_are_registered(kind: Any):
-    repair = " Pass its class, BatchNorm." if isinstance(kind, nn.Module) else ""
+PASS_ITS_CLASS = " Pass its class, BatchNorm."
+
+
+@pytest.mark.parametrize(
+    ("kind", "repair"),
+    [(nn.BatchNorm(), PASS_ITS_CLASS), (len, ""), (dict, ""), ("Norm", ""), (None, "")],
+)
+def test_only_classes_of_modules_are_registered(kind: Any, repair: str):
     message = f"`kind` must be a class of linen or nnx modules, got {kind!r}.{repair}"
     with error(TypeError, message):
         bnjax.register(kind)
