@@ -183,8 +183,8 @@ def test_a_call_that_depends_on_the_data_is_an_error():
 
     state = start(Net(Conditional(), stem=False), images(0)["x"])
     message = (
-        "How often `body/norm` is called depends on the data, so there are no exact statistics "
-        "over micro-batches. Train with microbatches=1."
+        "The number of calls of `body/norm` depends on the data, so its statistics over "
+        "micro-batches can't be exact. Train with microbatches=1."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         trained(state, [images(0)], microbatches=4)

@@ -169,15 +169,15 @@ def test_a_diagnosis_tells_a_policy_by_which_an_evaluation_depends_on_the_batch(
     [
         (
             (("using", policies.Batch()),),
-            "the batch norm normalizes with its input in evaluation, by using=Batch()",
+            "the batch norm normalizes by its input in evaluation, with using=Batch()",
         ),
         (
             (("using", policies.Example(0.1)),),
-            "the batch norm normalizes with its input in evaluation, by using=Example(weight=0.1)",
+            "the batch norm normalizes by its input in evaluation, with using=Example(weight=0.1)",
         ),
         (
             (("banks", 2),),
-            "the batch norm has banks: fold what bnjax.select_bank(variables, bank) returns",
+            "the batch norm has banks: fold the result of bnjax.select_bank(variables, bank)",
         ),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_conditional_norm_is_not_folded_and_told():
             return bnjax.ConditionalBatchNorm2d(3, 4, name="cbn")(x, jnp.arange(16) % 4)
 
     variables = Generator().init(jax.random.key(0), X)
-    message = "conv, cbn/norm: the batch norm is given a scale or a bias for each example."
+    message = "conv, cbn/norm: the batch norm is called with a scale or a bias for each example."
     with pytest.raises(ValueError, match=re.escape(message)):
         bnjax.fold(Generator(), variables, X)
 
@@ -250,7 +250,7 @@ PLAIN = {"batch_stats": {"bn": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
         ),
         (
             lambda: bnjax.to_banks(PLAIN, 2, paths="encoder/**"),
-            "The pattern 'encoder/**' fits the path of no batch norm: there are ['bn'].",
+            "The pattern 'encoder/**' matches no batch norm: there are ['bn'].",
         ),
     ],
 )
@@ -281,5 +281,5 @@ def test_an_override_of_an_nnx_model_holds_in_its_block(own):
         np.testing.assert_allclose(found[1].mean((0, 1, 2)), np.zeros(3), atol=1e-6)
     np.testing.assert_array_equal(model(X)[1], plain[1])
     assert nnx.graphdef(model) == graph
-    with pytest.raises(ValueError, match="The pattern 'c' fits the path of no batch norm"):
+    with pytest.raises(ValueError, match="The pattern 'c' matches no batch norm"):
         bnjax.nnx.override(model, "c", using=policies.Batch())

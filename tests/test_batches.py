@@ -79,8 +79,8 @@ def test_a_training_step_takes_no_tuple():
 )
 def test_what_a_model_takes_besides_x_goes_through_apply_kwargs(kwargs, problem):
     sentence = (
-        f"The model is called with its inputs and with `apply_kwargs`, but Net.__call__() {problem}"
-        ". Give what it evaluates with, as in `apply_kwargs={'train': False}`."
+        f"The model is called with its inputs and `apply_kwargs`, but Net.__call__() {problem}"
+        ". Pass its evaluation arguments, as in `apply_kwargs={'train': False}`."
     )
     for tool in TOOLS.values():
         with refused(TypeError, sentence):
@@ -90,7 +90,7 @@ def test_what_a_model_takes_besides_x_goes_through_apply_kwargs(kwargs, problem)
 
 
 def test_an_input_of_other_channels_is_named_by_its_shape():
-    message = r"^`variables` do not fit the model, or the model an input of shape \(4, 2\): "
+    message = r"^`variables` or an input of shape \(4, 2\) do not fit the model: "
     for tool in TOOLS.values():
         with pytest.raises(ValueError, match=message):
             tool(NET, VARIABLES, [X[:, :2]], apply_kwargs={"train": False})

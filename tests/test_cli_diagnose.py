@@ -91,7 +91,7 @@ def test_diagnose_takes_no_checkpoint_of_another_nnx_model(tmp_path):
         2,
         "`variables` do not fit the model: missing ['layers/1/bias', 'layers/1/mean', "
         "'layers/1/scale', 'layers/1/var'], of another shape ['layers/0/bias (5,) not (4,)', "
-        "'layers/0/kernel (3, 5) not (3, 4)']. Are they of another model?",
+        "'layers/0/kernel (3, 5) not (3, 4)']. Are they another model's?",
     )
 
 

@@ -187,9 +187,7 @@ def test_examples_of_which_none_counts_are_an_error(trained):
 
 @pytest.mark.parametrize("mask", [np.ones((64, 1), bool), np.ones(64), [True] * 64])
 def test_a_mask_is_one_bool_for_each_example(trained, mask):
-    message = (
-        r"^The `mask` of a batch of 64 examples must be an array of bool, of shape \(64,\), got"
-    )
+    message = r"^The `mask` of a batch of 64 examples must be a boolean array of shape \(64,\), got"
     with pytest.raises(ValueError, match=message):
         diagnose(trained, [{**DATA[0], "mask": mask}])
 

@@ -268,6 +268,6 @@ def test_the_report_is_a_table():
     reason = "its input comes from max, not from a conv or dense layer"
     assert lines[5] == f"- layers_3 not folded: {reason}"
     assert lines[7] == (
-        f"largest output difference {folded.max_difference:.2g}, "
-        f"of outputs up to {folded.report.scale:.3g}"
+        f"largest output difference {folded.max_difference:.2g}, for outputs up to "
+        f"{folded.report.scale:.3g}"
     )

@@ -253,9 +253,8 @@ def test_a_size_that_is_padded_otherwise_is_an_error():
     model, variables, x = prepare(SUMS["same, strided"][0])
     folded = bnjax.fold(model, variables, x)
     message = (
-        "`x` must give 'a' an input whose size is padded as that of `example_x` was, for 'b' was "
-        "merged into it, but got (2, 7, 6, 3) where it was (2, 6, 6, 3). Fold the model with an "
-        "input of this size."
+        "`x` must be padded at 'a' as `example_x` was, because 'b' was merged into it, but its "
+        "shape there is (2, 7, 6, 3), not (2, 6, 6, 3). Fold the model with an input of this size."
     )
     with pytest.raises(ValueError, match=rf"(?m)\A{re.escape(message)}$"):
         folded.apply(folded.variables, inputs((2, 7, 6, 3)))

@@ -211,15 +211,18 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         Around(lambda bn, a, b, x: nn.relu(EVAL(name="next")(bn(x)))),
         GOES.format("'next'"),
     ),
-    "unused": (Around(lambda bn, a, b, x: (bn(x), x)[1]), GOES.format("nothing")),
+    "unused": (
+        Around(lambda bn, a, b, x: (bn(x), x)[1]),
+        GOES.removesuffix("goes into {}") + "is not used",
+    ),
     "another input of the layer": (
         Around(lambda bn, a, b, x: a(bn(x)) + a(x)),
-        GOES.removesuffix("its output goes into {}") + "'a' is used for another input too",
+        GOES.removesuffix("its output goes into {}") + "'a' is also used for another input",
     ),
     "other channels of the layer": (
         Around(lambda bn, a, b, x: a(y := bn(x)) + a(y[..., ::-1])),
         GOES.removesuffix("its output goes into {}")
-        + "'a' is used for its channels in another order too",
+        + "'a' is also used for its channels in another order",
     ),
     "zeros beside it": (
         Around(lambda bn, a, b, x: a(jnp.pad(bn(x), ((0, 0), (0, 1))))),
@@ -235,23 +238,23 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     ),
     "tied kernel": (
         Around(lambda bn, a, b, x: a(bn(x)) @ a.variables["params"]["kernel"].T),
-        GOES.removesuffix("its output goes into {}") + "the kernel of 'a' is used outside of it",
+        GOES.removesuffix("its output goes into {}") + "the kernel of 'a' is used outside it",
     ),
     "an axis that is not summed over": (
         Around(lambda bn, a, b, x: a(bn(x)[..., None])),
         GOES.removesuffix("its output goes into {}")
-        + "its channels are axis 1 of the input of 'a', which is not summed over",
+        + "its channels are axis 1 of the input of 'a', which does not sum over it",
     ),
     "transposed": (
         Around(lambda bn, a, b, x: a(bn(x)[:, None]), partial(nn.ConvTranspose, 3, (3,))),
-        GOES.format("'a', and a ConvTranspose is not folded into"),
+        GOES.format("'a', and a ConvTranspose can only fold what follows it"),
     ),
     "dilated input": (
         Around(
             lambda bn, a, b, x: a(bn(x)[:, None]),
             partial(nn.Conv, 3, (3,), padding=1, input_dilation=2),
         ),
-        GOES.format("'a', which puts zeros between its values"),
+        GOES.format("'a', which dilates it with zeros"),
     ),
     "no input gives zero": (
         Around(lambda bn, a, b, x: a(bn(x)[:, None]), partial(nn.Conv, 3, (3,))),
@@ -262,7 +265,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
             lambda bn, a, b, x: a(bn(x)),
             partial(nn.Dense, 3, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k) ** 2),
         ),
-        GOES.format("'a', which computes with a function of its own"),
+        GOES.format("'a', which computes with a custom function"),
     ),
 }
 

@@ -115,7 +115,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     ),
     "tied kernel": (
         Around(lambda f, bn, x: bn(f(x)) @ f.kernel[...].T),
-        "the kernel of 'layer' is used outside of it",
+        "the kernel of 'layer' is used outside it",
     ),
     "computed kernel": (
         Around(lambda f, bn, x: (setattr(f, "kernel", nnx.Param(f.kernel[...] * 2)), bn(f(x)))[1]),
@@ -167,7 +167,7 @@ def test_other_variables_than_the_folded_ones_are_refused():
     folded = bnjax.fold(model, None, inputs((5, 3)))
     message = (
         r"^`variables` do not fit the model: missing \['params/layers/0/bias', "
-        r"'params/layers/0/kernel'\]\. Are they of another model\?$"
+        r"'params/layers/0/kernel'\]\. Are they another model's\?$"
     )
     with pytest.raises(ValueError, match=message):
         folded.apply({"params": {}}, inputs((5, 3)))

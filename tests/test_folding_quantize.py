@@ -291,8 +291,8 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "no quantizer": (
         lambda: bnjax.fold(MODEL, VARIABLES, X).fake_quantize(VARIABLES),
         ValueError,
-        "The model must be folded with a quantizer to train for it, got none. Write "
-        "fold(model, variables, example_x, quantize=...).",
+        "The model must be folded with `quantize` to train for it, got None. Write fold(model, "
+        "variables, example_x, quantize=...).",
     ),
     "no function": (
         lambda: bnjax.fold(MODEL, VARIABLES, X, quantize=8),  # pyright: ignore[reportArgumentType]
@@ -302,19 +302,18 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "another shape": (
         lambda: bnjax.fold(MODEL, VARIABLES, X, quantize=jnp.ravel),
         ValueError,
-        "`quantize` must return an array of the shape of its kernel, (3, 4) at 'layers_0', got "
-        "(12,).",
+        "`quantize` must preserve the shape of the kernel, (3, 4) at 'layers_0', got (12,).",
     ),
     "folded variables": (
         lambda: (f := bnjax.fold(MODEL, VARIABLES, X, quantize=fake)).fake_quantize(f.variables),
         ValueError,
-        "`variables` must be those of the model before it was folded, but these are missing: "
+        "`variables` must be those of the unfolded model, but these are missing: "
         "['batch_stats/layers_1/var'].",
     ),
     "parameters alone": (
         lambda: bnjax.fold(MODEL, VARIABLES, X).refold(VARIABLES["params"]),
         ValueError,
-        "`variables` must be those of the model before it was folded, but these are missing: "
+        "`variables` must be those of the unfolded model, but these are missing: "
         "['batch_stats/layers_1/var', 'params/layers_0/kernel'].",
     ),
 }

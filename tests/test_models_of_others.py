@@ -213,7 +213,7 @@ def test_micro_batches_name_a_batch_norm_that_is_not_known_though_it_fails_in_th
     state = init_state(WithItsOwn(), optax.sgd(0.0), jax.random.key(0), BATCHES[0])
     loss = lambda y, _: (y**2).sum(-1)  # noqa: E731 - one line says it
     step = train_step(loss, apply_kwargs={"train": True}, microbatches=2)
-    message = "'own' (KeepsAxes) keep a mean and a variance, but are neither bnjax's nor Flax's"
+    message = "'own' (KeepsAxes) keep a mean and a variance, but are not batch norms of"
     with pytest.raises(ValueError, match=re.escape(message)):
         step(state, {"x": BATCHES[0]})
 
@@ -228,7 +228,7 @@ def test_fold_names_a_batch_norm_that_is_not_known_beside_those_that_it_folds(ap
         report = bnjax.fold(WithItsOwnNnx(), None, BATCHES[0]).report
     reasons = {row.batch_norm: row.reason for row in report.rows if row.batch_norm}
     kind = "KeepsAxes" if api == "linen" else "OwnNnx"
-    why = f"bnjax.register({kind}, ...) tells what it does; {kind} is not known"
+    why = f"{kind} is not a known batch norm class: register it with bnjax.register({kind}, ...)"
     assert reasons == {"bn": None, "own": why}
 
 

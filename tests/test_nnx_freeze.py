@@ -136,9 +136,9 @@ def test_a_module_that_knows_its_parent_can_be_frozen():
 def test_freezing_with_a_pattern_that_fits_nothing_changes_nothing():
     model = net()
     sentence = (
-        "The pattern 'encoder/bn*' fits the path of no batch norm: there are ['decoder/first', "
+        "The pattern 'encoder/bn*' matches no batch norm: there are ['decoder/first', "
         "'decoder/last', 'decoder/layers/1', 'encoder/first', 'encoder/last', 'encoder/layers/1']. "
-        "`*` is a part of one name, `**` any number of names, as in 'encoder/**'."
+        "`*` matches part of one name, `**` any number of names, as in 'encoder/**'."
     )
     for change in (bnjax.nnx.freeze, bnjax.nnx.unfreeze):
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):

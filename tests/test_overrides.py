@@ -215,12 +215,12 @@ def test_a_pattern_that_fits_nothing_lists_the_paths_there_are(x, monkeypatch):
     model = SetupNet()
     variables = model.init(jax.random.key(0), x)
     there = "there are ['encoder_0/bn', 'encoder_1/bn', 'head/bn']"
-    hint = "`*` is a part of one name, `**` any number of names, as in 'encoder/**'."
-    message = f"The pattern 'encoder/**' fits the path of no batch norm: {there}. {hint}"
+    hint = "`*` matches part of one name, `**` any number of names, as in 'encoder/**'."
+    message = f"The pattern 'encoder/**' matches no batch norm: {there}. {hint}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"), bnjax.freeze("encoder/**"):
         moved(model, variables, x)
-    nothing = "none was called or given (of nnx models, bnjax.nnx.freeze freezes them)"
-    message = f"The pattern '**' fits the path of no batch norm: {nothing}. {hint}"
+    nothing = "none was called or given (for an nnx model, use bnjax.nnx.freeze)"
+    message = f"The pattern '**' matches no batch norm: {nothing}. {hint}"
     with (
         pytest.raises(ValueError, match=f"^{re.escape(message)}$"),
         bnjax.override("**", momentum=0.25),
@@ -229,7 +229,7 @@ def test_a_pattern_that_fits_nothing_lists_the_paths_there_are(x, monkeypatch):
     blocks, parts = ("encoder_0", "encoder_1", "head"), ("Dense_0", "bn")
     there = f"there are {[f'{block}/{part}' for block in blocks for part in parts]}"
     what = "no module with parameters"
-    message = f"The pattern 'tail/**' fits the path of {what}: {there}. {hint}"
+    message = f"The pattern 'tail/**' matches {what}: {there}. {hint}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.trainable_labels(variables["params"], frozen=("head/**", "tail/**"))
 
@@ -301,8 +301,8 @@ def test_a_momentum_that_needs_more_than_a_layer_keeps_is_refused(momentum, need
     variables = model.init(jax.random.key(0), x)
     message = (
         f"override(momentum={momentum!r}) needs {needed} in the `batch_stats` of the batch norm at "
-        f"'layers_0', which has ['mean', 'var']. Give momentum={momentum!r} to a layer of bnjax's "
-        "when it is made."
+        f"'layers_0', which has ['mean', 'var']. Construct a bnjax layer with "
+        f"momentum={momentum!r} instead."
     )
     override = bnjax.override("**", momentum=momentum)
     with pytest.raises(ValueError, match=re.escape(message)), override:

@@ -184,8 +184,8 @@ class Normalized(nn.Module):
 
 BATCH = np.ones((4, 3), np.float32) * np.arange(4)[:, None]
 NO_BATCH = (
-    "`batches` must hold at least one batch, got none. An iterator that was used before is empty: "
-    "pass a list, or create it again."
+    "`batches` must hold at least one batch, got none. An iterator can be used only once: pass a "
+    "list, or create it again."
 )
 
 
@@ -196,18 +196,19 @@ NO_BATCH = (
         ({"batches": [], "sequential": True}, NO_BATCH),
         (
             {"batches": iter([BATCH]), "sequential": True},
-            "`batches` must be iterable once for each layer, got a list_iterator, which is empty "
-            "after its first use. Pass a list, or use sequential=False.",
+            "`batches` must be iterable once per layer, got a list_iterator, which can be used "
+            "only once. Pass a list, or use sequential=False.",
         ),
         (
             {"variables": {"params": {}}},
-            "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
-            "norms has it, got ['params']. Pass {'params': params, 'batch_stats': batch_stats}.",
+            "`variables` must be a dict with the collection `batch_stats`, like those of any model "
+            "with batch norms, got ['params']. Pass {'params': params, 'batch_stats': "
+            "batch_stats}.",
         ),
         (
             {"batches": [BATCH * np.nan]},
-            "These layers saw no finite mean and variance: BatchNorm_0 (3 channels). Is there NaN "
-            "or inf in the batches or the parameters, or a mask without True?",
+            "These layers saw no finite mean and variance: BatchNorm_0 (3 channels). Do the "
+            "batches or parameters hold NaN or inf, or is a mask all False?",
         ),
     ],
 )
@@ -222,7 +223,7 @@ def test_variables_of_another_model_are_an_error():
     model = Residual()
     variables = model.init(jax.random.key(0), BATCH)
     other = {"params": {}, "batch_stats": variables["batch_stats"]}
-    message = r"^`variables` do not fit the model, or the model an input of shape .*: "
+    message = r"^`variables` or an input of shape .* do not fit the model: "
     with pytest.raises(ValueError, match=message + "Tried to access "):
         bnjax.recalibrate(model, other, [BATCH])
 

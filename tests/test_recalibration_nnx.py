@@ -233,27 +233,26 @@ MISTAKES = {
     "a number": (
         lambda model: bnjax.recalibrate(model, 3, []),
         TypeError,
-        "`variables` of an nnx model must be an nnx.State, as `nnx.state(model)` gives it, or None "
-        "for those that the model has, got int.",
+        "`variables` of an nnx model must be an nnx.State, such as `nnx.state(model)`, or None for "
+        "the model's own, got int.",
     ),
     "a dict of another model": (
         lambda model: bnjax.recalibrate(model.first, {"bias": np.zeros(3)}, []),
         ValueError,
-        "`variables` do not fit the model: missing ['mean', 'scale', 'var']. Are they of another "
-        "model?",
+        "`variables` do not fit the model: missing ['mean', 'scale', 'var']. Are they another "
+        "model's?",
     ),
     "another model": (
         lambda model: bnjax.recalibrate(model, nnx.state(make(num_features=6)), []),
         ValueError,
-        "`variables` do not fit the model: unknown ['bias', 'mean', 'scale', 'var']. Are they of "
-        "another model?",
+        "`variables` do not fit the model: unknown ['bias', 'mean', 'scale', 'var']. Are they "
+        "another model's?",
     ),
     "another shape": (
         lambda model: bnjax.recalibrate(model.first, nnx.state(make(num_features=6)), []),
         ValueError,
-        "`variables` do not fit the model: of another shape ['bias (6,) not (3,)', "
-        "'mean (6,) not (3,)', 'scale (6,) not (3,)', 'var (6,) not (3,)']. Are they of another "
-        "model?",
+        "`variables` do not fit the model: of another shape ['bias (6,) not (3,)', 'mean (6,) not "
+        "(3,)', 'scale (6,) not (3,)', 'var (6,) not (3,)']. Are they another model's?",
     ),
     "no model": (
         lambda model: bnjax.recalibrate(model.__call__, None, []),
@@ -264,27 +263,26 @@ MISTAKES = {
     "no statistics": (
         lambda model: bnjax.recalibrate(model.dense, None, []),
         ValueError,
-        "`model` must call a batch norm, bnjax's or Flax's own, but calls none. If it has "
-        "one of another class, bnjax.register makes that known.",
+        "`model` must call a batch norm of bnjax or Flax, but calls none. If it has one of another "
+        "class, register that with bnjax.register.",
     ),
     "no batch": (
         lambda model: bnjax.recalibrate(model, None, []),
         ValueError,
-        "`batches` must hold at least one batch, got none. An iterator that was used before is "
-        "empty: pass a list, or create it again.",
+        "`batches` must hold at least one batch, got none. An iterator can be used only once: pass "
+        "a list, or create it again.",
     ),
     "no such layer": (
         lambda model: bnjax.recalibrate(model, None, [], paths="bn"),
         ValueError,
-        "The pattern 'bn' fits the path of no batch norm: there are ['first', 'norms/0', "
-        "'norms/1', 'twice']. `*` is a part of one name, `**` any number of names, as in "
-        "'encoder/**'.",
+        "The pattern 'bn' matches no batch norm: there are ['first', 'norms/0', 'norms/1', "
+        "'twice']. `*` matches part of one name, `**` any number of names, as in 'encoder/**'.",
     ),
     "NaN": (
         lambda model: bnjax.recalibrate(model.first, None, [jnp.full((2, 3), jnp.nan)]),
         ValueError,
-        "These layers saw no finite mean and variance: the top of the model (3 channels). Is there "
-        "NaN or inf in the batches or the parameters, or a mask without True?",
+        "These layers saw no finite mean and variance: the top of the model (3 channels). Do the "
+        "batches or parameters hold NaN or inf, or is a mask all False?",
     ),
 }
 

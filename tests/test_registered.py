@@ -92,7 +92,10 @@ def test_a_stranger_is_folded(name):
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("masked", "it returns more than an array"), ("configured", "the batch norm is given a mask")],
+    [
+        ("masked", "it returns more than an array"),
+        ("configured", "the batch norm is called with a mask"),
+    ],
 )
 def test_a_stranger_that_does_more_is_not_folded_and_the_reason_is_said(name, why):
     net, variables = start(CASES[name])
@@ -109,7 +112,7 @@ def test_a_stranger_with_another_arithmetic_is_not_folded_wrongly():
             lambda x, _, train: strangers.Whitened(name="norm")(x, not train),
         )
     )
-    with pytest.raises(ValueError, match="The outputs on `example_x` must stay the same"):
+    with pytest.raises(ValueError, match="Folding must preserve the outputs on `example_x`"):
         bnjax.fold(net, variables, BATCHES[0], inputs=INPUTS)
 
 
@@ -153,8 +156,8 @@ def test_what_a_stranger_keeps_beside_mean_and_variance_forbids_micro_batches():
     state = init_state(net, optax.sgd(0.1), jax.random.key(0), BATCHES[0], inputs=INPUTS)
     step = train_step(loss, inputs=INPUTS, apply_kwargs={"train": True}, microbatches=2)
     message = (
-        "Beside its mean and variance the Renorm at 'norm' keeps ['steps'], of which it is not "
-        "known what they are after micro-batches. Train with microbatches=1."
+        "The Renorm at 'norm' must keep only a mean and a variance, but also keeps ['steps'], "
+        "which can't be pooled over micro-batches. Train with microbatches=1."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         step(state, BATCHES[0])

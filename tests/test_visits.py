@@ -230,8 +230,8 @@ def test_a_layer_that_fits_the_paths_and_is_not_called_is_named():
     net = Twice()
     variables = net.init(jax.random.key(0), X)
     message = (
-        "All batch norms that fit `paths` are measured, but ['extra'] were not called: pass what "
-        "turns them on in `apply_kwargs`. Or name the others in `paths`."
+        "All batch norms that match `paths` must be measured, but ['extra'] were not called: pass "
+        "what enables them in `apply_kwargs`. Or name only the others in `paths`."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         bnjax.recalibrate(net, variables, PARTS, apply_kwargs={"both": False})
@@ -315,8 +315,8 @@ def test_a_batch_norm_that_is_not_known_is_named_by_each_tool(known):
 def test_statistics_that_are_not_stacked_are_not_merged():
     _, variables = trained("flax")
     message = (
-        "`batch_stats` must hold several sets, stacked along axis 0, but the mean at 'layer' has "
-        "shape (3,). One set needs no merging."
+        "`batch_stats` must be stacked along axis 0, but the mean at 'layer' has shape (3,). A "
+        "single set needs no merging."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         bnjax.merge_batch_stats(variables["batch_stats"])
