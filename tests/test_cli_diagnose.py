@@ -56,7 +56,8 @@ def test_diagnose_takes_one_model_of_several(tmp_path):
     np.save(tmp_path / "x.npy", x)
     arguments = ("diagnose", f"{__name__}:trained_dense", "--variables", tmp_path / "model.msgpack")
     arguments = (*arguments, "--data", tmp_path / "x.npy")
-    message = "`variables` hold those of several models, at ['ema', 'net']: pass one of them.\n"
+    message = "`variables` must be those of one model, but hold several, at ['ema', 'net']. "
+    message += "Pass one of them.\n"
     assert run(*arguments) == (2, message)
     code, output = run(*arguments, "--key", "ema")
     assert (code, "All is well: 1 batch norm fits" in output) == (0, True)

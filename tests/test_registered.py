@@ -198,8 +198,8 @@ class OfFlax(nn.BatchNorm):
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm, OfFlax, nnx.BatchNorm, bnjax.BatchNorm1d])
 def test_a_class_that_is_known_is_not_registered(kind):
-    message = f"{kind.__name__} is known already, by a class that it inherits from: it needs "
-    message += "no registration."
+    message = f"`kind` must be an unknown class, but {kind.__name__} inherits from a known one. "
+    message += "It needs no registration."
     with error(ValueError, message):
         bnjax.register(kind)
 
@@ -211,8 +211,8 @@ def test_a_subclass_that_does_not_call_a_known_class_registered_class():
 
 def test_facts_of_other_names_are_refused():
     message = (
-        "`facts` go by the names of flax.linen.BatchNorm, x, use_running_average, momentum, axis, "
-        "epsilon, mask, axis_name, axis_index_groups, use_scale, use_bias, got ['eps']."
+        "`facts` must use the names of flax.linen.BatchNorm, x, use_running_average, momentum, "
+        "axis, epsilon, mask, axis_name, axis_index_groups, use_scale, use_bias, got ['eps']."
     )
     with error(TypeError, message):
         bnjax.register(norm_class(momentum=float), {"eps": "epsilon"})
@@ -242,8 +242,8 @@ def test_facts_that_a_class_does_not_tell_are_asked_for(fields, facts, missing, 
 
 def needs_a_name(name: str, kind: str, got: str) -> str:
     return re.escape(
-        f"The {name} of the {kind} at 'norm' must be changed here, so bnjax.register needs the "
-        f"name of an argument or a field that sets it, got {got}."
+        f"To change the {name} of the {kind} at 'norm', bnjax.register needs the name of an "
+        f"argument or a field that sets it, got {got}."
     )
 
 

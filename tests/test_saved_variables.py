@@ -77,10 +77,11 @@ def test_of_lookahead_it_is_the_slow_parameters():
 
 def test_several_models_and_those_of_pytorch_are_told():
     variables = trained().variables
-    message = "`variables` hold those of several models, at ['ema', 'model']: pass one of them."
+    message = "`variables` must be those of one model, but hold several, at ['ema', 'model']. "
+    message += "Pass one of them."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.diagnose(Net(), {"ema": variables, "model": variables}, [X])
-    message = "`variables` are the state dict of a PyTorch model. Convert them before, by "
+    message = "`variables` must be those of a Flax model, got the state dict of a PyTorch model. "
     state_dict = {"bn.running_mean": np.zeros(3), "bn.running_var": np.ones(3)}
     for tree in (state_dict, {"state_dict": state_dict}):
         with pytest.raises(ValueError, match=f"^{message}"):
@@ -104,7 +105,7 @@ def test_an_nnx_state_is_found_beside_its_optimizer(tmp_path, form):
     )
     other.eval()
     assert bnjax.diagnose(other, saved, [X]).findings[0].kind == "never updated"
-    message = re.escape("hold those of several models, at ['a', 'b']: pass one of them.")
+    message = re.escape("hold several, at ['a', 'b']. Pass one of them.")
     with pytest.raises(ValueError, match=message):
         bnjax.diagnose(other, {"a": nnx.state(model), "b": nnx.state(model)}, [X])
 

@@ -293,7 +293,8 @@ TOOLS = (
     Mistake(
         "a class that is known",
         lambda: bn.register(bn.BatchNorm2d),
-        "BatchNorm2d is known already, by a class that it inherits from: it needs no registration.",
+        "`kind` must be an unknown class, but BatchNorm2d inherits from a known one. It needs no "
+        "registration.",
         ValueError,
     ),
     Mistake(
