@@ -178,7 +178,7 @@ def test_a_client_of_weight_0_has_no_effect():
         ),
     ],
 )
-def test_weights_that_are_none_are_an_error(weights, message):
+def test_invalid_weights_are_an_error(weights, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.merge_batch_stats(sets(3, 4)[0], weights=weights)
 
@@ -206,7 +206,7 @@ def test_weights_that_are_none_are_an_error(weights, message):
         ),
     ],
 )
-def test_what_is_not_stacked_is_not_merged(tree, axis, message):
+def test_statistics_that_are_not_stacked_are_an_error(tree, axis, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.merge_batch_stats(tree, axis)
 

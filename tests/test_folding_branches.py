@@ -1,4 +1,4 @@
-"""Branches of one input that are added become one conv."""
+"""Branches with the same input that are added become one conv."""
 
 import re
 from functools import partial
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.quick_compile
 
 
 class Sum(nn.Module):
-    """Layers of one input, by name, each with a batch norm, and a batch norm of its own, added."""
+    """The sum of layers with the same input, each with a batch norm, and of a lone batch norm."""
 
     layers: Any
     identity: bool = False
@@ -249,7 +249,7 @@ def test_the_sum_is_gone_from_the_compiled_program():
     assert count(text) == count(plain.compile().as_text())
 
 
-def test_a_size_that_is_padded_otherwise_is_an_error():
+def test_a_size_with_other_padding_is_an_error():
     model, variables, x = prepare(SUMS["same, strided"][0])
     folded = bnjax.fold(model, variables, x)
     message = (

@@ -1,4 +1,4 @@
-"""Branches are found wherever they stand in a model, or the report says why not."""
+"""Branches are found anywhere in a model, or the report says why not."""
 
 import re
 from collections.abc import Callable
@@ -51,7 +51,7 @@ MERGED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_branches_are_found_wherever_they_stand(name):
+def test_branches_are_found_anywhere(name):
     model, variables, x = prepare(MERGED[name])
     folded = assert_same(model, variables, x)
     assert branches(folded)["b", "a"] is None
@@ -60,7 +60,7 @@ def test_branches_are_found_wherever_they_stand(name):
         assert divisions(folded.apply, folded.variables, x) == 0
 
 
-def test_batch_norms_within_and_after_leave_one_conv():
+def test_batch_norms_in_and_after_branches_leave_one_conv():
     model, variables, x = prepare(MERGED["batch norms within and after"])
     folded = bnjax.fold(model, variables, x)
     assert folded.variables["params"].keys() == {"other", "a"}
@@ -141,7 +141,7 @@ REFUSALS: dict[str, tuple[Any, dict[tuple[str, str], str]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_would_be_wrong_is_not_merged_and_the_report_says_why(name):
+def test_a_merge_that_would_be_wrong_is_refused_with_a_reason(name):
     model, reasons = REFUSALS[name]
     model, variables, x = prepare(model)
     folded = bnjax.fold(model, variables, x)

@@ -1,4 +1,4 @@
-"""What fold leaves alone and says so, and what it refuses altogether."""
+"""What `fold` leaves as it is, with a reason, and what it refuses altogether."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick_compile
 
 
 class Around(nn.Module):
-    """A dense layer and a batch norm, in the hands of a function."""
+    """A dense layer and a batch norm, called by a function."""
 
     way: Callable[..., Any]
     layer: Callable[..., nn.Module] = partial(nn.Dense, 3)
@@ -27,7 +27,7 @@ class Around(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
-        # One that folds stands beside, so that something does.
+        # Another pair folds, so that `fold` does not raise.
         x = EVAL(name="other_bn")(nn.Dense(3, name="other")(x))
         return self.way(self.layer(name="layer"), self.norm(name="bn"), x)
 
@@ -144,7 +144,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_would_be_wrong_is_not_folded_and_the_report_says_why(name):
+def test_a_fold_that_would_be_wrong_is_refused_with_a_reason(name):
     model, reason = REFUSALS[name]
     model, variables, x = prepare(model, (5, 3))
     folded = bnjax.fold(model, variables, x)
@@ -237,21 +237,21 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_gets_an_error_that_says_how_to_mend_it(name):
+def test_each_mistake_raises_an_error_with_a_repair(name):
     call, error, message = MISTAKES[name]
     with pytest.raises(error, match=rf"(?m)\A{re.escape(message)}$"):
         call()
 
 
 @pytest.mark.parametrize("variables", [OTHER, NARROW], ids=["other names", "other shapes"])
-def test_variables_of_another_model_are_refused_with_what_flax_says(variables):
+def test_variables_of_another_model_are_refused_with_flaxs_message(variables):
     message = r"^`variables` or an input of shape .* do not fit the model: "
     message += r".*\"kernel\" in (scope )?.*\)$"
     with pytest.raises(ValueError, match=message):
         bnjax.fold(MODEL, variables, X)
 
 
-def test_a_layer_that_changes_its_kernel_unseen_is_caught_by_the_outputs():
+def test_a_layer_that_changes_its_kernel_before_use_is_caught_by_the_outputs():
     def squared(inputs: Any, kernel: Any, *arguments: Any, **options: Any) -> jax.Array:
         return jax.lax.dot_general(inputs, kernel**2, *arguments, **options)
 

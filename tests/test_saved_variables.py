@@ -65,7 +65,7 @@ def test_variables_alone_are_the_same_object():
     assert variables_of_model(Net(), variables) is variables
 
 
-def test_of_lookahead_it_is_the_slow_parameters():
+def test_lookahead_gives_the_slow_parameters():
     state = trained(optax.lookahead(optax.sgd(0.1), 5, 0.5))
     fast = jax.tree.map(lambda leaf: leaf + 1, state.params.fast)
     state = state.replace(params=optax.LookaheadParams(fast, state.params.slow))
@@ -75,7 +75,7 @@ def test_of_lookahead_it_is_the_slow_parameters():
         chex.assert_trees_all_equal(variables_in(tree)["params"], state.params.slow)
 
 
-def test_several_models_and_those_of_pytorch_are_told():
+def test_several_models_or_a_pytorch_model_are_an_error():
     variables = trained().variables
     message = "`variables` must be those of one model, but hold several, at ['ema', 'model']. "
     message += "Pass one of them."
@@ -89,7 +89,7 @@ def test_several_models_and_those_of_pytorch_are_told():
 
 
 @pytest.mark.parametrize("form", ["model", "dict", "tuple", "loaded"])
-def test_an_nnx_state_is_found_beside_its_optimizer(tmp_path, form):
+def test_an_nnx_state_is_found_next_to_its_optimizer(tmp_path, form):
     model, other = WithDropout(nnx.Rngs(0)), WithDropout(nnx.Rngs(1))
     optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
     bnjax.save(tmp_path / "m.msgpack", {"optimizer": optimizer, "net": model, "epoch": 1})
@@ -114,7 +114,7 @@ def statistics(state: nnx.State) -> Any:
     return nnx.to_pure_dict(nnx.filter_state(state, nnx.BatchStat))
 
 
-def test_flax_states_of_users_are_taken():
+def test_flax_train_states_are_accepted():
     from flax.training import train_state
 
     class State(train_state.TrainState):
