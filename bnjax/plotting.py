@@ -80,14 +80,15 @@ def plot_layers(
 
     Args:
         rows: for each layer `name`; `mean`, the 10%, 50% and 90% quantiles over the channels of
-            running minus batch mean in standard deviations; `var`, those of running by batch
-            variance; `mean_spread` and `var_spread`, the standard deviations of mean and of the
-            logarithm of the variance between batches; `distance`, which ranks the layers; and
-            `found`, whether something is wrong with it, and `starts`, whether a fault starts there.
+            running minus batch mean in standard deviations; `var`, the same quantiles of running
+            over batch variance; `mean_spread` and `var_spread`, the standard deviations between
+            batches of the mean and of the logarithm of the variance; `distance`, which ranks the
+            layers; `found`, whether something is wrong with it; and `starts`, whether a fault
+            starts there.
         path: where to save the picture; the suffix sets the format.
-        title: what was found.
-        modes: name, value in training and value in evaluation of loss and metrics.
-        subtitle: what it does to the outputs.
+        title: the findings.
+        modes: for loss and metrics, the name and the values in training and in evaluation.
+        subtitle: the effect on the outputs.
     """
     from matplotlib.figure import Figure
 

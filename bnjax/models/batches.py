@@ -121,7 +121,7 @@ class Layout:
         return jnp.sum(batch["mask"], dtype=jnp.float32)
 
     def totals(self, loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Array, Totals]:
-        """Sum loss and metrics over the examples that count; return the loss by itself, too."""
+        """Sum loss and metrics over the examples that count; return the loss separately, too."""
         size, mask = self.size(batch), batch.get("mask", True)
 
         def values(outputs: Any, batch: Batch) -> tuple[Any, dict[str, Any]]:
