@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 import bnjax
+from bnjax.core.checks import warn_once
 from bnjax.training import TrainState, history, train_step
 from tests.support.diagnosed import (
     DATA,
@@ -98,6 +99,7 @@ def test_pytorchs_momentum_in_a_flax_layer():
 
 
 def test_flaxs_momentum_in_a_pytorch_layer():
+    warn_once.cache_clear()
     warned = pytest.warns(
         UserWarning, match=r"^momentum=0.99 gives the new batch a weight of 0.99 "
     )

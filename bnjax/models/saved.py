@@ -17,7 +17,7 @@ def variables_of_model(model: nn.Module | nnx.Module, tree: Any) -> Any:
         model: a linen or nnx model.
         tree: its variables, which are returned unchanged, or a tree that contains them: for linen,
             a `TrainState` or the result of `bnjax.load`; for nnx, a dict or tuple of states, in
-            memory or loaded. None for the own variables of an nnx model.
+            memory or loaded. None for an nnx model's own variables.
 
     Raises:
         ValueError: the tree holds the variables of several models or of a PyTorch model.
