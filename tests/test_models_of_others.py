@@ -38,7 +38,7 @@ class StartsAsIdentity(nn.Module):
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_scales_that_start_at_zero_are_not_dead(steps):
-    # Said "dead channels", "train anew", of a new residual network.
+    # The report said "dead channels" of a new residual network.
     net = StartsAsIdentity()
     state = init_state(net, optax.adam(1e-3), jax.random.key(9), BATCHES[0])
     step = train_step(lambda y, _: (y**2).sum(-1), apply_kwargs={"train": True})
@@ -107,7 +107,7 @@ each_api = pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
 
 @each_api
 def test_a_layer_left_in_evaluation_is_distinguished_from_updates_thrown_away(trained):
-    # Said "`mutable` was not given", where other layers had been updated.
+    # The report said "`mutable` was not given", though other layers had been updated.
     (finding,) = found(*trained(0.9))
     assert (finding.kind, finding.layers) == ("left in evaluation", ("forgotten",))
     assert finding.cause.startswith("These layers evaluate while the model trains, ")
@@ -117,7 +117,7 @@ def test_a_layer_left_in_evaluation_is_distinguished_from_updates_thrown_away(tr
 
 @each_api
 def test_a_momentum_that_gives_new_batches_no_weight_is_named(trained):
-    # Said "`mutable` was not given", of statistics that no update could move.
+    # The report said "`mutable` was not given" of statistics that no update could move.
     (finding,) = found(*trained(1.0))
     assert finding.kind == "momentum moves nothing"
     assert finding.cause.startswith("With momentum=1.0 a new batch has no weight")
