@@ -236,7 +236,7 @@ def convert(
             tree, left = parts.arrays_in(tree)
         files.save(target, tree)
     if left:
-        text = f"left out because not arrays: {parts.named(left)}"
+        text = f"left out (not arrays): {parts.named(left)}"
         console.print(escape(text), soft_wrap=True)
     console.print(f"wrote {escape(str(target))}", soft_wrap=True)
 
