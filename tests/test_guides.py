@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import bnjax
+from bnjax.core.checks import warn_once
 from tests.support.pages import PAGES, ROOT, commands, rerun
 
 pytestmark = pytest.mark.quick_compile
@@ -27,13 +28,14 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 @each_page
-def test_a_page_runs_as_it_stands(page, tmp_path, monkeypatch):
+def test_a_page_runs_as_it_is(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    warn_once.cache_clear()
     text = page.read_text()
     assert rerun(text, page.name) == text
 
 
-def test_a_wrong_page_is_seen(tmp_path, monkeypatch):
+def test_a_wrong_page_is_noticed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrong = "```python\nprint(1)\n```\n```text\n2\n```\n"
     assert rerun(wrong, "page") == wrong.replace("2", "1")
