@@ -208,7 +208,7 @@ def convert(
 
     Without --like, names and values stay the same, bit for bit. To convert between PyTorch and
     Flax, pass --like FILE, a checkpoint of the same model in the other framework, with any values:
-    a weight alone does not tell what kind of layer it belongs to. Anything that is not an array,
+    a weight alone does not show what kind of layer it belongs to. Anything that is not an array,
     such as a name or a vocabulary, is left out.
     """
     from bnjax.checkpoints import files, parts
@@ -236,7 +236,7 @@ def convert(
             tree, left = parts.arrays_in(tree)
         files.save(target, tree)
     if left:
-        text = f"left out, not being arrays: {parts.named(left)}"
+        text = f"left out (not arrays): {parts.named(left)}"
         console.print(escape(text), soft_wrap=True)
     console.print(f"wrote {escape(str(target))}", soft_wrap=True)
 

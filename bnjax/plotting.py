@@ -13,12 +13,12 @@ _NAMED = 6  # how many names are legible below a picture, whatever the number of
 
 
 def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Draw what a training run recorded, one panel for each quantity, over the epochs.
+    """Draw the record of a training run over its epochs, one panel for each quantity.
 
     Args:
         history: one mapping for each epoch, with keys such as `train_loss` and `validation_loss`:
             the last word names the panel, the rest the line.
-        path: where the picture goes; its suffix chooses the format.
+        path: where to save the picture; the suffix sets the format.
     """
     panels = sorted({name.rpartition("_")[2] for name in history[0]}, reverse=True)
     figure, axes = _figure(1, len(panels))
@@ -47,7 +47,7 @@ def plot_statistics(
     Args:
         record: for each layer the sequences `mean`, `var`, `batch_mean` and `batch_var`, each of
             arrays (C,), one for each step.
-        path: where the picture goes; its suffix chooses the format.
+        path: where to save the picture; the suffix sets the format.
         channel: which channel to draw.
         steps: the numbers of the steps; 1, 2 and so on by default.
     """
@@ -60,7 +60,7 @@ def plot_statistics(
             axis.plot(at, batch, ".", color="0.7", markersize=4, label=f"{_BATCH} of each step")
             axis.plot(at, running, color=_FAR, linewidth=2, label=_RUNNING)
             axis.set(title=layer, xlabel="training step", ylabel=f"{title} of channel {channel}")
-            # A few wild batches must not flatten the rest, but the running line is seen whole.
+            # Cut off a few wild batches, which would flatten the rest, but not the running line.
             low, high = np.nanquantile(np.concatenate([batch, batch, running]), [0.005, 0.995])
             low, high = np.nanmin([low, *running]), np.nanmax([high, *running])
             axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
@@ -80,14 +80,15 @@ def plot_layers(
 
     Args:
         rows: for each layer `name`; `mean`, the 10%, 50% and 90% quantiles over the channels of
-            running minus batch mean in standard deviations; `var`, those of running by batch
-            variance; `mean_spread` and `var_spread`, the standard deviations of mean and of the
-            logarithm of the variance between batches; `distance`, which ranks the layers; and
-            `found`, whether something is wrong with it, and `starts`, whether a fault starts there.
-        path: where the picture goes; its suffix chooses the format.
-        title: what was found.
-        modes: name, value in training and value in evaluation of loss and metrics.
-        subtitle: what it does to the outputs.
+            running minus batch mean in standard deviations; `var`, the same quantiles of running
+            over batch variance; `mean_spread` and `var_spread`, the standard deviations between
+            batches of the mean and of the logarithm of the variance; `distance`, which ranks the
+            layers; `found`, whether something is wrong with it; and `starts`, whether a fault
+            starts there.
+        path: where to save the picture; the suffix sets the format.
+        title: the findings.
+        modes: for loss and metrics, the name and the values in training and in evaluation.
+        subtitle: the effect on the outputs.
     """
     from matplotlib.figure import Figure
 
@@ -114,7 +115,7 @@ def plot_layers(
 
 
 def _name_layers(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The names of all layers, or of many those where a fault starts and the farthest."""
+    """Name all layers, or if there are many, those where a fault starts and the farthest."""
     farthest = sorted(range(len(rows)), key=lambda i: (not _starts(rows[i]), -rows[i]["distance"]))
     shown = farthest if len(rows) <= 2 * _NAMED else _apart(farthest, len(rows) // 12)
     names = [rows[i]["name"] or "top" for i in shown]
@@ -154,7 +155,7 @@ def _draw_layers(axis: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Non
 
 
 def _layer_legend(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What dots, lines, bars and colours stand for, as far as they are there."""
+    """A legend of the dots, lines, bars and colours that are present."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -167,7 +168,7 @@ def _layer_legend(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def _apart(order: Sequence[int], gap: int) -> list[int]:
-    """The first few, but none whose name would be written over another."""
+    """The first few, except those whose names would overlap."""
     shown: list[int] = []
     for index in order:
         if len(shown) < _NAMED and all(abs(index - other) > gap for other in shown):
@@ -186,7 +187,7 @@ def _color(row: Mapping[str, Any]) -> str:
 
 
 def _ratio_axis(axis: Any) -> None:
-    """A logarithmic axis about 1, with plain numbers, never closer than a factor of two."""
+    """A logarithmic axis around 1, with plain numbers, of at least a factor of two each way."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_yscale("log", base=2)
@@ -199,7 +200,7 @@ def _ratio_axis(axis: Any) -> None:
 
 
 def _figure(rows: int, columns: int) -> tuple[Any, np.ndarray]:
-    # The object interface, without pyplot: no global state, and no window wanted.
+    # Not by pyplot, which has global state and may open a window.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * columns, 2.7 * rows + 0.3), dpi=120, layout="constrained")

@@ -280,7 +280,7 @@ def test_a_conversion_leaves_out_and_names_what_is_no_array(tmp_path):
         code, output = run("convert", tmp_path / "m.msgpack", tmp_path / f"o.{suffix}")
         assert (code, output) == (
             0,
-            "left out, not being arrays: arch, callbacks/best (1 entry), callbacks/mode, "
+            "left out (not arrays): arch, callbacks/best (1 entry), callbacks/mode, "
             f"char2idx (2 entries)\nwrote {tmp_path / f'o.{suffix}'}\n",
         )
         expected = {"state_dict": FINE, "step": np.array(3), "callbacks": {"seen": np.array(7)}}

@@ -56,7 +56,8 @@ def test_diagnose_takes_one_model_of_several(tmp_path):
     np.save(tmp_path / "x.npy", x)
     arguments = ("diagnose", f"{__name__}:trained_dense", "--variables", tmp_path / "model.msgpack")
     arguments = (*arguments, "--data", tmp_path / "x.npy")
-    message = "`variables` hold those of several models, at ['ema', 'net']: pass one of them.\n"
+    message = "`variables` must be those of one model, but hold several, at ['ema', 'net']. "
+    message += "Pass one of them.\n"
     assert run(*arguments) == (2, message)
     code, output = run(*arguments, "--key", "ema")
     assert (code, "All is well: 1 batch norm fits" in output) == (0, True)
@@ -91,7 +92,7 @@ def test_diagnose_takes_no_checkpoint_of_another_nnx_model(tmp_path):
         2,
         "`variables` do not fit the model: missing ['layers/1/bias', 'layers/1/mean', "
         "'layers/1/scale', 'layers/1/var'], of another shape ['layers/0/bias (5,) not (4,)', "
-        "'layers/0/kernel (3, 5) not (3, 4)']. Are they of another model?",
+        "'layers/0/kernel (3, 5) not (3, 4)']. Are they another model's?",
     )
 
 

@@ -384,9 +384,9 @@ def test_a_mask_and_a_model_that_reshapes_examples(number):
     size = 16 // number
     message = (
         f"The `mask` of the batch has {size} examples, but the input of the BatchNorm at 'bn' has "
-        f"shape ({2 * size}, 2): the model reshapes its examples. Hand it a mask of that shape, as "
-        "in norm(x, mask=...), and the batch one under another name; or, in training, take the "
-        "padding into the statistics with mask_statistics=False."
+        f"shape ({2 * size}, 2): the model reshapes its examples. Pass that layer its own mask, as "
+        f"in norm(x, mask=...), and rename that of the batch; or, in training, let the statistics "
+        f"include the padding with mask_statistics=False."
     )
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}(\n|$)"):
         train_step(lambda y, _: y**2, **how)(state, each)

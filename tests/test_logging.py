@@ -156,8 +156,8 @@ WIDER = {"batch_stats": {"a": {"bn": {"mean": np.zeros(3), "var": np.ones(3)}}}}
             (TREE,),
             {"paths": "b/**"},
             ValueError,
-            "The pattern 'b/**' fits the path of no batch norm: there are ['a/bn']. `*` is a part "
-            "of one name, `**` any number of names, as in 'encoder/**'.",
+            "The pattern 'b/**' matches no batch norm: there are ['a/bn']. `*` matches part of one "
+            "name, `**` any number of names, as in 'encoder/**'.",
         ),
     ],
 )

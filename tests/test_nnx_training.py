@@ -166,7 +166,7 @@ def test_what_is_frozen_stays_and_keeps_its_type():
     chex.assert_trees_all_equal(arrays(model.a, model.bn), before)
     assert type(model.bn) is nnx.BatchNorm
     assert not np.array_equal(model.b.kernel[...], Net().b.kernel[...])
-    with pytest.raises(ValueError, match=r"^The pattern 'c' fits the path of no module"):
+    with pytest.raises(ValueError, match=r"^The pattern 'c' matches no module"):
         bnjax.nnx.train_step(loss_fn, frozen="c")(model, optimizer, BATCHES[0])
 
 

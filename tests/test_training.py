@@ -167,8 +167,8 @@ def test_dropout_differs_between_steps_and_repeats_with_the_step_number(rng):
 def test_an_empty_iterator_of_batches_is_an_error(rng):
     state, _ = make(rng)
     message = (
-        "`batches` must hold at least one example that counts, got none. An iterator that was "
-        "used before is empty: pass a list, or create it again."
+        "`batches` must hold at least one example that counts, got none. An iterator can be used "
+        "only once: pass a list, or create it again."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         evaluate(eval_step(squared_error), state, [])
@@ -177,8 +177,8 @@ def test_an_empty_iterator_of_batches_is_an_error(rng):
 def test_a_loss_of_a_wrong_shape_is_an_error(rng):
     state, batch = make(rng)
     message = (
-        "`loss_fn` must give `loss` as a mean of shape () or with one entry for each example, "
-        "(16,), got shape (16, 1). Take the mean over the other axes."
+        "`loss_fn` must return `loss` as a mean, of shape (), or per example, of shape (16,), got "
+        "shape (16, 1). Take the mean over the other axes."
     )
     # JAX adds a note of its own to what is raised while it traces.
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}(\n|$)"):
@@ -235,7 +235,7 @@ def with_mode() -> TrainState:
     return init_state(WithMode(), optax.sgd(0.1), jax.random.key(0), jnp.ones((2, 4)), train=False)
 
 
-MISSING = "The model is called with its inputs and with `apply_kwargs`, but WithMode.__call__() "
+MISSING = "The model is called with its inputs and `apply_kwargs`, but WithMode.__call__() "
 MISSING += "missing 1 required positional argument: 'train'. "
 X = {"x": np.ones((4, 4), np.float32), "y": np.ones(4, np.float32)}
 MISTAKES = {
@@ -250,12 +250,12 @@ MISTAKES = {
     ),
     "a step without a mode": (
         lambda: train_step(squared_error)(with_mode(), X),
-        MISSING + "Give what it trains with, as in train_step(loss_fn, apply_kwargs={'train': "
+        MISSING + "Pass its training arguments, as in train_step(loss_fn, apply_kwargs={'train': "
         "True}).",
     ),
     "an evaluation without a mode": (
         lambda: eval_step(squared_error)(with_mode(), X),
-        MISSING + "Give what it evaluates with, as in eval_step(loss_fn, apply_kwargs={'train': "
+        MISSING + "Pass its evaluation arguments, as in eval_step(loss_fn, apply_kwargs={'train': "
         "False}).",
     ),
     "mutable": (

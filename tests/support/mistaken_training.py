@@ -23,8 +23,8 @@ TRAINING = (
     Mistake(
         "a model's class",
         lambda: training.init_state(Net, optax.sgd(0.1), KEY, NC),
-        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got type. "
-        "Make one of the class: Net(...).",
+        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got type. Create "
+        "one: Net(...).",
         TypeError,
     ),
     Mistake(
@@ -58,9 +58,9 @@ TRAINING = (
     Mistake(
         "a mode left out at init",
         lambda: training.init_state(WithMode(), optax.sgd(0.1), KEY, NC),
-        "The model is called with its inputs and with `apply_kwargs`, but WithMode.__call__() "
-        "missing 1 required positional argument: 'train'. Write what else it takes, as in "
-        "init_state(model, tx, key, x, train=False).",
+        "The model is called with its inputs and `apply_kwargs`, but WithMode.__call__() missing 1 "
+        "required positional argument: 'train'. Write what else it takes, as in init_state(model, "
+        "tx, key, x, train=False).",
         TypeError,
     ),
     Mistake(
@@ -117,16 +117,16 @@ TRAINING = (
     Mistake(
         "a mode left out",
         lambda: training.train_step(loss_fn)(state(WithMode(), train=True), {"x": NC}),
-        "The model is called with its inputs and with `apply_kwargs`, but WithMode.__call__() "
-        "missing 1 required positional argument: 'train'. Give what it trains with, as in "
+        "The model is called with its inputs and `apply_kwargs`, but WithMode.__call__() missing 1 "
+        "required positional argument: 'train'. Pass its training arguments, as in "
         "train_step(loss_fn, apply_kwargs={'train': True}).",
         TypeError,
     ),
     Mistake(
         "a mode left out in evaluation",
         lambda: training.eval_step(loss_fn)(state(WithMode(), train=True), {"x": NC}),
-        "The model is called with its inputs and with `apply_kwargs`, but WithMode.__call__() "
-        "missing 1 required positional argument: 'train'. Give what it evaluates with, as in "
+        "The model is called with its inputs and `apply_kwargs`, but WithMode.__call__() missing 1 "
+        "required positional argument: 'train'. Pass its evaluation arguments, as in "
         "eval_step(loss_fn, apply_kwargs={'train': False}).",
         TypeError,
     ),
@@ -220,30 +220,29 @@ TRAINING = (
     Mistake(
         "a loss per channel",
         lambda: step(lambda outputs, batch: outputs),
-        "`loss_fn` must give `loss` as a mean of shape () or with one entry for each example, "
-        "(4,), got shape (4, 3). Take the mean over the other axes.",
+        "`loss_fn` must return `loss` as a mean, of shape (), or per example, of shape (4,), got "
+        "shape (4, 3). Take the mean over the other axes.",
         ValueError,
     ),
     Mistake(
         "a mask of numbers",
         lambda: training.train_step(loss_fn)(state(), {"x": NC, "mask": NC[:, 0]}),
-        "The `mask` of a batch of 4 examples must be an array of bool, of shape (4,), got "
-        "float32 of shape (4,). Convert it first, as in `mask != 0`.",
+        "The `mask` of a batch of 4 examples must be a boolean array of shape (4,), got float32 of "
+        "shape (4,). Convert it first, as in `mask != 0`.",
         ValueError,
     ),
     Mistake(
         "a glob that fits nothing",
         lambda: training.train_step(loss_fn, frozen="head/**")(state(), {"x": NC}),
-        "The pattern 'head/**' fits the path of no module: there are ['inner/bn', "
-        "'inner/dense']. `*` is a part of one name, `**` any number of names, as in "
-        "'encoder/**'.",
+        "The pattern 'head/**' matches no module: there are ['inner/bn', 'inner/dense']. `*` "
+        "matches part of one name, `**` any number of names, as in 'encoder/**'.",
         ValueError,
     ),
     Mistake(
         "a module's path without its globs",
         lambda: bn.trainable_labels({"a": {"bn": PARAMS}}, frozen="a"),
-        "The pattern 'a' fits the path of no module with parameters: there are ['a/bn']. Did "
-        "you mean 'a/**'?",
+        "The pattern 'a' matches no module with parameters: there are ['a/bn']. Did you mean "
+        "'a/**'?",
         ValueError,
     ),
     Mistake(
@@ -290,8 +289,8 @@ TRAINING = (
     Mistake(
         "no batch for evaluate",
         lambda: training.evaluate(training.eval_step(loss_fn), state(), []),
-        "`batches` must hold at least one example that counts, got none. An iterator that was "
-        "used before is empty: pass a list, or create it again.",
+        "`batches` must hold at least one example that counts, got none. An iterator can be used "
+        "only once: pass a list, or create it again.",
         ValueError,
     ),
     Mistake(

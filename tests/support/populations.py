@@ -8,8 +8,8 @@ PARTS = [jnp.asarray(X[:20]), jnp.asarray(X[20:])]
 
 
 def stranger(path: str, kind: str) -> str:
-    """The words for a module that keeps a mean and a variance, and is no batch norm."""
+    """The message about an unknown module that keeps a mean and a variance."""
     return (
-        f"'{path}' ({kind}) keep a mean and a variance, but are neither bnjax's nor Flax's batch "
-        "norms, nor subclasses of these"
+        f"'{path}' ({kind}) keep a mean and a variance, but are not batch norms of bnjax or Flax, "
+        f"or subclasses of these"
     )
