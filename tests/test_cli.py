@@ -253,7 +253,7 @@ def test_convert_takes_an_nnx_state_on_either_side_of_like(tmp_path, suffix):
         ),
         (
             ["--like", "flax.msgpack"],
-            "PyTorch's state dict and the `variables` do not fit, so nothing was converted.",
+            "The PyTorch state dict and `variables` do not match, so nothing was converted.",
         ),
     ],
 )
