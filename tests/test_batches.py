@@ -80,7 +80,7 @@ def test_a_training_step_takes_no_tuple():
 def test_what_a_model_takes_besides_x_goes_through_apply_kwargs(kwargs, problem):
     sentence = (
         f"The model is called with its inputs and with `apply_kwargs`, but Net.__call__() {problem}"
-        ". Give what it evaluates with, as in `apply_kwargs={'train': False}`."
+        ". Pass its evaluation arguments, as in `apply_kwargs={'train': False}`."
     )
     for tool in TOOLS.values():
         with refused(TypeError, sentence):

@@ -27,7 +27,7 @@ def test_a_lost_process_stops_the_run_and_resuming_gives_the_undisturbed_numbers
     killed = time.monotonic()
     output, _ = process.communicate()
     assert process.returncode == 1, output
-    assert "A process of this run was lost. Start it again with --resume" in output
+    assert "This run lost a process. Start the run again with --resume" in output
     assert time.monotonic() - killed < 60  # it stops, where a collective could wait for ever
     code, output = run(TRAIN, "--processes", "2", "--out", broken, "--resume", *settings)
     assert code == 0, output

@@ -373,7 +373,7 @@ def variables_fit(variables: Any, call: tuple[tuple, dict[str, Any]]) -> Iterato
             f"`variables` do not fit the model, or the model an input of shape {given}: {error}"
         ) from error
     except TypeError as error:
-        _missing(error, "Give what it evaluates with, as in `apply_kwargs={'train': False}`.")
+        _missing(error, "Pass its evaluation arguments, as in `apply_kwargs={'train': False}`.")
         raise
 
 
