@@ -168,11 +168,11 @@ def test_shards_load_from_their_index_or_folder(tmp_path, kind):
     [
         (
             lambda folder, index: (folder / "model-00002-of-00002.safetensors").unlink(),
-            "these shards are not beside it: model-00002-of-00002.safetensors. Copy them too.",
+            "these shards are missing: model-00002-of-00002.safetensors. Copy them to its folder.",
         ),
         (
             lambda folder, index: index.write_text('{"weight_map": {"a": "../other.safetensors"}}'),
-            "its shards must lie beside it, got ../other.safetensors.",
+            "its shards must be in its folder, got ../other.safetensors.",
         ),
         (
             lambda folder, index: index.write_text('{"weight_map": ["a"]}'),

@@ -97,7 +97,7 @@ def problems(layers: Sequence[Layer]) -> list[str]:
     if not layers:
         return [
             "no batch norm has running statistics: were they saved? Flax keeps them in the "
-            "collection `batch_stats`, beside `params`"
+            "collection `batch_stats`, not in `params`"
         ]
     return [f"{layer.name or 'top'}: {problem}" for layer in layers for problem in layer.problems]
 

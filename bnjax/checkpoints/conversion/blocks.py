@@ -72,7 +72,7 @@ class Block(NamedTuple):
 
 
 def groups(wanted: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
-    """The PyTorch layers with stacked arrays; `wanted` has its names with those to look for."""
+    """The PyTorch layers with stacked arrays; `wanted` maps PyTorch names to names to look for."""
     recurrent: dict[str, dict[str, str]] = defaultdict(dict)
     attention: dict[str, dict[str, str]] = defaultdict(dict)
     for key, name in wanted.items():
