@@ -1,5 +1,7 @@
 """Banks give the same as independent layers, each on its own examples."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,3 +180,20 @@ def test_a_static_bank_is_bit_for_bit_the_plain_function():
         np.testing.assert_array_equal(value[2], new[name])
         others = (np.delete(each, 2, 0) for each in (value, data.batch_stats[name]))
         np.testing.assert_array_equal(*others)
+
+
+@pytest.mark.parametrize("shape", [(256, 64), (64, 2, 2, 16), (16, 8, 8, 16)])
+def test_only_x_is_kept_for_the_backward_pass(shape):
+    """The statistics of each example may be as large as x."""
+    params, stats = bnjax.init(shape[-1], banks=2)
+    bank, x = jnp.arange(shape[0]) % 2, jnp.ones(shape)
+
+    @jax.jit
+    def pull(x: jax.Array) -> Any:
+        def step(params: Any, x: jax.Array) -> Any:
+            return bnjax.batch_norm(params, stats, x, bank=bank, mutable=True)
+
+        return jax.vjp(step, params, x, has_aux=True)[1]
+
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pull(x)))
+    assert kept < x.size + 20 * shape[-1] + 2 * shape[0]

@@ -214,16 +214,17 @@ def test_statistics_that_are_not_stacked_are_an_error(tree, axis, message):
 @pytest.mark.parametrize(
     ("size", "microbatches", "mesh", "by"),
     [
-        (30, 4, False, "4 micro-batches"),
-        (30, 1, True, "the 8 devices of the mesh (of this process)"),
-        (40, 2, True, "the 8 devices of the mesh (of this process) times 2 micro-batches"),
+        (30, 4, False, "4 (micro-batches)"),
+        (30, 1, True, "8 (local devices of the mesh)"),
+        (40, 2, True, "8 (local devices of the mesh) times 2 (micro-batches)"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_an_error(size, microbatches, mesh, by):
     options = {"mesh": a_mesh(AxisType.Auto)} if mesh else {}
     step = train_step(squared_error, microbatches=microbatches, **options)
     message = (
-        f"A training batch must divide by {by}, got {size} examples. Drop the last partial batch."
+        f"The size of a training batch must be divisible by {by}, got {size}. Drop the last "
+        "partial batch."
     )
     state = start(Net(TRAINED), images(0)["x"])
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}(\n|$)"):

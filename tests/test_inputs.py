@@ -329,7 +329,7 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "evaluate_without_a_step": (
         lambda: evaluate(loss, start(), BATCHES),  # pyright: ignore[reportArgumentType]
         TypeError,
-        "`step` must be what eval_step returned: evaluate(eval_step(loss_fn), state, batches), got "
+        "`step` must come from eval_step, as in evaluate(eval_step(loss_fn), state, batches), got "
         "loss.",
     ),
     "three_values": (
@@ -346,7 +346,7 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
 }
 wrong: Any
 for wrong in (0, -1, 2.0, True):
-    message = f"`microbatches` must be an int of 1 or more, got {wrong!r}. 1 takes the "
+    message = f"`microbatches` must be an int of 1 or more, got {wrong!r}. Pass 1 to run the "
     message += "batch as a whole."
     call: Any = functools.partial(train_step, loss, microbatches=wrong)
     MISTAKES[f"microbatches_{wrong}"] = (call, ValueError, message)

@@ -48,7 +48,7 @@ class Compiled:
         self._compiled = jax.jit(step, donate_argnums=0 if donate else (), **shard)
 
     def __call__(self, state: Any, batch: Any) -> Any:
-        """Run it."""
+        """Run the step."""
         batch, layout = self.layout.named(batch), self.layout
         checks.not_donated(state)
         devices = 1 if self._mesh is None else len(self._mesh.local_devices)

@@ -1,4 +1,4 @@
-"""Mistakes in calls of layers and tools, with what is said to each."""
+"""Mistakes in calls of layers and tools, with the error that each raises."""
 
 import jax
 from flax import linen as nn

@@ -1,4 +1,4 @@
-"""Names and arguments that there are not, with what is said to each."""
+"""Unknown names and arguments, with the error that each raises."""
 
 from flax import nnx
 
