@@ -156,7 +156,7 @@ def test_training_on_a_users_images(tmp_path):
     ("content", "message"),
     [
         (b"no archive", "Cannot read "),
-        ({"images": np.ones((30, 8, 8))}, r"misses \['labels'\]"),
+        ({"images": np.ones((30, 8, 8))}, r"lacks \['labels'\]"),
         ({"images": np.ones((30, 8)), "labels": np.ones(30, int)}, r"got images float64\(30, 8\)"),
         ({"images": np.ones((30, 8, 8)), "labels": np.ones(30)}, "and labels float64"),
         ({"images": np.ones((9, 8, 8)), "labels": np.ones(9, int)}, "at least 20 images"),
@@ -176,8 +176,7 @@ def test_invalid_data_files_are_errors(tmp_path, monkeypatch, content, message):
         path.write_bytes(content)
     else:
         np.savez(path, **content)
-    with pytest.raises(
-        ValueError, match=rf"^(Cannot read )?{re.escape(str(path))}.*|{message}"
-    ) as error:
+    start = r"^(Cannot read |Cannot train on )?"
+    with pytest.raises(ValueError, match=start + re.escape(str(path))) as error:
         load(path)
     assert re.search(message, str(error.value))
