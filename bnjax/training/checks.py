@@ -89,10 +89,17 @@ def train_state(state: Any) -> None:
             "`state` must be a TrainState, got an nnx model. Train and evaluate that with "
             "bnjax.nnx.train_step and bnjax.nnx.eval_step."
         )
+    kind = type(state).__name__
     if not hasattr(state, "apply_fn"):
         raise TypeError(
-            f"`state` must be a TrainState, got {type(state).__name__}. Make it by state = "
+            f"`state` must be a TrainState, got {kind}. Make it by state = "
             "bnjax.training.init_state(model, tx, key, x)."
+        )
+    if not hasattr(state, "rejected"):
+        raise TypeError(
+            f"`state` must be a bnjax.training.TrainState, got {kind}, which is Flax's. Make it by "
+            "state = bnjax.training.init_state(model, tx, key, x); fields of your own go into a "
+            "subclass of bnjax.training.TrainState."
         )
 
 
