@@ -139,6 +139,31 @@ def test_a_diagnosis_has_each_bank_by_its_name():
     assert {finding.layers for finding in report.findings} == {("bn[noisy]",)}
 
 
+def test_a_diagnosis_says_nothing_of_banks_without_examples():
+    net = Net(settings=(("banks", NAMES),))
+    variables = net.init(jax.random.key(1), X)
+    with bnjax.bank("clean"):
+        variables = bnjax.recalibrate(net, variables, [X])
+        report = bnjax.diagnose(net, variables, [X] * 3)
+    assert report.healthy
+    assert [row["values"] for row in report.layers] == [256, 0]
+    with bnjax.bank("noisy"):
+        (finding,) = bnjax.diagnose(net, variables, [X] * 3).findings
+    assert (finding.kind, finding.layer) == ("never updated", "bn[noisy]")
+    assert finding.cause == "The training had no examples of these banks, but of others."
+    assert finding.repair == "variables = bnjax.recalibrate(model, variables, batches)"
+
+
+def test_a_diagnosis_adds_the_scales_of_banks_to_shared_ones():
+    net = Net(settings=(("banks", NAMES), ("affine", "both")))
+    batches = [{"x": X, "bank": BANK}] * 4
+    variables = bnjax.recalibrate(net, net.init(jax.random.key(1), X), batches)
+    scales = {"scale": jnp.array([1.0, 2, 3]), "bank_scale": jnp.zeros((2, 3)).at[1, 0].set(-1)}
+    params = {**variables["params"], "bn": {**variables["params"]["bn"], **scales}}
+    (finding,) = bnjax.diagnose(net, {**variables, "params": params}, batches).findings
+    assert (finding.kind, finding.layers) == ("dead channels", ("bn[noisy]",))
+
+
 def test_a_diagnosis_tells_renormalization_at_its_limits():
     net = Net(settings=(("using", policies.Renorm(1.05, 0.05)),))
     keys = jax.random.split(jax.random.key(2), 16)

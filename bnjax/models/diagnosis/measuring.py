@@ -56,6 +56,11 @@ class Layer:
         return checks.where([self.path])
 
     @property
+    def absent(self) -> bool:
+        """Whether it is a bank of which there was no example."""
+        return self.kind.banks is not None and not self.kind.frozen and not self.values
+
+    @property
     def std(self) -> np.ndarray:
         """The divisor in training: the square root of the batches' variance plus eps."""
         return np.sqrt(self.batch_var + self.kind.eps)
@@ -270,9 +275,11 @@ class _Run:
         def wide(array: np.ndarray) -> np.ndarray:
             return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64).ravel()
 
-        stats, scale, kind = held("batch_stats"), held("params").get("scale"), self.kinds[path]
+        stats, params, kind = held("batch_stats"), held("params"), self.kinds[path]
+        scale = params.get("scale")
         if bank is not None:
             scale = scale[bank] if scale is not None and scale.ndim == stats["mean"].ndim else scale
+            scale = scale + params["bank_scale"][bank] if "bank_scale" in params else scale
             stats = {name: value[bank] for name, value in stats.items()}
         return Layer(
             path="/".join(path) + _label(kind, bank),
