@@ -15,6 +15,9 @@ from jax.sharding import Mesh
 from bnjax._names import nearest
 from bnjax._words import number_of
 from bnjax.core.checks import POOLED as POOLED
+from bnjax.core.checks import axis_of_banks as axis_of_banks
+from bnjax.core.checks import bank_of_examples as bank_of_examples
+from bnjax.core.checks import copies as copies
 from bnjax.core.checks import feature_axes as feature_axes
 from bnjax.core.checks import given as given
 from bnjax.core.checks import mask as mask
@@ -371,22 +374,11 @@ def variables_fit(variables: Any, call: tuple[tuple, dict[str, Any]]) -> Iterato
         given = jax.tree.map(jnp.shape, x)
         raise ValueError(
             f"`variables` do not fit the model, or the model an input of shape {given}: {error}"
-            f"{_replicated(variables)}"
+            f"{copies(variables)}"
         ) from error
     except TypeError as error:
         _missing(error, "Give what it evaluates with, as in `apply_kwargs={'train': False}`.")
         raise
-
-
-def _replicated(variables: Any) -> str:
-    """A hint, if all arrays have one leading axis, as copies for `pmap` do."""
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(variables)}
-    if len(sizes) > 1 or () in sizes:
-        return ""
-    return (
-        f" Each array has a leading axis of {sizes.pop()[0]}, as copies of `pmap` do: pass one, as "
-        "flax.jax_utils.unreplicate(variables)."
-    )
 
 
 @contextlib.contextmanager
