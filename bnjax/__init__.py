@@ -5,6 +5,7 @@ Layers
     nnx.BatchNorm2d, nnx.BatchNorm1d, ...    the same for nnx
     linen.BatchNorm, nnx.BatchNorm          drop-ins for Flax's own layers
     ConditionalBatchNorm2d                  a scale and a bias for each class
+    ConditionalBatchNorm1d, ConditionalBatchNorm3d
     init, batch_norm                        two pure functions on dicts of arrays
     policies                                which statistics to normalize with: `using=`
 

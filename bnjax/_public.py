@@ -5,7 +5,14 @@ from bnjax.checkpoints.conversion import from_torch, to_torch, torch_outputs
 from bnjax.checkpoints.files import load, save
 from bnjax.core.batch_norm import batch_norm, init
 from bnjax.core.moments import remat_policy
-from bnjax.linen import BatchNorm1d, BatchNorm2d, BatchNorm3d, ConditionalBatchNorm2d
+from bnjax.linen import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    ConditionalBatchNorm1d,
+    ConditionalBatchNorm2d,
+    ConditionalBatchNorm3d,
+)
 from bnjax.masks import decay_mask, trainable_labels
 from bnjax.models.banks import bank, select_bank, to_banks
 from bnjax.models.diagnosis import diagnose
@@ -19,7 +26,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ConditionalBatchNorm1d",
     "ConditionalBatchNorm2d",
+    "ConditionalBatchNorm3d",
     "bank",
     "batch_norm",
     "decay_mask",

@@ -91,7 +91,7 @@ BANKS = (
         "without banks in the core",
         core(PLAIN, bank=1),
         "`bank` chooses among several sets of statistics, got 1, but `batch_stats` keeps one set, "
-        "or none. Make it by bnjax.init(..., banks=2), or leave `bank` out.",
+        "or none. Create it with bnjax.init(..., banks=2), or omit `bank`.",
     ),
     Mistake(
         "a float",

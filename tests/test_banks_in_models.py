@@ -300,3 +300,24 @@ def test_without_a_bank_the_error_names_the_layer_that_needs_one():
     )
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}"):
         net.apply(variables, ROWS)
+
+
+@pytest.mark.parametrize("bank", ["dark", [0, 1, 2], ("dark", "clean")])
+def test_names_and_lists_in_a_batch_are_refused(bank):
+    net, variables, batch = Net(), variables_of(), {"x": X, "bank": bank}
+    state = init_state(net, optax.sgd(0.1), jax.random.key(0), X)
+    name = "dark" if bank == "dark" else "target"
+    message = (
+        "The `bank` of a batch must be a number or an array of int32, one for each example, got "
+        f"{bank!r}. Convert it, as in np.array(bank), or give a name for all examples: `with "
+        f'bnjax.bank("{name}"):` around the call.'
+    )
+    loss = lambda outputs, batch: jnp.mean(outputs**2)  # noqa: E731
+    for call in (
+        lambda: bnjax.recalibrate(net, variables, [batch]),
+        lambda: bnjax.diagnose(net, variables, [batch]),
+        lambda: train_step(loss)(state, batch),
+        lambda: eval_step(loss)(state, batch),
+    ):
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            call()

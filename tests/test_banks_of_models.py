@@ -139,6 +139,85 @@ def test_a_diagnosis_lists_each_bank_by_name():
     assert {finding.layers for finding in report.findings} == {("bn[noisy]",)}
 
 
+class Block(nn.Module):
+    settings: tuple = ()
+
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(bnjax.BatchNorm1d(3, name="bn", **dict(self.settings))(x)), None
+
+
+class Stack(nn.Module):
+    """Batch norms in a loop, whose statistics nn.scan stacks."""
+
+    length: int
+    settings: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        axes: Any = {"params": 0, "batch_stats": 0}
+        loop = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=self.length)
+        return loop(self.settings, name="blocks")(x, None)[0]
+
+
+@pytest.mark.parametrize("length", [3, 2])  # 2 banks as well
+@pytest.mark.parametrize("affine", [True, "own", "both"])
+def test_a_bank_of_stacked_layers_is_taken_out(length, affine):
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    net = Stack(length, (("banks", 2), ("affine", affine), ("momentum", None)))
+    variables = trained_on(net, x)
+    one = bnjax.select_bank(variables, 1, banks=2)
+    with bnjax.bank(1):
+        expected = net.apply(variables, x)
+    np.testing.assert_array_equal(Stack(length, (("momentum", None),)).apply(one, x), expected)
+
+
+def trained_on(net: Any, x: Any) -> Any:
+    with bnjax.bank(0):
+        variables = net.init(jax.random.key(1), x)
+    return jax.tree.map(
+        lambda a: (a + jnp.arange(a.size).reshape(a.shape) / 8).astype(a.dtype), variables
+    )
+
+
+def test_a_diagnosis_tells_the_banks_of_stacked_layers_apart():
+    x, bank = jax.random.normal(jax.random.key(0), (64, 3)) * 2 + 1, np.arange(64) % 2
+    net = Stack(3, (("banks", NAMES),))
+    batches = [{"x": x, "bank": bank}] * 3
+    with bnjax.bank(0):
+        variables = net.init(jax.random.key(1), x)
+    variables = bnjax.recalibrate(net, variables, batches)
+    assert bnjax.diagnose(net, variables, batches).healthy
+    lost = jax.tree.map(lambda a: a.at[:, 1].set(9), variables["batch_stats"])
+    report = bnjax.diagnose(net, {**variables, "batch_stats": lost}, batches)
+    assert {path for each in report.findings for path in each.layers} == {"blocks/bn[noisy]"}
+
+
+def test_a_diagnosis_says_nothing_of_banks_without_examples():
+    net = Net(settings=(("banks", NAMES),))
+    variables = net.init(jax.random.key(1), X)
+    with bnjax.bank("clean"):
+        variables = bnjax.recalibrate(net, variables, [X])
+        report = bnjax.diagnose(net, variables, [X] * 3)
+    assert report.healthy
+    assert [row["values"] for row in report.layers] == [256, 0]
+    with bnjax.bank("noisy"):
+        (finding,) = bnjax.diagnose(net, variables, [X] * 3).findings
+    assert (finding.kind, finding.layer) == ("never updated", "bn[noisy]")
+    assert finding.cause == "The training had no examples of these banks, but of others."
+    assert finding.repair == "variables = bnjax.recalibrate(model, variables, batches)"
+
+
+def test_a_diagnosis_adds_the_scales_of_banks_to_shared_ones():
+    net = Net(settings=(("banks", NAMES), ("affine", "both")))
+    batches = [{"x": X, "bank": BANK}] * 4
+    variables = bnjax.recalibrate(net, net.init(jax.random.key(1), X), batches)
+    scales = {"scale": jnp.array([1.0, 2, 3]), "bank_scale": jnp.zeros((2, 3)).at[1, 0].set(-1)}
+    params = {**variables["params"], "bn": {**variables["params"]["bn"], **scales}}
+    (finding,) = bnjax.diagnose(net, {**variables, "params": params}, batches).findings
+    assert (finding.kind, finding.layers) == ("dead channels", ("bn[noisy]",))
+
+
 def test_a_diagnosis_finds_renormalization_at_its_limits():
     net = Net(settings=(("using", policies.Renorm(1.05, 0.05)),))
     keys = jax.random.split(jax.random.key(2), 16)
@@ -214,6 +293,7 @@ def test_a_conditional_norm_is_not_folded_but_reported():
 
 
 BANKS = {"batch_stats": {"bn": {"mean": jnp.zeros((2, 3)), "var": jnp.ones((2, 3))}}}
+STACK = jnp.zeros((5, 2, 3))
 PLAIN = {"batch_stats": {"bn": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
 
 
@@ -223,7 +303,12 @@ PLAIN = {"batch_stats": {"bn": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
         (
             lambda: bnjax.to_banks(BANKS, 2),
             "The batch norm at 'bn' has statistics with 2 axes: it has banks already, or several "
-            "feature axes. Leave it out by `paths`.",
+            "feature axes, or is stacked by nn.scan or vmap. Leave it out by `paths`.",
+        ),
+        (
+            lambda: bnjax.select_bank({"batch_stats": {"bn": {"mean": STACK, "var": STACK}}}, 0),
+            "Which axis are the banks of the batch norm at 'bn', which has statistics of shape "
+            "(5, 2, 3)? Pass their number, as in banks=2.",
         ),
         (
             lambda: bnjax.to_banks(PLAIN, ("a", "a")),

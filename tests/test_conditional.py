@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 import bnjax
-import bnjax.linen
 
 pytest.importorskip("torch")
 
@@ -18,9 +17,9 @@ import torch
 
 CLASSES = np.array([0, 2, 1, 0, 2, 2, 3, 3])
 KINDS = {
-    "1d": ((8, 4), bnjax.linen.ConditionalBatchNorm1d, torch.nn.BatchNorm1d),
+    "1d": ((8, 4), bnjax.ConditionalBatchNorm1d, torch.nn.BatchNorm1d),
     "2d": ((8, 5, 6, 4), bnjax.ConditionalBatchNorm2d, torch.nn.BatchNorm2d),
-    "3d": ((8, 3, 4, 2, 4), bnjax.linen.ConditionalBatchNorm3d, torch.nn.BatchNorm3d),
+    "3d": ((8, 3, 4, 2, 4), bnjax.ConditionalBatchNorm3d, torch.nn.BatchNorm3d),
 }
 
 

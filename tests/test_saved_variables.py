@@ -1,5 +1,6 @@
 """The tools take what a training has saved, and find the variables of the model in it."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from flax import nnx, serialization
+from flax import nnx, serialization, struct
+from flax.core import freeze, unfreeze
 
 import bnjax
 from bnjax.checkpoints import inspection
@@ -57,6 +59,61 @@ def test_the_variables_are_found_and_nothing_else(way):
     chex.assert_trees_all_equal(recalibrated, bnjax.recalibrate(Net(), expected, [X]))
     assert bnjax.diagnose(Net(), ways()[way], [X]).findings[0].kind == "never updated"
     assert [row.name for row in inspection.inspect(ways()[way])] == ["bn"]
+
+
+@struct.dataclass
+class OfClu:
+    step: int
+    params: Any
+    model_state: Any
+
+
+@dataclasses.dataclass
+class Holder:
+    variables: Any
+
+
+@pytest.mark.parametrize("name", ["model_state", "extra_vars", "mutable", "params"])
+def test_statistics_inside_another_entry_of_a_state_are_found(name):
+    expected = trained().variables
+    rest = {k: tree for k, tree in expected.items() if k != "params"}
+    frozen = {k: freeze(tree) for k, tree in rest.items()}
+    states: list[Any] = [{"params": expected, "step": 3, "opt_state": ()}]
+    kept: dict[str, Any] = {"params": expected["params"], "ema_params": expected["params"]}
+    if name != "params":
+        states = [{**kept, name: rest}, {**kept, name: freeze(frozen)}]
+    if name == "model_state":
+        states += [OfClu(3, expected["params"], rest), {"train": {**kept, name: rest}}]
+    for state in (*states, Holder(expected)):
+        held = {"params", "batch_stats", "codebook"}
+        assert {*variables_in(state)} - {"ema_params"} == held
+        chex.assert_trees_all_equal(
+            unfreeze(variables_in(state)["batch_stats"]), rest["batch_stats"]
+        )
+        chex.assert_trees_all_equal(
+            unfreeze(bnjax.recalibrate(Net(), state, [X])["batch_stats"]),
+            bnjax.recalibrate(Net(), expected, [X])["batch_stats"],
+        )
+
+
+def test_two_sets_of_statistics_beside_one_of_parameters_are_not_guessed():
+    stats = {"batch_stats": trained().variables["batch_stats"]}
+    held = {"params": trained().params, "model_state": stats, "average": stats}
+    message = "`variables` must be a dict with the collection `batch_stats`"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        bnjax.recalibrate(Net(), held, [X])
+
+
+def test_copies_for_pmap_are_told():
+    copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), trained().variables)
+    message = "Each array has a leading axis of 4, as copies of `pmap` do: pass one, as "
+    message += "flax.jax_utils.unreplicate(variables)."
+    for tool in (
+        lambda: bnjax.recalibrate(Net(), copies, [X]),
+        lambda: bnjax.fold(Net(), copies, X),
+    ):
+        with pytest.raises(ValueError, match=f" {re.escape(message)}$"):
+            tool()
 
 
 def test_variables_alone_are_the_same_object():

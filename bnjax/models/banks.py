@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bnjax import globs
 from bnjax.core.checks import (
     POOLED,
+    axis_of_banks,
     bank_names,
     no_banks_yet,
     one_bank,
@@ -136,7 +137,8 @@ def select_bank(
         variables: a dict of linen variables or an `nnx.State`.
         bank: the name or number of a bank.
         banks: the names of all banks, or their number; needed if no layer or `to_banks` in this
-            program has used the name, or if layers without banks have statistics with several axes.
+            program has used the name, or if there are statistics with more axes, as of layers that
+            nn.scan stacks.
         paths: which batch norms, as a glob over module paths or several; those without banks are
             left unchanged.
 
@@ -156,18 +158,20 @@ def select_bank(
 
     def chosen(path: str, arrays: Arrays) -> Arrays:
         shape = jnp.shape(arrays["mean"])
-        if len(shape) < 2 or (names is not None and shape[0] != len(names)):
+        number = len(names) if names is not None else None
+        axis = axis_of_banks(shape, number, path)
+        if axis is None:
             return arrays
         found.append(path)
-        index = one_bank(bank, shape[0], names, named_banks, path)
+        at = (slice(None),) * axis + (one_bank(bank, shape[axis], names, named_banks, path),)
         new = {}
         for name, value in arrays.items():
             if name.startswith("bank_"):
                 continue
             own = jnp.ndim(value) == len(shape) or name == "count"
-            new[name] = value[index] if own else value
+            new[name] = value[at] if own else value
             if f"bank_{name}" in arrays:
-                new[name] = value + arrays[f"bank_{name}"][index]
+                new[name] = value + arrays[f"bank_{name}"][at]
         return new
 
     new = _map(chosen, variables, paths)

@@ -65,6 +65,8 @@ class Layout:
             checks.per_example(batch, self.per_example, self.size(batch))
         if "mask" in batch:
             checks.mask_of_examples(batch["mask"], self.size(batch))
+        if "bank" in batch:
+            checks.bank_of_examples(batch["bank"])
         return batch
 
     def call(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -15,6 +15,9 @@ from jax.sharding import Mesh
 from bnjax._names import nearest
 from bnjax._words import number_of
 from bnjax.core.checks import POOLED as POOLED
+from bnjax.core.checks import axis_of_banks as axis_of_banks
+from bnjax.core.checks import bank_of_examples as bank_of_examples
+from bnjax.core.checks import copies as copies
 from bnjax.core.checks import feature_axes as feature_axes
 from bnjax.core.checks import given as given
 from bnjax.core.checks import mask as mask
@@ -370,6 +373,7 @@ def variables_fit(variables: Any, call: tuple[tuple, dict[str, Any]]) -> Iterato
         given = jax.tree.map(jnp.shape, x)
         raise ValueError(
             f"`variables` or an input of shape {given} do not fit the model: {error}"
+            f"{copies(variables)}"
         ) from error
     except TypeError as error:
         _missing(error, "Pass its evaluation arguments, as in `apply_kwargs={'train': False}`.")

@@ -12,6 +12,8 @@ MODEL = ("params", "batch_stats")
 # What is usually saved next to them. Entries that are not dicts are not collections either.
 TRAINING = ("opt_state", "optimizer", "step", "rng", "loss_scale", "dynamic_scale", "ema_params")
 
+_OF_STATES = ("params", "variables")  # a dataclass with one of these is a state, not a model
+
 
 def variables_in(tree: Any) -> Any:
     """The variables of the only linen model in a tree; the tree itself if there is not just one."""
@@ -21,7 +23,7 @@ def variables_in(tree: Any) -> Any:
 
 def linen(tree: Any, path: str = "") -> dict[str, Any]:
     """The variables of each linen model in a tree, by path; not those inside other variables."""
-    held = parts(tree)
+    held = _together(parts(tree))
     if not any(_has_arrays(held[name]) for name in MODEL if name in held):
         inner = ((f"{path}/{key}" if path else str(key), part) for key, part in held.items())
         return {name: found for each in inner for name, found in linen(each[1], each[0]).items()}
@@ -41,6 +43,24 @@ def linen(tree: Any, path: str = "") -> dict[str, Any]:
     return {path: tree if is_plain and not others else {**mine, **others}}
 
 
+def _together(held: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The parts of a state, with nested statistics moved next to the parameters.
+
+    Some training loops keep all variables in `params`, others all collections in `model_state`.
+    """
+    if "params" not in held or "batch_stats" in held:
+        return held
+    params = parts(held["params"])
+    inside = {"params": params} if "params" in params else {}
+    inside |= {
+        name: parts(part) for name, part in held.items() if name not in ("params", *TRAINING)
+    }
+    found = [name for name, part in inside.items() if _has_arrays(part.get("batch_stats", 0))]
+    if len(found) != 1:
+        return held
+    return {**{k: part for k, part in held.items() if k != found[0]}, **inside[found[0]]}
+
+
 def parts(tree: Any) -> Mapping[Any, Any]:
     """The children of a tree by name; a leaf has none."""
     if type(tree) is dict:
@@ -52,7 +72,7 @@ def parts(tree: Any) -> Mapping[Any, Any]:
         tree = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
     if isinstance(tree, Mapping):
         return tree
-    if dataclasses.is_dataclass(tree) and hasattr(tree, "params"):
+    if dataclasses.is_dataclass(tree) and any(hasattr(tree, name) for name in _OF_STATES):
         return {each.name: getattr(tree, each.name) for each in dataclasses.fields(tree)}
     if as_dict := getattr(tree, "_asdict", None):  # a named tuple
         return as_dict()

@@ -89,10 +89,17 @@ def train_state(state: Any) -> None:
             "`state` must be a TrainState, got an nnx model. Use bnjax.nnx.train_step and "
             "bnjax.nnx.eval_step for nnx models."
         )
+    kind = type(state).__name__
     if not hasattr(state, "apply_fn"):
         raise TypeError(
-            f"`state` must be a TrainState, got {type(state).__name__}. Create it with state = "
+            f"`state` must be a TrainState, got {kind}. Create it with state = "
             "bnjax.training.init_state(model, tx, key, x)."
+        )
+    if not hasattr(state, "rejected"):
+        raise TypeError(
+            f"`state` must be a bnjax.training.TrainState, got another {kind}. Create it with "
+            "state = bnjax.training.init_state(model, tx, key, x), and add fields of your own in a "
+            "subclass of bnjax.training.TrainState."
         )
 
 

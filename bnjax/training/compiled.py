@@ -21,6 +21,8 @@ class Compiled:
         microbatches: how many parts a batch is split into; 0 in evaluation, where batches are
             padded.
         donate: reuse the memory of the state.
+        met: what the step records of its batch norms.
+        check: raises an error for a state of another kind.
 
     Attributes:
         layout: the layout of the batches.
@@ -36,9 +38,11 @@ class Compiled:
         microbatches: int = 0,
         donate: bool = False,
         met: Mapping[str, Met] | None = None,
+        check: Callable[[Any], None] | None = None,
     ) -> None:
         self.layout, self._microbatches = batches, microbatches
         self.met = {} if met is None else met
+        self._check = check
         self._mesh, self._shardings, shard = mesh, None, {}
         if mesh is not None:
             checks.mesh(mesh)
@@ -49,6 +53,8 @@ class Compiled:
 
     def __call__(self, state: Any, batch: Any) -> Any:
         """Run the step."""
+        if self._check is not None:
+            self._check(state)
         batch, layout = self.layout.named(batch), self.layout
         checks.not_donated(state)
         devices = 1 if self._mesh is None else len(self._mesh.local_devices)

@@ -87,9 +87,8 @@ def train_step(
     step = functools.partial(
         _step, objective, globs.as_tuple(frozen), checks.without_mutable(apply_kwargs)
     )
-    return Compiled(
-        step, batches, mesh, microbatches=microbatches, donate=donate, met=objective.met
-    )
+    options = {"microbatches": microbatches, "donate": donate, "met": objective.met}
+    return Compiled(step, batches, mesh, check=checks.train_state, **options)
 
 
 def _step(
@@ -100,7 +99,6 @@ def _step(
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """The state after a step, and its metrics."""
-    checks.train_state(state)
     kwargs = dict(apply_kwargs)
     streams = kwargs.pop("rngs", {})
     collections = {"batch_stats": state.batch_stats, **state.collections}
@@ -160,15 +158,13 @@ def eval_step(
     batches, options = layout(inputs, per_example), dict(apply_kwargs or {})
 
     def step(state: TrainState, batch: Batch) -> Totals:
-        checks.train_state(state)
-
         def forward(*args: Any, **kwargs: Any) -> Any:
             outputs = state.apply_fn(state.variables, *args, **kwargs, **options)
             return outputs[0] if options.get("mutable") else outputs
 
         return evaluated(loss_fn, batches, forward, batch)
 
-    return Compiled(step, batches, mesh)
+    return Compiled(step, batches, mesh, check=checks.train_state)
 
 
 def evaluate(

@@ -1,7 +1,11 @@
 """Mistakes in training and evaluation, with the error that each raises."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import optax
+from flax.training import train_state
 
 from tests.support.mistaken_models import (
     NET,
@@ -18,6 +22,20 @@ from tests.support.mistaken_models import (
     used,
 )
 from tests.support.mistakes import KEY, NC, PARAMS, VARIABLES, Mistake
+
+
+@dataclasses.dataclass
+class Mine:
+    """A state of the user's own."""
+
+    params: dict = dataclasses.field(default_factory=lambda: VARIABLES["params"])
+
+
+def state_of_flax() -> Any:
+    """A state without statistics."""
+    tx, params = optax.sgd(0.1), VARIABLES["params"]
+    return train_state.TrainState.create(apply_fn=NET.apply, params=params, tx=tx)
+
 
 TRAINING = (
     Mistake(
@@ -149,6 +167,21 @@ TRAINING = (
         lambda: training.train_step(loss_fn)(VARIABLES, {"x": NC}),
         "`state` must be a TrainState, got dict. Create it with state = "
         "bnjax.training.init_state(model, tx, key, x).",
+        TypeError,
+    ),
+    Mistake(
+        "a dataclass that is no pytree as a state",
+        lambda: training.train_step(loss_fn)(Mine(), {"x": NC}),
+        "`state` must be a TrainState, got Mine. Create it with state = "
+        "bnjax.training.init_state(model, tx, key, x).",
+        TypeError,
+    ),
+    Mistake(
+        "a state of Flax",
+        lambda: training.train_step(loss_fn)(state_of_flax(), {"x": NC}),
+        "`state` must be a bnjax.training.TrainState, got another TrainState. Create it with state "
+        "= bnjax.training.init_state(model, tx, key, x), and add fields of your own in a subclass "
+        "of bnjax.training.TrainState.",
         TypeError,
     ),
     Mistake(

@@ -4,16 +4,18 @@ Each message says what was expected, what came, and the likely fix.
 """
 
 from bnjax.core.checks.banks import (
+    axis_of_banks,
     bank,
     bank_by_name,
     bank_names,
+    bank_of_examples,
     no_bank,
     no_banks_yet,
     number_of_banks,
     one_bank,
     some_banks,
 )
-from bnjax.core.checks.collections import POOLED, held, present, shapes, trees, where
+from bnjax.core.checks.collections import POOLED, copies, held, present, shapes, trees, where
 from bnjax.core.checks.inputs import (
     affine_of_examples,
     classes,
@@ -50,10 +52,13 @@ from bnjax.core.checks.settings import (
 __all__ = [
     "POOLED",
     "affine_of_examples",
+    "axis_of_banks",
     "bank",
     "bank_by_name",
     "bank_names",
+    "bank_of_examples",
     "classes",
+    "copies",
     "correction",
     "devices",
     "eps",

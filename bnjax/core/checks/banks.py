@@ -88,7 +88,7 @@ def bank(
     if banks is None:
         raise ValueError(
             f"`bank` chooses among several sets of statistics, got {value!r}, but `batch_stats` "
-            "keeps one set, or none. Make it by bnjax.init(..., banks=2), or leave `bank` out."
+            "keeps one set, or none. Create it with bnjax.init(..., banks=2), or omit `bank`."
         )
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -117,12 +117,25 @@ def bank(
     return jnp.asarray(array, jnp.int32), banks
 
 
+def bank_of_examples(bank: Any) -> None:
+    """Check the bank in a batch, which is passed to a compiled program."""
+    listed = isinstance(bank, list | tuple) and all(isinstance(each, str | int) for each in bank)
+    if isinstance(bank, str) or listed:
+        name = bank if isinstance(bank, str) else "target"
+        raise TypeError(
+            "The `bank` of a batch must be a number or an array of int32, one for each example, "
+            f"got {bank!r}. Convert it, as in np.array(bank), or give a name for all examples: "
+            f'`with bnjax.bank("{name}"):` around the call.'
+        )
+
+
 def no_banks_yet(ndim: int, path: str) -> None:
     """Check that a layer to which banks are added has a single set of statistics."""
     if ndim > 1:
         raise ValueError(
             f"The batch norm at {where([path])} has statistics with {ndim} axes: it has banks "
-            "already, or several feature axes. Leave it out by `paths`."
+            "already, or several feature axes, or is stacked by nn.scan or vmap. Leave it out by "
+            "`paths`."
         )
 
 
@@ -156,6 +169,22 @@ def one_bank(
             f"banks=({bank!r}, 'other'), or the number of the bank."
         )
     return found.pop()
+
+
+def axis_of_banks(shape: tuple[int, ...], banks: int | None, path: str) -> int | None:
+    """The axis of the banks in statistics of this shape; None if there is none.
+
+    Layers that are stacked, as by nn.scan, have other axes before it.
+    """
+    if len(shape) < 2 or banks is None:
+        if len(shape) > 2:
+            raise ValueError(
+                f"Which axis are the banks of the batch norm at {where([path])}, which has "
+                f"statistics of shape {shape}? Pass their number, as in banks={shape[-2]}."
+            )
+        return 0 if len(shape) == 2 else None
+    found = [axis for axis, size in enumerate(shape[:-1]) if size == banks]
+    return found[-1] if found else None
 
 
 def some_banks(some: bool) -> None:

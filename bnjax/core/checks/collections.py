@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from bnjax.core.repairs import COUNT, other_keys
@@ -105,3 +106,14 @@ def present(names: Collection[str], held: Collection[str]) -> None:
             f"The layer must have the statistics {sorted(names)}, but {missing} are gone, as after "
             "`nnx.pop(model, nnx.BatchStat)`. Put them back with `nnx.update(model, statistics)`."
         )
+
+
+def copies(variables: Any) -> str:
+    """A hint, if all arrays have one leading axis, as copies for `pmap` do."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(variables)}
+    if len(sizes) > 1 or () in sizes:
+        return ""
+    return (
+        f" Each array has a leading axis of {sizes.pop()[0]}, as copies of `pmap` do: pass one, as "
+        "flax.jax_utils.unreplicate(variables)."
+    )

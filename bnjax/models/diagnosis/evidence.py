@@ -110,6 +110,11 @@ class Evidence:
         """The layers that ran in training and have finite statistics."""
         return tuple(x for x in self.measured.layers if x.compared)
 
+    @property
+    def present(self) -> tuple[Layer, ...]:
+        """The layers without banks that no example belonged to."""
+        return tuple(x for x in self.measured.layers if not x.absent)
+
     def spread(self, layer: Layer) -> float:
         """How much the layer's statistics vary between batches; with one batch, by chance."""
         return layer.spread if self.measured.batches > 1 else self.chance
@@ -142,7 +147,7 @@ class Evidence:
     @property
     def suspect(self) -> bool:
         """Whether the loss or the record, rather than distances, show wrong statistics."""
-        lost = any(x.fresh or x.poisoned.any() for x in self.measured.layers)  # explains it
+        lost = any(x.fresh or x.poisoned.any() for x in self.present)  # explains it
         return self.same_weights is False or (self._worse("eval", "train") and not lost)
 
     @functools.cached_property

@@ -236,7 +236,7 @@ def batch_too_small(evidence: Evidence) -> Finding | None:
         # With one value per example, values are independent, and their number is enough.
         return layer.values > measured.examples and noise[layer.path] > NOISY
 
-    few = [x for x in measured.layers if x.values * larger <= FEW_VALUES or noisy(x)]
+    few = [x for x in evidence.present if x.values * larger <= FEW_VALUES or noisy(x)]
     unlike = evidence.unlike
     bad = [x for x in few if not x.kind.frozen and x not in unlike]
     if not bad:

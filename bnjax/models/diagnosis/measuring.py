@@ -16,6 +16,7 @@ from flax.core import meta
 from bnjax.layers.conventions import rows
 from bnjax.models import checks
 from bnjax.models.batches import Layout, LossFn
+from bnjax.models.diagnosis import passes as of_passes
 from bnjax.models.diagnosis.devices import readings
 from bnjax.models.diagnosis.passes import Kind, Passes, Seen, compare, passes_of
 from bnjax.models.freezing import batch_norms
@@ -54,6 +55,11 @@ class Layer:
     def where(self) -> str:
         """Its place in words."""
         return checks.where([self.path])
+
+    @property
+    def absent(self) -> bool:
+        """Whether it is a bank of which there was no example."""
+        return self.kind.banks is not None and not self.kind.frozen and not self.values
 
     @property
     def std(self) -> np.ndarray:
@@ -219,7 +225,8 @@ class _Run:
         layers: dict[Part, Seen] = {}
         for path, seen in found["layers"].items():
             for bank in _banks(self.kinds[path]):
-                layers[path, bank] = seen if bank is None else Seen(*(part[bank] for part in seen))
+                at = of_passes.place_of_bank(bank, np.shape(seen.mean), self.kinds[path])
+                layers[path, bank] = Seen(*(part[at] for part in seen))
         for path, bank in layers.keys() - self.sums:
             self.sums[path, bank] = _Sums(self.kinds[path].correction)
         if any([self.sums[part].lost_in(seen) for part, seen in layers.items()]):
@@ -270,10 +277,13 @@ class _Run:
         def wide(array: np.ndarray) -> np.ndarray:
             return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64).ravel()
 
-        stats, scale, kind = held("batch_stats"), held("params").get("scale"), self.kinds[path]
+        stats, params, kind = held("batch_stats"), held("params"), self.kinds[path]
+        scale = params.get("scale")
         if bank is not None:
-            scale = scale[bank] if scale is not None and scale.ndim == stats["mean"].ndim else scale
-            stats = {name: value[bank] for name, value in stats.items()}
+            at = of_passes.place_of_bank(bank, stats["mean"].shape, kind)
+            scale = scale[at] if scale is not None and scale.ndim == stats["mean"].ndim else scale
+            scale = scale + params["bank_scale"][at] if "bank_scale" in params else scale
+            stats = {name: value[at] for name, value in stats.items()}
         return Layer(
             path="/".join(path) + _label(kind, bank),
             kind=kind,

@@ -53,7 +53,7 @@ STALLED = 0.5
 
 def misfits(evidence: Evidence) -> list[Finding]:
     """Explain the layers whose running statistics are far from those of the batches."""
-    layers = evidence.measured.layers
+    layers = evidence.present
     fresh = [x for x in layers if x.fresh]
     others = [x for x in evidence.layers if x not in fresh]
     # Statistics merged from devices that disagree are estimates and fit no data exactly. Batches of
@@ -105,9 +105,12 @@ def stands_still(still: Sequence[Layer]) -> Finding:
 
 def never_updated(evidence: Evidence, fresh: Sequence[Layer], alone: bool) -> Finding:
     """Statistics that still have their initial values, in all layers or in some."""
-    worst, repairs, total = farthest(fresh), evidence.repairs, len(evidence.measured.layers)
+    worst, repairs, total = farthest(fresh), evidence.repairs, len(evidence.present)
     lost = f"the updates were thrown away: {repairs.thrown_away}."
-    if alone and _seen_to_evaluate(evidence, fresh):
+    unused = _unused(evidence, fresh)
+    if unused:
+        cause = "The training had no examples of these banks, but of others."
+    elif alone and _seen_to_evaluate(evidence, fresh):
         cause = "These layers evaluate while the model trains: its mode is not passed on to them."
     elif alone:
         cause = (
@@ -119,7 +122,7 @@ def never_updated(evidence: Evidence, fresh: Sequence[Layer], alone: bool) -> Fi
     else:
         cause = f"The model is new, or {lost} Pass `steps=` of the training to find out."
     return Finding(
-        "left in evaluation" if alone else "never updated",
+        "left in evaluation" if alone and not unused else "never updated",
         "error",
         worst.path,
         paths_of(fresh),
@@ -127,8 +130,14 @@ def never_updated(evidence: Evidence, fresh: Sequence[Layer], alone: bool) -> Fi
         f"{worst.distance:.2g} standard deviations away at {worst.where}.",
         {"layers": len(fresh), "distance": worst.distance},
         cause,
-        repairs.hand_on if alone else repairs.train,
+        repairs.recalibrate if unused else repairs.hand_on if alone else repairs.train,
     )
+
+
+def _unused(evidence: Evidence, fresh: Sequence[Layer]) -> bool:
+    """Whether these are banks of layers of which other banks have been updated."""
+    moved = {x.path.rpartition("[")[0] for x in evidence.measured.layers if not x.fresh}
+    return all(x.kind.banks is not None and x.path.rpartition("[")[0] in moved for x in fresh)
 
 
 def _seen_to_evaluate(evidence: Evidence, fresh: Sequence[Layer]) -> bool:
