@@ -197,3 +197,17 @@ def test_only_x_is_kept_for_the_backward_pass(shape):
 
     kept = sum(leaf.size for leaf in jax.tree.leaves(pull(x)))
     assert kept < x.size + 20 * shape[-1] + 2 * shape[0]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 4, 3), (6, 0, 3)])
+def test_an_empty_batch_has_gradients_and_moves_nothing(shape):
+    params, stats = bnjax.init(3, banks=2)
+    bank, x = jnp.zeros(shape[0], jnp.int32), jnp.zeros(shape)
+
+    def loss(params: Any, x: jax.Array) -> Any:
+        y, moved = bnjax.batch_norm(params, stats, x, bank=bank, mutable=True)
+        return jnp.sum(y), moved
+
+    (d_params, dx), moved = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+    assert dx.shape == shape
+    assert_close((d_params, moved), (jax.tree.map(jnp.zeros_like, params), stats), rtol=0)

@@ -158,7 +158,7 @@ def _added(values: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
     """Scatter-add each row to its bank."""
     size = bank.shape[0]
     # In chunks, because a sequential sum of thousands would lose precision.
-    chunks = -(-size // _CHUNK) if isinstance(size, int) else 1
+    chunks = max(1, -(-size // _CHUNK)) if isinstance(size, int) else 1
     place = jnp.where(is_there(bank, banks), bank, chunks * banks)
     if chunks > 1:
         place = place + np.arange(size, dtype=np.int32) // _CHUNK * banks
