@@ -14,7 +14,7 @@ def folder_of(path: Path) -> None:
 
 
 def hidden_beside(path: Path) -> Path:
-    """A unique hidden name beside a path, short however long the path's own name is."""
+    """A unique hidden name next to a path, short however long the path's own name is."""
     return path.with_name(f".{uuid.uuid4().hex}.tmp")
 
 

@@ -75,7 +75,7 @@ def plain(shown: Any, width: int) -> str:
 class Shown:
     """A report that shows as a table: plain as text, coloured in a terminal or a notebook.
 
-    Subclasses define `__rich__`, which returns the table, and may set `_width`, that of the text.
+    Subclasses define `__rich__`, which returns the table, and may set `_width`, the text's width.
     """
 
     _width = 110

@@ -21,7 +21,7 @@ from bnjax._names import nearest
 from bnjax._tables import Name
 from bnjax._words import number_of
 
-# Each command imports what it needs: JAX and torch take a second each, and help needs neither.
+# Commands import what they need: JAX and torch take a second each, and --help needs neither.
 if TYPE_CHECKING:
     import numpy as np
 
@@ -54,7 +54,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 @contextmanager
 def failing(code: int) -> Iterator[None]:
-    """Turn expected errors into a message and an exit code, and crashes into another code."""
+    """Exit with a message and this code on expected errors, and with FAILED on crashes."""
     try:
         yield
     except (OSError, TypeError, ValueError, ModuleNotFoundError) as error:
@@ -69,7 +69,7 @@ def failing(code: int) -> Iterator[None]:
 
 
 def output() -> Console:
-    """The console for tables; in a file or a pipe it is wide enough not to break paths."""
+    """The console for tables; wide enough not to break paths in a file or a pipe."""
     return console if console.is_terminal else Console(highlight=False, width=_UNBROKEN)
 
 
@@ -89,7 +89,7 @@ def main(
 ) -> None:
     """Inspect and convert checkpoints of models with batch norm, and diagnose the models.
 
-    Exit codes: 0, all is well; 1, problems were found; 2, a file could not be read or the model
+    Exit codes: 0, no problems; 1, problems were found; 2, a file could not be read or the model
     failed.
     """
 
@@ -113,7 +113,7 @@ def inspect(
     problems, notes = inspection.problems(layers), inspection.notes(layers)
     if part := shard(file):
         notes.append(
-            f"this is shard {part[0]} of {part[1]}: give the folder, or its index, for all"
+            f"this is shard {part[0]} of {part[1]}; pass the folder or the index to inspect all"
         )
     if as_json:
         rows = [layer._asdict() for layer in layers]
@@ -154,8 +154,8 @@ def show(layers: "list[Layer]", problems: list[str], notes: list[str], title: st
     if quiet := sum(layer.dead + layer.nearly_dead for layer in layers):
         notes = [
             *notes,
-            f"{quiet} channels are dead or weak: the standard deviation of their output is 0 "
-            f"or below {NEARLY_DEAD}, so they could be pruned",
+            f"{number_of(quiet, 'dead or weak channel')}, with an output standard deviation below "
+            f"{NEARLY_DEAD}, could be pruned",
         ]
     for note in notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
@@ -208,8 +208,8 @@ def convert(
 
     Without --like, names and values stay the same, bit for bit. To convert between PyTorch and
     Flax, pass --like FILE, a checkpoint of the same model in the other framework, with any values:
-    a weight alone does not tell what kind of layer it belongs to. Anything that is not an array,
-    such as a name or a vocabulary, is left out.
+    an array does not say what kind of layer it belongs to. Anything that is not an array, such as
+    a name or a vocabulary, is skipped.
     """
     from bnjax.checkpoints import files, parts
 
@@ -236,7 +236,7 @@ def convert(
             tree, left = parts.arrays_in(tree)
         files.save(target, tree)
     if left:
-        text = f"left out, not being arrays: {parts.named(left)}"
+        text = f"skipped, not arrays: {parts.named(left)}"
         console.print(escape(text), soft_wrap=True)
     console.print(f"wrote {escape(str(target))}", soft_wrap=True)
 
@@ -293,7 +293,7 @@ def diagnose(
 
 
 def made_by(target: str) -> Any:
-    """Make the model with the function at `package.module:function`."""
+    """Call the function at `package.module:function` to make the model."""
     module, colon, name = target.partition(":")
     if not colon or "/" in module or module.endswith(".py"):
         raise ValueError(
@@ -318,8 +318,8 @@ def made_by(target: str) -> Any:
         signature(make).bind()
     except TypeError as error:
         raise ValueError(
-            f"{target} must make the model without arguments, but {error}. Write a function that "
-            "calls it with them."
+            f"{target} must make the model without arguments, but {error}. Wrap it in a function "
+            "that passes them."
         ) from error
     return make()
 
@@ -336,7 +336,7 @@ def arguments(text: str) -> dict[str, Any]:
 
 
 def inputs(path: Path) -> "np.ndarray":
-    """The array in an .npy file, or the array `x` or the only one in an .npz file."""
+    """The array in an .npy file; in an .npz file, the one named `x` or the only one."""
     import numpy as np
 
     file = np.load(path, allow_pickle=False)
@@ -345,7 +345,7 @@ def inputs(path: Path) -> "np.ndarray":
     with file:
         names = ["x"] if "x" in file else list(file)
         if len(names) != 1:
-            raise ValueError(f"{path} must hold one array, or the inputs as `x`, got {names}.")
+            raise ValueError(f"{path} must hold a single array or one named `x`, got {names}.")
         return file[names[0]]
 
 
@@ -356,12 +356,12 @@ def check_apart(target: Path, *sources: Path | None) -> None:
             continue
         if source.resolve() in (target.resolve(), *target.resolve().parents):
             raise ValueError(
-                f"Writing {target} would overwrite {source}, an input. Give it another name."
+                f"Writing {target} would overwrite the input {source}. Choose another name."
             )
 
 
 def picked(tree: dict[str, Any], path: Path | None) -> Any:
-    """The only model in a checkpoint; print which part it is, unless it is all of it."""
+    """The only model in a checkpoint; print its name, unless it is the whole checkpoint."""
     from bnjax.checkpoints.contents import ContentError
     from bnjax.checkpoints.parts import model_in
 
@@ -370,7 +370,7 @@ def picked(tree: dict[str, Any], path: Path | None) -> Any:
     except ContentError as error:
         raise ValueError(f"In {path}, {error} Choose one with --key.") from error
     if part:
-        console.print(escape(f"took {part} from {path}"), soft_wrap=True)
+        console.print(escape(f"using {part} from {path}"), soft_wrap=True)
     return model
 
 

@@ -56,31 +56,32 @@ def check_fits(
     what: str = "batch norm",
     unknown: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise unless a pattern `fits` one of the paths: otherwise a typo would go unnoticed.
+    """Raise if a pattern does not fit any path, so that no typo goes unnoticed.
 
-    `unknown` are the classes, by path, of modules that keep statistics and are no known batch norm.
+    `unknown` holds the classes, by path, of modules that keep statistics but are not known batch
+    norms.
     """
     unseen = {path: kind for path, kind in (unknown or {}).items() if matcher(pattern)(path)}
     if unseen and what == "batch norm":
-        raise ValueError(f"The pattern {pattern!r} fits what can't be seen: {strangers(unseen)}.")
+        raise ValueError(f"The pattern {pattern!r} matches unknown classes: {strangers(unseen)}.")
     if fits:
         return
     there = sorted(paths)
     are = f"there are {_listed(pattern, there)}" if there else "none was called or given"
     if what == "batch norm" and not there:
-        are += " (of nnx models, bnjax.nnx.freeze freezes them)"
+        are += " (for an nnx model, use bnjax.nnx.freeze)"
     if unknown:
         are += f"; {strangers(unknown)}"
-    hint = "`*` is a part of one name, `**` any number of names, as in 'encoder/**'."
+    hint = "`*` matches part of one name, `**` any number of names, as in 'encoder/**'."
     for meant in (f"{pattern}/**", f"**/{pattern}", f"**/{pattern}/**"):
         if any(map(matcher(meant), there)):
             hint = f"Did you mean {meant!r}?"
             break
-    raise ValueError(f"The pattern {pattern!r} fits the path of no {what}: {are}. {hint}")
+    raise ValueError(f"The pattern {pattern!r} matches no {what}: {are}. {hint}")
 
 
 def _listed(pattern: str, paths: Sequence[str]) -> str:
-    """All paths, or of many those that look most like the pattern."""
+    """All paths, or if there are many, those most like the pattern."""
     if len(paths) <= _MANY:
         return f"{paths}" if [*paths] != [""] else "[''], the top of the model"
     near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0) or paths[:3]
@@ -91,6 +92,6 @@ def strangers(unknown: Mapping[str, str]) -> str:
     """Describe modules that keep statistics but are no known batch norms."""
     named = ", ".join(f"'{path}' ({kind})" for path, kind in sorted(unknown.items()))
     return (
-        f"{named} keep a mean and a variance, but are neither bnjax's nor Flax's batch norms, nor "
-        f"subclasses of these: bnjax.register({min(unknown.values())}, ...) makes them known"
+        f"{named} keep a mean and a variance, but are not batch norms of bnjax or Flax, or "
+        f"subclasses of these: make them known with bnjax.register({min(unknown.values())}, ...)"
     )

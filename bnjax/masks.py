@@ -77,8 +77,8 @@ def labels(params: Any, frozen: globs.Paths) -> Any:
 def held(params: Any, labels: Any, hold: Callable[..., Any], *others: Any) -> Any:
     """The parameters with `hold` applied to those that are labelled "frozen".
 
-    `labels` has the structure of the parameters. None leaves a parameter as it is, and in place of
-    the whole tree all of them.
+    `labels` has the structure of the parameters. A label of None leaves a parameter unchanged; if
+    `labels` itself is None, so are all.
     """
     if labels is None:
         return params

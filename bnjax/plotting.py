@@ -1,4 +1,4 @@
-"""Pictures of a training run and of a diagnosis. Needs matplotlib, from the extra `tools`."""
+"""Plot training runs and diagnoses. Needs matplotlib, from the extra `tools`."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-_FITS, _FAR, _AFTER = "C0", "C3", "C1"  # colours of layers, and of lines
+_FITS, _FAR, _AFTER = "C0", "C3", "C1"  # colours of layers and lines
 _BATCH, _RUNNING = "batch statistic", "running statistic"
-_NAMED = 6  # how many names are legible below a picture, whatever the number of layers
+_NAMED = 6  # the most names that stay legible below a figure
 
 
 def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Draw what a training run recorded, one panel for each quantity, over the epochs.
+    """Plot the metrics of a training run over epochs, with one panel for each quantity.
 
     Args:
         history: one mapping for each epoch, with keys such as `train_loss` and `validation_loss`:
             the last word names the panel, the rest the line.
-        path: where the picture goes; its suffix chooses the format.
+        path: where to save the figure; the suffix sets the format.
     """
     panels = sorted({name.rpartition("_")[2] for name in history[0]}, reverse=True)
     figure, axes = _figure(1, len(panels))
@@ -42,14 +42,14 @@ def plot_statistics(
     channel: int = 0,
     steps: Sequence[int] | None = None,
 ) -> None:
-    """Draw running against batch statistics over the steps, for one channel of each layer.
+    """Plot running and batch statistics over training steps, for one channel of each layer.
 
     Args:
-        record: for each layer the sequences `mean`, `var`, `batch_mean` and `batch_var`, each of
-            arrays (C,), one for each step.
-        path: where the picture goes; its suffix chooses the format.
-        channel: which channel to draw.
-        steps: the numbers of the steps; 1, 2 and so on by default.
+        record: for each layer, the sequences `mean`, `var`, `batch_mean` and `batch_var`, with an
+            array (C,) for each step.
+        path: where to save the figure; the suffix sets the format.
+        channel: which channel to plot.
+        steps: the step numbers; 1, 2 and so on by default.
     """
     figure, axes = _figure(len(record), 2)
     for row, (layer, values) in zip(axes, record.items(), strict=True):
@@ -60,7 +60,7 @@ def plot_statistics(
             axis.plot(at, batch, ".", color="0.7", markersize=4, label=f"{_BATCH} of each step")
             axis.plot(at, running, color=_FAR, linewidth=2, label=_RUNNING)
             axis.set(title=layer, xlabel="training step", ylabel=f"{title} of channel {channel}")
-            # A few wild batches must not flatten the rest, but the running line is seen whole.
+            # Clip a few outliers among the batches, but show all of the running line.
             low, high = np.nanquantile(np.concatenate([batch, batch, running]), [0.005, 0.995])
             low, high = np.nanmin([low, *running]), np.nanmax([high, *running])
             axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
@@ -76,18 +76,19 @@ def plot_layers(
     modes: Sequence[tuple[str, float, float]] = (),
     subtitle: str = "",
 ) -> None:
-    """Draw how far each layer's running statistics are from those of the batches.
+    """Plot how far each layer's running statistics are from the batch statistics.
 
     Args:
-        rows: for each layer `name`; `mean`, the 10%, 50% and 90% quantiles over the channels of
-            running minus batch mean in standard deviations; `var`, those of running by batch
-            variance; `mean_spread` and `var_spread`, the standard deviations of mean and of the
-            logarithm of the variance between batches; `distance`, which ranks the layers; and
-            `found`, whether something is wrong with it, and `starts`, whether a fault starts there.
-        path: where the picture goes; its suffix chooses the format.
-        title: what was found.
-        modes: name, value in training and value in evaluation of loss and metrics.
-        subtitle: what it does to the outputs.
+        rows: for each layer, its `name`; `mean`, the 10%, 50% and 90% quantiles over the channels
+            of running minus batch mean, in standard deviations; `var`, the same quantiles of
+            running over batch variance; `mean_spread` and `var_spread`, the standard deviations
+            between batches of the mean and of the logarithm of the variance; `distance`, which
+            ranks the layers; `found`, whether the layer has a fault, and `starts`, whether the
+            fault starts there.
+        path: where to save the figure; the suffix sets the format.
+        title: the findings.
+        modes: for the loss and each metric, its name and its values in training and evaluation.
+        subtitle: the effect on the outputs.
     """
     from matplotlib.figure import Figure
 
@@ -114,7 +115,7 @@ def plot_layers(
 
 
 def _name_layers(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The names of all layers, or of many those where a fault starts and the farthest."""
+    """Label all layers; if there are many, only where a fault starts and the farthest off."""
     farthest = sorted(range(len(rows)), key=lambda i: (not _starts(rows[i]), -rows[i]["distance"]))
     shown = farthest if len(rows) <= 2 * _NAMED else _apart(farthest, len(rows) // 12)
     names = [rows[i]["name"] or "top" for i in shown]
@@ -123,12 +124,12 @@ def _name_layers(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_xlim(-0.7, len(rows) - 0.3)
     for tick, i in zip(axis.get_xticklabels(), shown, strict=True):
         tick.set_color(_FAR if _starts(rows[i]) else "0.2")
-    rest = "" if len(shown) == len(rows) else " (a few are named)"
+    rest = "" if len(shown) == len(rows) else " (some are labelled)"
     axis.set_xlabel(f"{len(rows)} batch norms{rest}, from the input to the output")
 
 
 def _draw_modes(side: Any, modes: Sequence[tuple[str, float, float]]) -> None:
-    """Loss and metrics, a bar for each mode."""
+    """Draw loss and metrics, with a bar for each mode."""
     panels = side.subplots(len(modes), 1, squeeze=False)[:, 0]
     for panel, (name, *values) in zip(panels, modes, strict=True):
         heights = [value if np.isfinite(value) else 0 for value in values]
@@ -141,7 +142,7 @@ def _draw_modes(side: Any, modes: Sequence[tuple[str, float, float]]) -> None:
 
 
 def _draw_layers(axis: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Draw each layer's running statistics, as a line with a dot, over the spread of batches."""
+    """Draw each layer's running statistics as a line with a dot, over the spread of batches."""
     at, colors = range(len(rows)), [_color(row) for row in rows]
     low, middle, high = np.array([row[name] for row in rows]).reshape(-1, 3).T
     spread = np.array([row[f"{name}_spread"] for row in rows])
@@ -154,12 +155,12 @@ def _draw_layers(axis: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Non
 
 
 def _layer_legend(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What dots, lines, bars and colours stand for, as far as they are there."""
+    """Legend entries for the dots, lines, bars and colours that occur."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     there = {_color(row) for row in rows}
-    words = {_FITS: "fits the data", _FAR: "off: it starts here, or is worst", _AFTER: "off, too"}
+    words = {_FITS: "fits the data", _FAR: "off: starts here, or is worst", _AFTER: "off as well"}
     dot = {"marker": "o", "linewidth": 3, "markersize": 5}
     lines = [Line2D([], [], color=c, label=text, **dot) for c, text in words.items() if c in there]
     channels = Line2D([], [], color="0.4", label="median, and 80% of the channels", **dot)
@@ -167,7 +168,7 @@ def _layer_legend(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def _apart(order: Sequence[int], gap: int) -> list[int]:
-    """The first few, but none whose name would be written over another."""
+    """The first few indices, without those whose labels would overlap others."""
     shown: list[int] = []
     for index in order:
         if len(shown) < _NAMED and all(abs(index - other) > gap for other in shown):
@@ -186,7 +187,7 @@ def _color(row: Mapping[str, Any]) -> str:
 
 
 def _ratio_axis(axis: Any) -> None:
-    """A logarithmic axis about 1, with plain numbers, never closer than a factor of two."""
+    """Make an axis logarithmic and symmetric around 1, over at least a factor of two."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_yscale("log", base=2)
@@ -199,7 +200,7 @@ def _ratio_axis(axis: Any) -> None:
 
 
 def _figure(rows: int, columns: int) -> tuple[Any, np.ndarray]:
-    # The object interface, without pyplot: no global state, and no window wanted.
+    # Without pyplot: no global state, and no window.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * columns, 2.7 * rows + 0.3), dpi=120, layout="constrained")

@@ -1,4 +1,4 @@
-"""Policies: which statistics a layer normalizes with (`using=`), and how running ones start."""
+"""Policies (`using=`), which choose the statistics to normalize with; and `Debiased` momentum."""
 
 from bnjax.core.policies import Batch, Blend, Debiased, Example, Policy, Renorm, Running
 

@@ -1,7 +1,7 @@
-"""Averaged weights (EMA, SWA, schedule-free) with the statistics that belong to them.
+"""Average weights (EMA, SWA, schedule-free), and recompute the running statistics for the average.
 
 An average of the weights over many steps is often better than the last weights. But the running
-statistics of the training belong to other weights. `Average.recalibrated` computes those of the
+statistics from training belong to other weights. `Average.recalibrated` recomputes them for the
 average, and `bnjax.recalibrate` does the same for weights that an optimizer averages.
 """
 
@@ -24,7 +24,7 @@ console = Console()
 def train(
     tx: optax.GradientTransformation, splits: Splits, epochs: int, seed: int, label: str
 ) -> tuple[TrainState, dict[str, Average]]:
-    """Train; return the last state, an EMA of all steps, and the mean of the later epochs' ends."""
+    """Train; return the last state, an EMA over all steps, and SWA over the later epochs."""
     model = ResNet(splits.classes)
     state = init_state(model, tx, jax.random.PRNGKey(seed), splits.train.x[:2])
     step = train_step(loss_fn)
@@ -41,7 +41,7 @@ def train(
 def main(
     epochs: Annotated[int, typer.Option(min=2, help="SWA averages the second half.")] = 12,
     lr: Annotated[
-        float, typer.Option(min=0, help="Learning rate of Adam: constant, and high.")
+        float, typer.Option(min=0, help="The constant, high learning rate of Adam.")
     ] = 0.05,
     seed: int = 0,
 ) -> None:
@@ -56,22 +56,22 @@ def main(
         numbers = (f"{result[name]:.3f}" for name in ("accuracy", "loss"))
         table.add_row(weights, statistics, *numbers)
 
-    def measured(state: TrainState) -> TrainState:
+    def recalibrated(state: TrainState) -> TrainState:
         return state.replace(**bnjax.recalibrate(model, state.variables, clean))
 
     state, averages = train(optax.adam(lr), splits, epochs, seed, "Adam")
-    row("Adam, the last", "of the training", state)
-    row("Adam, the last", "recalibrated", measured(state))
+    row("Adam, last step", "from training", state)
+    row("Adam, last step", "recalibrated", recalibrated(state))
     for name, average in averages.items():
         params: Any = average.params
-        row(f"Adam, {name}", "of the training", state.replace(params=params))
+        row(f"Adam, {name}", "from training", state.replace(params=params))
         row(f"Adam, {name}", "recalibrated", average.recalibrated(model, state, clean))
     tx = optax.contrib.schedule_free_adamw(lr / 5, warmup_steps=20)
     state, _ = train(tx, splits, epochs, seed, "schedule-free")
     averaged = optax.contrib.schedule_free_eval_params(state.opt_state, state.params)
     state = state.replace(params=averaged)
-    row("schedule-free", "of the training", state)
-    row("schedule-free", "recalibrated", measured(state))
+    row("schedule-free", "from training", state)
+    row("schedule-free", "recalibrated", recalibrated(state))
     console.print(table)
 
 

@@ -72,7 +72,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"Cannot read {path}: {expected} ({error}).") from error
     if missing := {"images", "labels"} - set(arrays):
-        raise ValueError(f"{path} misses {sorted(missing)}: {expected}, got {sorted(arrays)}.")
+        raise ValueError(f"{path} lacks {sorted(missing)}: {expected}, got {sorted(arrays)}.")
     images, labels = arrays["images"], arrays["labels"]
     wrong = (
         images.ndim not in (3, 4)
@@ -82,7 +82,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     )
     if wrong:
         got = f"images {images.dtype}{images.shape} and labels {labels.dtype}{labels.shape}"
-        raise ValueError(f"{path} does not fit: {expected}, got {got}.")
+        raise ValueError(f"{path} has the wrong arrays: {expected}, got {got}.")
     classes = len(np.unique(labels))
     for holds, needed, got in (
         (len(labels) >= 20, "at least 20 images", len(labels)),
@@ -92,7 +92,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         (np.isfinite(images).all(), "finite pixels", "NaN or inf"),
     ):
         if not holds:
-            raise ValueError(f"{path} can't be trained on: it needs {needed}, got {got}.")
+            raise ValueError(f"Cannot train on {path}: it needs {needed}, got {got}.")
     return images, labels
 
 
@@ -119,7 +119,7 @@ def batches(
 
 
 def _pick(data: Data, index: np.ndarray, size: int) -> Batch:
-    """Take these examples, padded with some that do not count if other processes have more."""
+    """Take these examples, padded with masked ones if other processes have more."""
     filled = np.concatenate([index, np.zeros(size - len(index), int)])
     return {"x": data.x[filled], "y": data.y[filled], "mask": np.arange(size) < len(index)}
 

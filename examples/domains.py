@@ -1,8 +1,9 @@
-"""Two domains in every batch: one batch norm for both, a bank for each, banks with own affine maps.
+"""Two domains in every batch: one batch norm for both, or banks with one set of statistics each.
 
-The digits are one domain, the same inverted and noised are the other one. With `banks`, each
-example is normalized by the statistics of its own domain, which the entry `bank` of a batch names;
-the weights learn from both. No argument is passed through the model's code.
+Clean digits are one domain, inverted and noisy ones the other. With `banks`, each example is
+normalized with the statistics of its own domain, given by the entry `bank` of the batch, while the
+weights learn from both. The model's code needs no extra argument. A third variant also has a scale
+and bias for each domain.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ console = Console()
 
 
 class Net(nn.Module):
-    """A small convolutional network; `norm` are the settings of its batch norms."""
+    """A small convolutional network; `norm` holds the settings of its batch norms."""
 
     classes: int
     norm: Any
@@ -49,14 +50,14 @@ class Net(nn.Module):
 
 
 def in_domain(batch: Batch, bank: np.ndarray, rng: np.random.Generator) -> Batch:
-    """The batch, with the images of bank 1 inverted and noised."""
+    """The batch with its bank numbers, and with inverted and noisy images in bank 1."""
     x = batch["x"]
     other = 1 - x + rng.normal(0, NOISE, x.shape).astype(np.float32)
     return batch | {"x": np.where(bank.reshape(-1, 1, 1, 1), other, x), "bank": bank}
 
 
 def mixed(source: Iterator[Batch], seed: int) -> Iterator[Batch]:
-    """Batches with about as many examples of either domain."""
+    """Batches with about equally many examples from both domains."""
     rng = np.random.default_rng(seed)
     for batch in source:
         bank = rng.integers(0, 2, len(batch["x"])).astype(np.int32)
@@ -77,7 +78,7 @@ def train(splits: Splits, norm: dict[str, Any], epochs: int, seed: int, label: s
 
 
 def accuracy(state: TrainState, data: Data, domain: int, bank: int) -> float:
-    """The accuracy on images of one domain, normalized by a bank."""
+    """The accuracy on images of one domain, normalized with the statistics of a bank."""
     rng = np.random.default_rng(7)
     made = []
     for batch in batches(data, 256):
@@ -88,21 +89,21 @@ def accuracy(state: TrainState, data: Data, domain: int, bank: int) -> float:
 
 def main(
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/domains"),
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 12,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings to average over.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = 12,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs to average over.")] = 3,
 ) -> None:
     """Train on two domains in three ways, and compare accuracy and statistics."""
-    table = Table(title="Test accuracy by domain", caption=f"mean over {seeds} trainings")
-    table.add_column("normalized by")
+    table = Table(title="Test accuracy by domain", caption=f"mean over {seeds} runs")
+    table.add_column("normalized with")
     for name in DOMAINS:
         table.add_column(name, justify="right")
     states: dict[str, TrainState] = {}
     for kind, norm in KINDS.items():
-        rows = {kind: (0, 1)} | ({f"{kind}, of the wrong domain": (1, 0)} if norm else {})
+        rows = {kind: (0, 1)} | ({f"{kind}, wrong domain": (1, 0)} if norm else {})
         found = {row: np.zeros(2) for row in rows}
         for seed in range(seeds):
             splits = load(seed=seed)
-            label = f"{kind}, training {seed + 1} of {seeds}"
+            label = f"{kind}, run {seed + 1} of {seeds}"
             states[kind] = state = train(splits, norm, epochs, seed, label)
             for row, used in rows.items():
                 found[row] += [accuracy(state, splits.test, n, used[n]) for n in (0, 1)]
@@ -115,7 +116,7 @@ def main(
 
 
 def statistics(states: dict[str, TrainState]) -> dict[str, Any]:
-    """Mean and variance of each channel of the first layer, a row for each set of statistics."""
+    """Mean and variance of each channel of the first layer, with a row for each bank."""
     layers = {kind: state.batch_stats["BatchNorm2d_0"] for kind, state in states.items()}
     return {
         kind: {name: np.atleast_2d(stats[name]).tolist() for name in ("mean", "var")}
@@ -124,7 +125,7 @@ def statistics(states: dict[str, TrainState]) -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Mean and deviation of each channel of the first layer, in both banks and without any."""
+    """Plot mean and deviation of each channel of the first layer, with and without banks."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots(2, 1, sharex=True, sharey=True)
     pairs = (("one batch norm", ("both domains",)), ("banks", DOMAINS))

@@ -1,8 +1,8 @@
-"""Fine-tune a network from PyTorch in Flax with frozen statistics, and give it back.
+"""Fine-tune a PyTorch network in Flax with frozen statistics, and convert it back.
 
-PyTorch trains a small network on the digits 0 to 4. It is loaded into Flax, first with the same
-outputs, then with a new last layer for all ten digits, trained with the running statistics of the
-first training. The result goes back to PyTorch. Needs torch.
+PyTorch trains a small network on the digits 0 to 4. Flax loads it, first unchanged and with the
+same outputs, then with a new last layer for all ten digits, which is fine-tuned with the running
+statistics from PyTorch. The result is converted back to PyTorch. Needs torch.
 """
 
 from collections import OrderedDict
@@ -21,12 +21,12 @@ from rich.progress import track
 import bnjax
 from bnjax.training import init_state, train_step
 
-FLATTEN = {"fc": (32, 4, 4)}  # what PyTorch flattens before the layer `fc`
+FLATTEN = {"fc": (32, 4, 4)}  # the shape that PyTorch flattens before the layer `fc`
 console = Console()
 
 
 class Net(nn.Module):
-    """The network of `torch_net`, under the same names."""
+    """The network of `torch_net`, with the same layer names."""
 
     classes: int
 
@@ -58,7 +58,7 @@ def torch_net(classes: int) -> Any:
 
 
 def torch_logits(net: Any, x: np.ndarray) -> np.ndarray:
-    """The outputs of the PyTorch network in evaluation."""
+    """The outputs of the PyTorch network in evaluation mode."""
     import torch
 
     with torch.no_grad():
@@ -95,16 +95,16 @@ def finetune(variables: Any, data: Data, epochs: int, seed: int) -> Any:
 
 
 def accuracy(logits: np.ndarray, data: Data) -> str:
-    """The fraction of digits that are right."""
+    """The fraction of correct digits."""
     return f"{(logits.argmax(-1) == data.y).mean():.3f}"
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the checkpoints go.")] = Path("runs/finetune"),
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 8,
+    out: Annotated[Path, typer.Option(help="The folder for checkpoints.")] = Path("runs/finetune"),
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = 8,
     seed: int = 0,
 ) -> None:
-    """Load a network from PyTorch, fine-tune it, and give it back."""
+    """Load a network from PyTorch, fine-tune it, and convert it back."""
     out.mkdir(parents=True, exist_ok=True)
     splits = load(seed=seed)
     few = splits.train.y < 5
@@ -139,7 +139,7 @@ def main(
         for name, tensor in trained.state_dict().items()
         if "running" in name
     )
-    console.print(f"running statistics: {'not one bit has changed' if same else 'CHANGED'}")
+    console.print(f"running statistics: {'unchanged, bit for bit' if same else 'CHANGED'}")
     console.print(f"checkpoints: {out}", soft_wrap=True)
     if not same:
         raise typer.Exit(1)

@@ -1,8 +1,8 @@
-"""A pre-trained model_A as a frozen inference model inside the training of model_B.
+"""Train model_B through a pre-trained, frozen model_A.
 
 model_A reads digits. model_B learns to clean noisy images so that model_A can read them: its loss
-goes through model_A, which must not change. Without `bnjax.freeze` it does: keeping the optimizer
-away from its parameters does not stop its running statistics, which move in the forward pass.
+goes through model_A, which must not change. Without `bnjax.freeze` it does: even if the optimizer
+skips its parameters, the forward pass still updates its running statistics.
 """
 
 from collections.abc import Iterator
@@ -42,12 +42,12 @@ class Cleaner(nn.Module):
 
 
 class Joint(nn.Module):
-    """model_A applied to what model_B has cleaned."""
+    """model_A applied to the outputs of model_B."""
 
     classes: int
 
     def setup(self) -> None:
-        """Create both models under the names that the patterns match."""
+        """Create both models, with names that the patterns match."""
         self.model_a = ResNet(self.classes)
         self.model_b = Cleaner()
 
@@ -57,7 +57,7 @@ class Joint(nn.Module):
 
 
 def noisy(source: Iterator[Batch], seed: int) -> Iterator[Batch]:
-    """The batches with noise added to the images."""
+    """Add noise to the images of all batches."""
     rng = np.random.default_rng(seed)
     for batch in source:
         noise = rng.normal(0, NOISE, batch["x"].shape).astype(np.float32)
@@ -77,7 +77,7 @@ def pretrain(splits: Splits, epochs: int, seed: int) -> TrainState:
 
 
 def joint_state(splits: Splits, a: TrainState, parameters_frozen: bool, seed: int) -> TrainState:
-    """The joint model with the trained model_A, and an optimizer that may leave it alone."""
+    """The joint model with the trained model_A, and an optimizer that may skip its parameters."""
     model = Joint(splits.classes)
     state = init_state(model, optax.identity(), jax.random.PRNGKey(seed), splits.train.x[:2])
     params = {**state.params, "model_a": a.params}
@@ -95,7 +95,7 @@ def accuracy(state: TrainState, data: Data) -> float:
 
 
 def inner_a(joint: TrainState, a: TrainState) -> TrainState:
-    """model_A as it is now inside the joint model."""
+    """model_A with its current arrays in the joint model."""
     params, stats = joint.params["model_a"], joint.batch_stats["model_a"]
     return a.replace(params=params, batch_stats=stats)
 
@@ -103,14 +103,14 @@ def inner_a(joint: TrainState, a: TrainState) -> TrainState:
 def train_b(
     splits: Splits, a: TrainState, what: str, epochs: int, seed: int
 ) -> tuple[TrainState, list[float]]:
-    """Train model_B through model_A; also model_A's accuracy on clean digits after each epoch."""
+    """Train model_B, and track the accuracy of model_A on clean digits after each epoch."""
     state = joint_state(splits, a, what != "nothing", seed)
     step = train_step(loss_fn)
     history = [accuracy(inner_a(state, a), splits.test)]
     # The step donates its state, which includes the arrays of model_A.
     state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, state)
     for epoch in track(range(epochs), f"training model_B, frozen: {what}", console=console):
-        with bnjax.freeze(A) if what == "all of it" else nullcontext():
+        with bnjax.freeze(A) if what == "everything" else nullcontext():
             for batch in noisy(batches(splits.train, 64, seed=seed + epoch), seed + epoch):
                 state, _ = step(state, batch)
         history.append(accuracy(inner_a(state, a), splits.test))
@@ -118,59 +118,59 @@ def train_b(
 
 
 def moved(a: Any, b: Any) -> str:
-    """How far two trees differ."""
+    """The largest difference between two trees."""
     gaps = jax.tree.map(lambda x, y: float(abs(x - y).max()), a, b)
     largest = max(jax.tree.leaves(gaps))
-    return f"{largest:.2f}" if largest else "0, not a bit"
+    return f"{largest:.2f}" if largest else "exactly 0"
 
 
-def check_untouched(joint: TrainState, a: TrainState, x: np.ndarray) -> None:
+def check_unchanged(joint: TrainState, a: TrainState, x: np.ndarray) -> None:
     """Check that model_A is unchanged, bit for bit: parameters, statistics and outputs."""
     now = inner_a(joint, a)
-    assert moved(now.params, a.params) == "0, not a bit", "model_A's parameters moved"
-    assert moved(now.batch_stats, a.batch_stats) == "0, not a bit", "model_A's statistics moved"
+    assert moved(now.params, a.params) == "exactly 0", "model_A's parameters changed"
+    assert moved(now.batch_stats, a.batch_stats) == "exactly 0", "model_A's statistics changed"
     before, after = (np.asarray(a.apply_fn(state.variables, x)) for state in (a, now))
     assert (before == after).all(), "model_A's outputs changed"
-    console.print("model_A's parameters, statistics and outputs: not one bit has changed")
+    console.print("model_A's parameters, statistics and outputs: unchanged, bit for bit")
 
 
 def main(
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/joint"),
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 15,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = 15,
     seed: int = 0,
 ) -> None:
-    """Train model_B through a frozen model_A, and see what happens to model_A otherwise."""
+    """Train model_B through a frozen model_A, and see what happens to model_A without freezing."""
     splits = load(seed=seed)
     a = pretrain(splits, epochs, seed)
     before = accuracy(a, splits.test)
-    clouded = Data(next(noisy(batches(splits.test, len(splits.test)), 7))["x"], splits.test.y)
-    table = Table(title="model_A after the training of model_B")
+    degraded = Data(next(noisy(batches(splits.test, len(splits.test)), 7))["x"], splits.test.y)
+    table = Table(title="model_A after training model_B")
     table.caption = (
         "accuracy on clean digits before and after, and on noisy ones cleaned by model_B"
     )
-    for column in ("frozen", "parameters moved", "statistics moved"):
+    for column in ("frozen", "parameters change by", "statistics change by"):
         table.add_column(column)
     for column in ("before", "after", "cleaned"):
         table.add_column(column, justify="right")
     histories = {}
-    for what in ("all of it", "parameters only", "nothing"):
+    for what in ("everything", "parameters only", "nothing"):
         state, histories[what] = train_b(splits, a, what, epochs, seed)
-        if what == "all of it":
-            check_untouched(state, a, splits.test.x)
-        after, through = histories[what][-1], accuracy(state, clouded)
+        if what == "everything":
+            check_unchanged(state, a, splits.test.x)
+        after, through = histories[what][-1], accuracy(state, degraded)
         gaps = [
             moved(getattr(inner_a(state, a), n), getattr(a, n)) for n in ("params", "batch_stats")
         ]
         table.add_row(what, *gaps, f"{before:.3f}", f"{after:.3f}", f"{through:.3f}")
     console.print(table)
-    console.print(f"accuracy on noisy digits without model_B: {accuracy(a, clouded):.3f}")
+    console.print(f"accuracy on noisy digits without model_B: {accuracy(a, degraded):.3f}")
     out.mkdir(parents=True, exist_ok=True)
     draw(histories, out / "joint_training.png")
     console.print(f"picture: {out / 'joint_training.png'}", soft_wrap=True)
 
 
 def draw(histories: dict[str, list[float]], path: Path) -> None:
-    """model_A's accuracy on clean digits while model_B trains."""
+    """Plot model_A's accuracy on clean digits while model_B trains."""
     figure = Figure(figsize=(8, 3.6), dpi=120, layout="constrained")
     axis = figure.subplots()
     for what, values in histories.items():

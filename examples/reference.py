@@ -1,7 +1,7 @@
-"""Build the reference, all public names and the guides, as pages: `python -m examples.reference`.
+"""Build the reference of all public names, with the guides: `python -m examples.reference`.
 
-Needs the extra `docs`. The pages are laid out as the repository is, so that the links between the
-README, the guides, the pictures and the scripts hold; the reference stands beside them.
+Needs the extra `docs`. The pages have the layout of the repository, so that links between README,
+guides, pictures and scripts work; the reference has its own folder.
 """
 
 import importlib
@@ -35,7 +35,7 @@ MODULES = {
 COMMANDS = ((), ("inspect",), ("convert",), ("diagnose",))
 THEME = {
     "name": "material",
-    "font": False,  # nothing is loaded from elsewhere
+    "font": False,  # load nothing from other servers
     "features": ["navigation.indexes", "toc.follow", "content.code.copy", "search.highlight"],
     "palette": [
         {
@@ -63,7 +63,7 @@ HANDLER = {
     "show_signature_annotations": False,
     "members_order": "source",
 }
-CALLED = "    options:\n      inherited_members: ['__call__']"  # of a layer
+CALLED = "    options:\n      inherited_members: ['__call__']"  # for layers
 STYLE = """\
 .md-typeset table:not([class]) { font-size: 0.7rem; }
 .md-typeset h2 { overflow-wrap: anywhere; }
@@ -71,14 +71,14 @@ STYLE = """\
 
 
 def public(name: str) -> list[str]:
-    """The public names of a module, but its modules, which have pages of their own."""
+    """The public names of a module, except submodules, which have their own pages."""
     module = importlib.import_module(name)
     shown = (each for each in module.__all__ if not isinstance(getattr(module, each), ModuleType))
     return [f"{name}.{each}" for each in shown]
 
 
 def write(folder: Path) -> list[Any]:
-    """All pages, as Markdown with directives; what is in the menu."""
+    """Write all pages as Markdown with directives, and return the menu."""
     pages = folder / "pages"
     for path in (ROOT / "README.md", ROOT / "LICENSE", *sorted((ROOT / "examples").rglob("*"))):
         if path.suffix in (".md", ".png", ".py", "") and path.is_file():
@@ -98,13 +98,13 @@ def write(folder: Path) -> list[Any]:
     (reference / "command_line.md").write_text(command_line())
     menu.append({"Command line": "reference/command_line.md"})
     guides = sorted((pages / "examples" / "guides").glob("*.md"))
-    guides.sort(key=lambda path: path.stem != "README")  # which is their index
+    guides.sort(key=lambda path: path.stem != "README")  # the index comes first
     shown = [str(path.relative_to(pages)) for path in guides]
     return [{"bnjax": "README.md"}, {"Guides": shown}, {"Reference": menu}]
 
 
 def _entry(name: str) -> str:
-    """A heading, how it is called, and the directive that takes in the docstring."""
+    """A heading, the signature, and the directive that inserts the docstring."""
     module, _, own = name.rpartition(".")
     value = getattr(importlib.import_module(module), own)
     lines = [f"## {name} {{#{name}}}", ""]
@@ -119,7 +119,7 @@ def _entry(name: str) -> str:
 
 
 def _call(name: str, parameters: Iterable[inspect.Parameter]) -> str:
-    """A call with all arguments and their defaults, in lines of a page's width."""
+    """A call with all arguments and their defaults, wrapped to the width of a page."""
     hidden = ("parent", "name", "self")
     shown, starred = [], False
     for each in parameters:
@@ -138,7 +138,7 @@ def _call(name: str, parameters: Iterable[inspect.Parameter]) -> str:
 
 
 def _as_list(text: str) -> str:
-    """The docstring of a module: its table of names as lists, with links."""
+    """The docstring of a module, with its table of names as lists of links."""
     pages = {name: module for module in MODULES for name in public(module)}
 
     def linked(name: str) -> str:
@@ -156,7 +156,7 @@ def _as_list(text: str) -> str:
 
 
 def _copy_package(folder: Path) -> None:
-    """The package as Markdown shows it: with fences around the examples in docstrings."""
+    """Copy the package, with fences around the examples in docstrings."""
     example = re.compile(r"(?m)^( *)>>> .*\n(?:\1.+\n)*?(?=\s*\n|\1\"\"\")")
     for path in (ROOT / "bnjax").rglob("*.py"):
         target = folder / path.relative_to(ROOT / "bnjax")
@@ -165,15 +165,15 @@ def _copy_package(folder: Path) -> None:
 
 
 def command_line() -> str:
-    """What each command says of itself."""
-    told = ["# Command line\n"]
+    """A page with the help of each command."""
+    page = ["# Command line\n"]
     for command in COMMANDS:
         line = [sys.executable, "-m", "bnjax", *command, "--help"]
         env = os.environ | {"COLUMNS": "88", "NO_COLOR": "1", "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(line, capture_output=True, text=True, check=True, env=env, cwd=ROOT)
         text = "\n".join(each.rstrip() for each in done.stdout.strip().splitlines())
-        told.append(f"## {' '.join(('bnjax', *command))}\n\n```text\n{text}\n```\n")
-    return "\n".join(told)
+        page.append(f"## {' '.join(('bnjax', *command))}\n\n```text\n{text}\n```\n")
+    return "\n".join(page)
 
 
 def settings(folder: Path, out: Path, menu: list[Any]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def settings(folder: Path, out: Path, menu: list[Any]) -> dict[str, Any]:
         "site_name": "bnjax",
         "docs_dir": str(folder / "pages"),
         "site_dir": str(out.resolve()),
-        "use_directory_urls": False,  # so that the pages can be read without a server
+        "use_directory_urls": False,  # so that pages work without a server
         "theme": THEME,
         "extra_css": ["style.css"],
         "nav": menu,
@@ -200,17 +200,17 @@ def settings(folder: Path, out: Path, menu: list[Any]) -> dict[str, Any]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the pages go; start at index.html.")] = (
+    out: Annotated[Path, typer.Option(help="Where to write the pages; open index.html.")] = (
         ROOT / "build" / "reference"
     ),
 ) -> None:
-    """Build the pages of the reference and the guides; any warning is an error."""
+    """Build the reference and the guides; warnings are errors."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        told = settings(folder, out, write(folder))
-        (folder / "mkdocs.yml").write_text(json.dumps(told))  # JSON is YAML
+        config = settings(folder, out, write(folder))
+        (folder / "mkdocs.yml").write_text(json.dumps(config))  # JSON is YAML
         command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--clean"]
-        env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # advertisement
+        env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # an advertisement
         done = subprocess.run([*command, "--config-file", folder / "mkdocs.yml"], env=env)
     if done.returncode:
         raise typer.Exit(done.returncode)

@@ -1,8 +1,8 @@
-"""ResNet-18, 34 and 50 with bnjax's batch norm, under torchvision's names.
+"""ResNet-18, 34 and 50 with bnjax's batch norm, and torchvision's layer names.
 
-`conv1`, `bn1`, `layer1.0.conv1`, `layer1.0.downsample.0` and `fc` are `conv1`, `bn1`,
-`layer1_0/conv1`, `layer1_0/downsample_0` and `fc` here, so `bnjax.from_torch` needs no `rename`.
-Paddings are PyTorch's, too: Flax's "SAME" pads a strided convolution on the other side.
+`conv1`, `bn1`, `layer1.0.conv1`, `layer1.0.downsample.0` and `fc` are called `conv1`, `bn1`,
+`layer1_0/conv1`, `layer1_0/downsample_0` and `fc`, so `bnjax.from_torch` needs no `rename`.
+Padding is PyTorch's as well: Flax's "SAME" pads strided convolutions on the other side.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution, which has the stride, between 1x1 ones, and a shortcut."""
+    """A strided 3x3 convolution between two 1x1 convolutions, and a shortcut."""
 
     width: int
     stride: int = 1

@@ -1,6 +1,6 @@
-"""Show what running statistics do, on the network that train_digits.py trained.
+"""Show what running statistics do, on the network from train_digits.py.
 
-If there is no finished run in RUN, it trains a short one first.
+If RUN holds no finished run, train a short one first.
 """
 
 from pathlib import Path
@@ -27,14 +27,14 @@ console = Console()
 
 
 def trained(run_folder: Path, splits: Splits, epochs: int, seed: int) -> TrainState:
-    """The state of a finished run, or of a short one trained now."""
+    """The state of a finished run, or of a short one trained on the spot."""
     folder = (run_folder / "checkpoints").resolve()
     fresh = start(splits, 3e-3, epochs, 64, seed)
     with ocp.CheckpointManager(
         folder, options=ocp.CheckpointManagerOptions(create=True)
     ) as manager:
         if manager.latest_step() is None:
-            console.print(f"{run_folder} holds no run: training {epochs} epochs first.")
+            console.print(f"{run_folder} holds no run: training for {epochs} epochs first.")
             train(fresh, manager, splits, epochs, 64, seed)
             return fresh.state
         return restore(manager, fresh).state
@@ -47,33 +47,36 @@ def distance(a: Any, b: Any) -> float:
     )
 
 
-def when_they_move(state: TrainState, splits: Splits) -> Table:
-    """How far statistics and parameters move in an evaluation, a forward pass, and a step."""
-    # At the end of training the learning rate is 0, so use a fresh optimizer.
+def when_they_change(state: TrainState, splits: Splits) -> Table:
+    """How much statistics and parameters change in an evaluation, a forward pass, and a step."""
+    # At the end of training the learning rate is 0, so use a new optimizer.
     tx = optax.adam(1e-3)
     state = state.replace(tx=tx, opt_state=tx.init(state.params))
     batch = {"x": splits.train.x[:64], "y": splits.train.y[:64]}
     table = Table(
-        "what is called", "statistics move by", "parameters move by", title="When they move"
+        "call",
+        "statistics change by",
+        "parameters change by",
+        title="When running statistics change",
     )
 
     def row(what: str, batch_stats: Any, params: Any) -> None:
         moves = distance(batch_stats, state.batch_stats), distance(params, state.params)
-        table.add_row(what, *(f"{move:.2e}" if move else "0, not a bit" for move in moves))
+        table.add_row(what, *(f"{move:.2e}" if move else "exactly 0" for move in moves))
 
     state.apply_fn(state.variables, batch["x"])
     row("model.apply(...)", state.batch_stats, state.params)
     _, updates = state.apply_fn(state.variables, batch["x"], mutable=["batch_stats"])
     row("model.apply(..., mutable=['batch_stats'])", updates["batch_stats"], state.params)
     optimized = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, state.params))
-    row("the optimizer's update alone", optimized.batch_stats, optimized.params)
+    row("only the optimizer's update", optimized.batch_stats, optimized.params)
     after, _ = train_step(loss_fn, donate=False)(state, batch)
     row("a training step", after.batch_stats, after.params)
     return table
 
 
 def among_batch_mates(state: TrainState, splits: Splits, draws: int = 50) -> list[dict[str, float]]:
-    """The outputs for one image among random batch mates, with and without tracking, by size."""
+    """How the output for one image varies with its batch mates, by batch size and tracking."""
     tracked = jax.jit(ResNet(splits.classes).apply)
     forward = jax.jit(lambda v, x: state.apply_fn(v, x, mutable=["batch_stats"])[1]["batch_stats"])
     test = eval_step(loss_fn)
@@ -122,15 +125,15 @@ def _gap(running: Any, moved: Any) -> float:
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:
-    """Draw both results over the batch size."""
+    """Plot both results over the batch size."""
     figure = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     sizes = [row["size"] for row in rows]
     left.plot(sizes, [row["gap"] for row in rows], "o-")
-    left.set(title="How far batch means are from the running means", ylabel="standard deviations")
-    right.plot(sizes, [row["untracked"] for row in rows], "o-", label="not tracked: random company")
-    right.plot(sizes, [row["tracked"] for row in rows], "s-", label="tracked: no dependence")
-    right.set(title="How much one image's logits vary", ylabel="standard deviation of the logits")
+    left.set(title="Distance of batch means from running means", ylabel="standard deviations")
+    right.plot(sizes, [row["untracked"] for row in rows], "o-", label="untracked: varies")
+    right.plot(sizes, [row["tracked"] for row in rows], "s-", label="tracked: constant")
+    right.set(title="Variation of one image's logits", ylabel="standard deviation of the logits")
     right.legend()
     for axis in (left, right):
         axis.set_xscale("log", base=2)
@@ -149,21 +152,21 @@ def main(
     ] = 15,
     seed: Annotated[int, typer.Option(help="The seed of that run.")] = 0,
 ) -> None:
-    """Show when running statistics move, and what they are for."""
+    """Show when running statistics change, and what they are for."""
     splits = load(seed=seed)
     state = trained(run, splits, epochs, seed)
-    console.print(when_they_move(state, splits))
+    console.print(when_they_change(state, splits))
     rows = among_batch_mates(state, splits)
     accuracy = evaluate(eval_step(loss_fn), state, batches(splits.test, 128))["accuracy"]
     table = Table(
-        title="One image in evaluation, among 50 random sets of batch mates",
+        title="One image in evaluation, with 50 random sets of batch mates",
         caption=f"accuracy, tracked: {accuracy:.3f} at every batch size",
     )
     for heading in (
         "batch size",
         "batch means off by",
-        "logits vary, not tracked",
-        "accuracy, not tracked",
+        "logits vary, untracked",
+        "accuracy, untracked",
         "logits vary, tracked",
     ):
         table.add_column(heading, justify="right")
@@ -173,7 +176,7 @@ def main(
             f"{row['gap']:.3f} std",
             f"{row['untracked']:.3f}",
             f"{row['accuracy']:.3f}",
-            f"{row['tracked']:.1e}" if row["tracked"] else "0, not a bit",
+            f"{row['tracked']:.1e}" if row["tracked"] else "exactly 0",
         )
     console.print(table)
     picture = run / "running_statistics.png"

@@ -1,4 +1,4 @@
-"""Training runs of the digits network, in linen or nnx, behind one interface."""
+"""Training runs of the digits network in linen or nnx, with a common interface."""
 
 import abc
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from bnjax.training import eval_step, evaluate, history, init_state, train_step
 
 
 class Run(abc.ABC):
-    """Everything that a run keeps: what is trained, and its records.
+    """A training run: the network, its optimizer and its records.
 
     Attributes:
         epochs: losses and accuracies after each epoch.
@@ -43,12 +43,12 @@ class Run(abc.ABC):
 
     @abc.abstractmethod
     def logits(self, x: Any) -> jax.Array:
-        """The network's outputs for images, in evaluation."""
+        """The network's outputs for images, in evaluation mode."""
 
     @property
     @abc.abstractmethod
     def saved(self) -> dict[str, Any]:
-        """The part that a checkpoint saves; assign it to continue from there."""
+        """The tree to save in a checkpoint; assign it to restore the run."""
 
     @saved.setter
     @abc.abstractmethod
@@ -71,7 +71,7 @@ class Run(abc.ABC):
 
 
 class LinenRun(Run):
-    """A run with a `TrainState`, which each step replaces."""
+    """A run with a `TrainState`, replaced by each step."""
 
     library = "linen"
     shown = ("BatchNorm2d_0", "Block_2/BatchNorm2d_2")  # the first and the last batch norm
@@ -98,7 +98,7 @@ class LinenRun(Run):
         return evaluate(self._test, self.state, batches)
 
     def logits(self, x: Any) -> jax.Array:
-        """By the running statistics."""
+        """Normalize with the running statistics."""
         return self._forward(self.state.variables, x)
 
     @property
@@ -117,12 +117,12 @@ class LinenRun(Run):
 
     @property
     def params(self) -> Any:
-        """Those of the state."""
+        """The parameters of the state."""
         return self.state.params
 
 
 class NnxRun(Run):
-    """A run with a model and an optimizer, which each step updates in place."""
+    """A run with a model and an optimizer, updated in place by each step."""
 
     library = "nnx"
     shown = ("norms/0", "blocks/2/norms/2")
@@ -150,7 +150,7 @@ class NnxRun(Run):
         return bnjax.nnx.evaluate(self._test, self.model, batches)
 
     def logits(self, x: Any) -> jax.Array:
-        """By the running statistics."""
+        """Normalize with the running statistics."""
         self.model.eval()
         y = self._forward(self.model, x)
         self.model.train()
@@ -182,7 +182,7 @@ class NnxRun(Run):
 
     @property
     def params(self) -> Any:
-        """The model's own."""
+        """The parameters of the model."""
         return nnx.state(self.model, nnx.Param)
 
 
@@ -211,7 +211,7 @@ def start(
 
 
 def save(manager: ocp.CheckpointManager, run: Run) -> None:
-    """Write a checkpoint, which appears under its final name only when complete."""
+    """Write a checkpoint, which gets its final name only when complete."""
     records = {"epochs": run.epochs, "statistics": run.statistics, "weights": run.weights}
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(run.saved),
@@ -227,10 +227,10 @@ def restore(manager: ocp.CheckpointManager, run: Any) -> Any:
     records = dict(found["records"])
     library = records.get("library", "linen")
     if library != run.library:
-        message = f"{manager.directory} holds a run of {library}: add --library {library}"
+        message = f"{manager.directory} holds a run in {library}: add --library {library}"
         raise typer.BadParameter(message, param_hint="--out")
     if records["weights"] != run.weights:
-        message = f"{manager.directory} holds another network: its data had other classes"
+        message = f"{manager.directory} holds another network: its data had different classes"
         raise typer.BadParameter(message, param_hint="--out")
     wanted = ocp.args.Composite(state=ocp.args.StandardRestore(run.saved))
     run.saved = manager.restore(step, args=wanted)["state"]
@@ -240,7 +240,7 @@ def restore(manager: ocp.CheckpointManager, run: Any) -> Any:
 
 
 def folder_of(out: Path, resume: bool) -> Path:
-    """The run's folder: OUT, or OUT-2 and so on if that holds a run; to resume, the last one."""
+    """The run's folder: OUT, or OUT-2 and so on if OUT holds a run; the last one to resume."""
 
     def named(number: int) -> Path:
         return out if number == 1 else out.with_name(f"{out.name}-{number}")

@@ -1,8 +1,8 @@
-"""Test data that are not like the training data: what should normalize?
+"""Test data that differ from the training data: which statistics should normalize them?
 
-A network trained on clean digits is given noisy, blurred, pale and inverted ones. Its running
-statistics are of clean digits (source). Statistics of the test batch fit better, if it is large
-enough (prediction-time); a blend with the running ones serves small batches, too; `recalibrate`
+A network trained on clean digits has to read noisy, blurred, pale and inverted ones. Its running
+statistics come from clean digits (source). Statistics of the test batch fit better if it is large
+enough (prediction-time); a blend with the running ones also works for small batches; `recalibrate`
 measures a set of such digits once; and TENT also adapts scales and biases, without labels.
 """
 
@@ -31,11 +31,11 @@ SIZES = (1, 2, 4, 8, 32, 128)
 EPOCHS, SEEDS, RATE = 12, 2, 5e-3
 WIDTHS = (16, 32, 64)
 WAYS = {
-    "source": "statistics of the training",
-    "prediction-time": "those of the test batch",
-    "blend": f"of both, the training's as of {PRIOR} images",
-    "recalibrated": "of 1,259 images under the same corruption, measured before",
-    "TENT": "as prediction-time; scales and biases adapt without labels",
+    "source": "statistics from training",
+    "prediction-time": "statistics of the test batch",
+    "blend": f"a blend of both, training weighted like {PRIOR} images",
+    "recalibrated": "statistics of 1,259 images with the same corruption",
+    "TENT": "like prediction-time, and adapts scales and biases without labels",
 }
 console = Console()
 
@@ -51,12 +51,12 @@ def blur(x: np.ndarray) -> np.ndarray:
 
 
 def contrast(x: np.ndarray) -> np.ndarray:
-    """A quarter of the contrast, and brighter."""
+    """A quarter of the contrast, and more brightness."""
     return 0.25 * x + 1
 
 
 def inversion(x: np.ndarray) -> np.ndarray:
-    """Dark for light."""
+    """Light and dark swapped."""
     return x.max() + x.min() - x
 
 
@@ -70,12 +70,12 @@ CORRUPTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def corrupted(data: Data, name: str) -> Data:
-    """The data under a corruption."""
+    """The data with a corruption."""
     return Data(CORRUPTIONS[name](data.x).astype(np.float32), data.y)
 
 
 def stream(apply: Callable[..., Any], using: Any) -> Callable[..., jax.Array]:
-    """Evaluation of one batch after another, (batches, N, H, W, C), with a policy."""
+    """A function that evaluates batches (batches, N, H, W, C) in turn, with a policy."""
 
     @jax.jit
     def run(variables: Any, xs: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def stream(apply: Callable[..., Any], using: Any) -> Callable[..., jax.Array]:
 
 
 def tent(apply: Callable[..., Any], lr: float) -> Callable[..., jax.Array]:
-    """The same, while scales and biases lower the entropy of what it says (Wang et al. 2021)."""
+    """Likewise, but adapt scales and biases to minimize the entropy (Wang et al. 2021)."""
 
     def entropy(params: Any, rest: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         with bnjax.override("**", using=Batch()):
@@ -112,10 +112,10 @@ def tent(apply: Callable[..., Any], lr: float) -> Callable[..., jax.Array]:
 
 
 class Network:
-    """A trained network, in all ways, each compiled once for a size of batches.
+    """A network to train, and all ways to evaluate it, each compiled once per batch size.
 
     Attributes:
-        ways: for each, whether its result goes by the size of the batches, and how it runs.
+        ways: for each, whether its result depends on the batch size, and a function that runs it.
     """
 
     def __init__(self, splits: Splits, epochs: int, lr: float) -> None:
@@ -134,7 +134,7 @@ class Network:
         }
 
     def train(self, seed: int) -> Any:
-        """The variables of one that has seen clean digits only."""
+        """The variables after training on clean digits only."""
         x = self.splits.train.x[:2]
         state = init_state(self.model, self.tx, jax.random.PRNGKey(seed), x)
         for epoch in range(self.epochs):
@@ -145,7 +145,7 @@ class Network:
     def accuracies(
         self, variables: Any, seen: Data, test: Data, sizes: Sequence[int]
     ) -> dict[str, list[float]]:
-        """By way, for each size of batches, on test data; recalibrated on what was seen."""
+        """Accuracies on test data, by way, for each batch size; `seen` is for recalibration."""
         found = {}
         for way, (by_size, run) in self.ways.items():
             of = variables
@@ -164,7 +164,7 @@ Results = dict[str, Any]  # "sizes", and by corruption: "digits", and accuracies
 
 
 def shown(data: Data, name: str) -> list[list[float]]:
-    """Three digits under a corruption, side by side."""
+    """Three digits with a corruption, side by side."""
     index = [int(np.argmax(data.y == digit)) for digit in (2, 5, 8)]
     images = corrupted(Data(data.x[index], data.y[index]), name).x[..., 0]
     return np.concatenate(list(images), 1).tolist()
@@ -177,7 +177,7 @@ def measure(
     seeds: int = SEEDS,
     lr: float = RATE,
 ) -> Results:
-    """Accuracies under each corruption, in each way, for each size of batches and each network."""
+    """Accuracies for each corruption, way, network and batch size."""
     network, unseen = Network(splits, epochs, lr), (splits.test, splits.validation)
     x, y = (np.concatenate([getattr(d, name) for d in unseen]) for name in ("x", "y"))
     whole = len(y) // max(sizes) * max(sizes)  # so that all batches are full
@@ -195,7 +195,7 @@ def measure(
 
 
 def show(results: Results) -> None:
-    """Print a table for small batches, and one for large ones."""
+    """Print a table for small batches and one for large batches."""
     sizes = results["sizes"]
     for index in dict.fromkeys((min(2, len(sizes) - 1), len(sizes) - 1)):
         table = Table("corruption", *WAYS, title=f"Accuracy, batches of {sizes[index]}")
@@ -206,7 +206,7 @@ def show(results: Results) -> None:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Some digits under each corruption, and accuracies over the size of the batches."""
+    """Plot some digits with each corruption, and accuracies over the batch size."""
     figure = Figure(figsize=(10.6, 5.2), dpi=120, layout="constrained")
     digits, panels = figure.subplots(2, len(CORRUPTIONS), height_ratios=[1, 3], sharey="row")
     styles = dict(zip(WAYS, ("k-", "C0o-", "C2s-", "C1--", "C3^-"), strict=True))
@@ -230,12 +230,12 @@ def draw(results: Results, path: Path) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="The folder of the picture.")] = Path("runs/shifted"),
-    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = EPOCHS,
-    seeds: Annotated[int, typer.Option(min=1, help="How many networks.")] = SEEDS,
-    lr: Annotated[float, typer.Option(min=0, help="Of Adam, in TENT.")] = RATE,
+    out: Annotated[Path, typer.Option(help="The folder for the picture.")] = Path("runs/shifted"),
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = EPOCHS,
+    seeds: Annotated[int, typer.Option(min=1, help="The number of networks.")] = SEEDS,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate of Adam in TENT.")] = RATE,
     size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Try batches of this size. Repeatable.")
+        list[int] | None, typer.Option(min=1, help="A batch size to try. Repeatable.")
     ] = None,
 ) -> None:
     """Train on clean digits, and classify corrupted ones in five ways."""

@@ -1,8 +1,8 @@
 """Batches of two: batch norm, batch renormalization and virtual batches on scanned digits.
 
-The statistics of two or four images are noisy, and a network that has learned to live with that
-noise meets none in evaluation. `Renorm` trains with what evaluation will use. Virtual batches, of
-so many images of a batch of 64, show what the noise alone does, without that of the gradients.
+The statistics of two or four images are noisy, and a network that has adapted to this noise finds
+none in evaluation. `Renorm` trains with the statistics that evaluation uses. Virtual batches split
+a batch of 64, which shows the effect of noisy statistics without noisier gradients.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from bnjax.policies import Debiased, Policy, Renorm
 SIZES, LARGEST = (2, 4, 8), 64
 EPOCHS, SEEDS, RATE = 6, 3, 1e-2
 WAYS = ("batch norm", "batch norm, recalibrated", "renorm", "virtual batches")
-State = tuple[Any, Any, Any]  # parameters, statistics, that of the optimizer
+State = tuple[Any, Any, Any]  # parameters, statistics, optimizer state
 console = Console()
 
 
@@ -55,7 +55,7 @@ class Net(nn.Module):
 
 
 def limits(steps: int) -> Renorm:
-    """Batch norm for the first tenth of the training, and limits of 3 and 5 from its half on."""
+    """Batch norm for the first tenth of training, and limits of 3 and 5 from halfway on."""
     begin, ramp = steps // 10, max(1, steps * 4 // 10)
     return Renorm(
         optax.linear_schedule(1.0, 3.0, ramp, begin), optax.linear_schedule(0.0, 5.0, ramp, begin)
@@ -63,9 +63,9 @@ def limits(steps: int) -> Renorm:
 
 
 def make(way: str, size: int, classes: int, steps: int) -> Net:
-    """A network that trains in this way, with this many images that share statistics.
+    """A network that trains in this way, with this many images sharing statistics.
 
-    Its running statistics are those of the last 640 images, whatever the size of a batch.
+    Its running statistics cover about the last 640 images, whatever the batch size.
     """
     if way == "virtual batches":
         return Net(classes, Debiased(0.1), virtual_batch_size=size)
@@ -81,18 +81,18 @@ class Trainer:
         steps = epochs * (len(splits.train) // self.size)
         self.splits, self.epochs = splits, epochs
         self.model = make(way, size, splits.classes, steps)
-        # Adam's steps follow the noise of the gradient, which goes with the root of the size.
+        # With Adam, the learning rate scales with the square root of the batch size.
         rate = lr * (self.size / LARGEST) ** 0.5
         self.tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
         self.run = jax.jit(lambda state, epoch: jax.lax.scan(self.step, state, epoch)[0])
 
     def start(self, seed: int) -> State:
-        """New variables, and the state of the optimizer."""
+        """New variables and optimizer state."""
         new: Any = self.model.init(jax.random.PRNGKey(seed), self.splits.train.x[:2])
         return new["params"], new["batch_stats"], self.tx.init(new["params"])
 
     def step(self, state: State, batch: Batch) -> tuple[State, None]:
-        """A step of training; the statistics move in its forward pass."""
+        """A training step; its forward pass updates the statistics."""
         params, batch_stats, opt_state = state
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
@@ -105,7 +105,7 @@ class Trainer:
         return (optax.apply_updates(params, updates), batch_stats, opt_state), None
 
     def train(self, seed: int) -> Any:
-        """The variables after the epochs."""
+        """The variables after all epochs."""
         state = self.start(seed)
         for epoch in range(self.epochs):
             shuffled = batches(self.splits.train, self.size, seed=1000 * seed + epoch)
@@ -113,18 +113,18 @@ class Trainer:
         return {"params": state[0], "batch_stats": state[1]}
 
     def evaluate(self, variables: Any) -> tuple[float, float]:
-        """Accuracy and loss in evaluation, on the test digits."""
+        """Accuracy and loss on the test digits, in evaluation mode."""
         test = self.splits.test
         logits: Any = self.model.apply(variables, test.x)
         loss, metrics = loss_fn(logits, {"x": test.x, "y": test.y})
         return float(metrics["accuracy"].mean()), float(loss.mean())
 
     def recalibrated(self, variables: Any) -> Any:
-        """The same parameters with the statistics of the training digits, exactly."""
+        """The same parameters with exact statistics of the training digits."""
         return bnjax.recalibrate(self.model, variables, list(batches(self.splits.train, 256)))
 
 
-Results = dict[str, dict[str, list[tuple[float, float]]]]  # by way and size: of each seed
+Results = dict[str, dict[str, list[tuple[float, float]]]]  # by way and size, one for each seed
 
 
 def measure(
@@ -134,7 +134,7 @@ def measure(
     seeds: int = SEEDS,
     lr: float = RATE,
 ) -> Results:
-    """Accuracy and loss in evaluation of each way, size and seed."""
+    """Accuracy and loss in evaluation for each way, size and seed."""
     found: Results = {way: {str(size): [] for size in (*sizes, LARGEST)} for way in WAYS}
     pairs = [
         (way, size)
@@ -150,15 +150,15 @@ def measure(
             if way == "batch norm":
                 result = trainer.evaluate(trainer.recalibrated(variables))
                 found["batch norm, recalibrated"][str(size)].append(result)
-    # One virtual batch of all images is batch norm.
+    # A single virtual batch of all images is batch norm.
     found["virtual batches"][str(LARGEST)] = found["batch norm"][str(LARGEST)]
     return found
 
 
 def show(results: Results) -> None:
-    """Print accuracies, with their spread over the seeds, and losses."""
+    """Print accuracies, with their spread over seeds, and losses."""
     table = Table("images", *WAYS, title="In evaluation: accuracy, loss")
-    table.caption = "by how many images shared statistics in training; means over the seeds"
+    table.caption = "by the number of images that shared statistics in training; means over seeds"
     for size in results[WAYS[0]]:
         cells = []
         for way in WAYS:
@@ -170,7 +170,7 @@ def show(results: Results) -> None:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Errors and losses over the number of images that share statistics."""
+    """Plot errors and losses over the number of images that share statistics."""
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots(1, 2)
     sizes = [int(size) for size in results[WAYS[0]]]
@@ -181,27 +181,30 @@ def draw(results: Results, path: Path) -> None:
             low, high, color = shown.min(1), shown.max(1), styles[way][:2]
             axis.plot(sizes, shown.mean(1), styles[way], label=way, markersize=5)
             axis.fill_between(sizes, low, high, color=color, alpha=0.12, linewidth=0)
-    axes[0].set(title="Test digits read wrongly", ylabel="per cent (bands: all seeds)")
+    axes[0].set(title="Test error", ylabel="percent (bands: all seeds)")
     axes[1].set(title="Test loss", ylabel="cross entropy")
     for axis in axes:
         axis.set_ylim(bottom=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, map(str, sizes))
         axis.set_xlabel("images that shared statistics in training")
-    axes[0].legend(title="trained with, then evaluated")
+    axes[0].legend(title="trained with")
     figure.savefig(path)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="The folder of the picture.")] = Path("runs/small"),
-    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = EPOCHS,
-    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each kind.")] = SEEDS,
-    lr: Annotated[float, typer.Option(min=0, help="Of Adam, for batches of 64.")] = RATE,
+    out: Annotated[Path, typer.Option(help="The folder for the picture.")] = Path("runs/small"),
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = EPOCHS,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = SEEDS,
+    lr: Annotated[
+        float, typer.Option(min=0, help="Learning rate of Adam for batches of 64.")
+    ] = RATE,
     size: Annotated[
-        list[int] | None, typer.Option(min=2, help="Try this one, beside 64. Repeatable.")
+        list[int] | None,
+        typer.Option(min=2, help="A batch size to try, in addition to 64. Repeatable."),
     ] = None,
 ) -> None:
-    """Train on batches of 2, 4, 8 and 64 digits, in several ways, and evaluate."""
+    """Train on batches of 2, 4, 8 and 64 digits in several ways, and evaluate."""
     results = measure(load(), size or SIZES, epochs, seeds, lr)
     show(results)
     out.mkdir(parents=True, exist_ok=True)

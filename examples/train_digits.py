@@ -30,7 +30,7 @@ def train(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Train the remaining epochs, with a checkpoint after each."""
+    """Train for the remaining epochs, and save a checkpoint after each."""
     part = jax.process_index(), jax.process_count()
     columns = (
         TextColumn("{task.description}"),
@@ -55,14 +55,14 @@ def train(
             save(manager, run)
             text = f"loss {means['loss']:.4f}  validation accuracy {validation['accuracy']:.4f}"
             progress.update(bar, advance=1, description=text)
-            if not console.is_terminal and part[0] == 0:  # where there is no bar
+            if not console.is_terminal and part[0] == 0:  # there is no bar
                 console.print(f"epoch {epoch + 1}/{epochs}  {text}", highlight=False)
                 sys.stdout.flush()
     manager.wait_until_finished()
 
 
 def check_restored(run: Run, restored: Run, splits: Splits) -> list[tuple[str, bool]]:
-    """What users may expect of a reloaded model, each with whether it holds."""
+    """What users expect of a reloaded model, and whether it holds."""
 
     def logits(run: Run, x: np.ndarray, size: int) -> np.ndarray:
         parts = [run.logits(x[i : i + size]) for i in range(0, len(x), size)]
@@ -82,7 +82,7 @@ def check_restored(run: Run, restored: Run, splits: Splits) -> list[tuple[str, b
 
 
 def next_command(run: Run, out: Path) -> str:
-    """A command to try next, which diagnoses the batch norms of the network."""
+    """A command to try next: diagnose the batch norms of the network."""
 
     def shown(path: Path) -> Path:
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -97,11 +97,11 @@ def next_command(run: Run, out: Path) -> str:
 
 
 def report(run: Run, splits: Splits, out: Path, is_default: bool) -> None:
-    """Draw the pictures, and print where everything is and what to try next."""
+    """Plot the run, and print where everything is and what to try next."""
     plot_curves(run.epochs, out / "curves.png")
     plot_statistics(run.statistics["layers"], out / "statistics.png")
     console.print(f"pictures and checkpoints: {out}", soft_wrap=True)
-    if is_default:  # for other images `digits:ResNet()` may be another network
+    if is_default:  # other images may need another network than `digits:ResNet()`
         np.save(out / "inputs.npy", splits.train.x)
         console.print(f"next: {next_command(run, out)}", soft_wrap=True, highlight=False)
 
@@ -111,13 +111,13 @@ def main(
         Path | None, typer.Option(help="Your own .npz with `images` and `labels`.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="The run's folder; OUT-2 and so on if it holds a run.")
+        Path, typer.Option(help="The run's folder; OUT-2 and so on if OUT already holds a run.")
     ] = Path("runs/digits"),
-    library: Annotated[Library, typer.Option(help="Flax's linen, or its nnx.")] = "linen",
+    library: Annotated[Library, typer.Option(help="Flax's linen or nnx.")] = "linen",
     epochs: Annotated[int, typer.Option(min=1)] = 40,
     batch_size: Annotated[int, typer.Option(min=2)] = 64,
     lr: Annotated[float, typer.Option(min=0, help="The peak learning rate.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for splits, weights and data order.")] = 0,
     resume: Annotated[
         bool, typer.Option(help="Continue from the last checkpoint of the last run.")
     ] = False,

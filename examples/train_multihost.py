@@ -1,14 +1,14 @@
-"""Train the digits network data-parallel in several processes, on one machine or on many.
+"""Train the digits network data-parallel in several processes, on one or more machines.
 
-On one machine, all processes at once:
+On one machine, start all processes at once:
 
     python examples/train_multihost.py --processes 2
 
-On many machines, the same command on each, with its own --process-id:
+On several machines, run the same command on each, with its own --process-id:
 
     python examples/train_multihost.py --coordinator HOST:PORT --processes 4 --process-id 0
 
-Under Slurm, or on a TPU pod, JAX finds all of that itself: srun python examples/train_multihost.py
+Under Slurm or on a TPU pod, JAX detects all of this: srun python examples/train_multihost.py
 """
 
 import os
@@ -30,18 +30,15 @@ from runs import Library, folder_of, restore, start
 from train_digits import train
 
 console = Console()
-LOST = (
-    "A process of this run was lost. Start it again with --resume to continue from the last epoch."
-)
+LOST = "This run lost a process. Start the run again with --resume to continue from the last epoch."
 
 
 def launch(processes: int) -> int:
-    """Start all processes on this machine; when one is lost, stop the others."""
+    """Start all processes on this machine; if one is lost, stop the others."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"localhost:{probe.getsockname()[1]}"
     command = [sys.executable, *sys.argv, "--coordinator", coordinator, "--process-id"]
-    # Each process gets its share of the cores: one that waits for another must not take them all.
     children = [subprocess.Popen([*command, str(number)]) for number in range(processes)]
     while any(child.poll() is None for child in children):
         if any(child.poll() not in (None, 0) for child in children):
@@ -57,7 +54,7 @@ def launch(processes: int) -> int:
 def work(
     out: Path, library: Library, epochs: int, batch_size: int, lr: float, seed: int, resume: bool
 ) -> None:
-    """Do the work of one process."""
+    """Train in one process."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     first = jax.process_index() == 0
     if first:
@@ -79,7 +76,7 @@ def work(
 
 
 def agreed(out: Path) -> Path:
-    """The folder that process 0 chose; others may look only after it was created."""
+    """The folder chosen by process 0, so that all processes use the same one."""
     name = np.zeros(4096, np.uint8)
     given = np.frombuffer(str(out).encode(), np.uint8)
     name[: len(given)] = given
@@ -89,20 +86,20 @@ def agreed(out: Path) -> Path:
 
 def main(
     processes: Annotated[
-        int | None, typer.Option(min=1, help="How many; if given alone, all on this machine.")
+        int | None, typer.Option(min=1, help="How many; without other options, all run here.")
     ] = None,
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0.")] = None,
     process_id: Annotated[int | None, typer.Option(help="Which process this is.")] = None,
     out: Annotated[
-        Path, typer.Option(help="The run's folder, seen by all; OUT-2 and so on if it holds a run.")
+        Path, typer.Option(help="The run's shared folder; OUT-2 and so on if OUT holds a run.")
     ] = Path("runs/multihost"),
-    library: Annotated[Library, typer.Option(help="Flax's linen, or its nnx.")] = "linen",
+    library: Annotated[Library, typer.Option(help="Flax's linen or nnx.")] = "linen",
     epochs: Annotated[int, typer.Option(min=1)] = 40,
     batch_size: Annotated[
-        int, typer.Option(min=2, help="The batch size of all processes together.")
+        int, typer.Option(min=2, help="The global batch size, over all processes.")
     ] = 64,
     lr: Annotated[float, typer.Option(min=0, help="The peak learning rate.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for splits, weights and data order.")] = 0,
     resume: Annotated[
         bool, typer.Option(help="Continue from the last checkpoint of the last run.")
     ] = False,
@@ -120,9 +117,9 @@ def main(
         )
     except (LookupError, TypeError, ValueError, jax.errors.JaxRuntimeError) as error:
         message = (
-            f"the processes can't be found ({str(error).splitlines()[0]}): start all here with "
-            "--processes N, or each with --processes N --coordinator HOST:PORT --process-id I, or "
-            "all under Slurm with neither"
+            f"cannot find the processes ({str(error).splitlines()[0]}): pass --processes N to "
+            "start all here, --processes N --coordinator HOST:PORT --process-id I to start one, "
+            "or none of these under Slurm"
         )
         raise typer.BadParameter(message, param_hint="--coordinator") from error
     try:

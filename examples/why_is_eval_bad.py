@@ -1,7 +1,7 @@
 """Break batch norm in evaluation in many ways, and diagnose each with `bnjax.diagnose`.
 
-The digits network gets one fault after another, most of them during training, is diagnosed, and
-fixed as the diagnosis says. Accuracies are those of evaluation in batches of four.
+Each fault is injected into the digits network, most of them during training, then diagnosed and
+fixed as the diagnosis suggests. Accuracies are measured in evaluation with batches of four.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ console = Console()
 
 
 class Setup(NamedTuple):
-    """A model and how it is evaluated: the arguments of its call, and preprocessing of images."""
+    """A model and how to evaluate it: arguments of its call, preprocessing, and a context."""
 
     model: ResNet
     variables: Any
@@ -39,7 +39,7 @@ class Setup(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A fault, the model that has it, the fixed model, and what else the diagnosis gets."""
+    """A fault: the broken model, the fixed one, and extra arguments for the diagnosis."""
 
     fault: str
     broken: Setup
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 class Trainer:
-    """Trains the network; `record` has the statistics of the last training."""
+    """Trains the network; `record` holds the statistics of the last run."""
 
     def __init__(self, splits: Splits, epochs: int, seed: int) -> None:
         self.splits, self.epochs, self.seed = splits, epochs, seed
@@ -76,7 +76,7 @@ class Trainer:
         shown = 0
         for epoch in range(self.epochs):
             for batch in batches(data, size, self.seed + epoch):
-                if shown < count:  # with small batches, as many steps rather than epochs
+                if shown < count:  # the same number of steps, even with small batches
                     batch = {**batch, "x": prepare(batch["x"])}
                     state, _ = step(state.replace(batch_stats=kept(state.batch_stats)), batch)
                     shown += 1
@@ -84,13 +84,13 @@ class Trainer:
         return state.variables
 
     def clean(self, size: int = 64, prepare: Callable[[Any], Any] = lambda x: x) -> list[Batch]:
-        """Batches to compute statistics on, as in evaluation: without random shifts."""
+        """Batches to compute statistics from, without random shifts, as in evaluation."""
         data = Data(self.splits.train.x[: 16 * size], self.splits.train.y[: 16 * size])
         return [{**batch, "x": prepare(batch["x"])} for batch in batches(data, size)]
 
 
 def cases(train: Trainer) -> Iterator[Case]:
-    """Yield the faults, one after another."""
+    """Yield all faults."""
     model = train.model
     good = train()
     right = Setup(model, good)
@@ -162,7 +162,7 @@ def cases(train: Trainer) -> Iterator[Case]:
 
 
 def accuracy(setup: Setup, data: Data) -> float:
-    """The accuracy as the user evaluates; statistics that move are kept."""
+    """The accuracy in the user's evaluation, which keeps updated statistics."""
     variables, correct = setup.variables, 0
     stats = variables.get("batch_stats", {})
     if any(leaf.ndim > 1 for leaf in jax.tree.leaves(stats)):  # evaluate on the first device
@@ -194,19 +194,19 @@ def diagnosed(case: Case, train: Trainer) -> Report:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where pictures of the reports go.")] = Path(
+    out: Annotated[Path, typer.Option(help="The folder for pictures of the reports.")] = Path(
         "runs/why_is_eval_bad"
     ),
-    epochs: Annotated[int, typer.Option(min=2, help="Epochs of each training.")] = 12,
+    epochs: Annotated[int, typer.Option(min=2, help="Epochs of each run.")] = 12,
     seed: int = 0,
-    full: Annotated[bool, typer.Option(help="Print each report, too.")] = False,
-    first: Annotated[int | None, typer.Option(help="Only the first so many faults.")] = None,
+    full: Annotated[bool, typer.Option(help="Also print each report.")] = False,
+    first: Annotated[int | None, typer.Option(help="Stop after this many faults.")] = None,
 ) -> None:
     """Inject each fault, diagnose it, and fix it."""
     splits = load(seed=seed)
     train = Trainer(splits, epochs, seed)
     out.mkdir(parents=True, exist_ok=True)
-    table = Table(title="Why is evaluation bad?", caption="accuracy in batches of four")
+    table = Table(title="Why is evaluation bad?", caption="accuracy with batches of four")
     for column in ("fault", "diagnosis", "at layer", "fix"):
         table.add_column(column)
     for column in ("before", "after"):

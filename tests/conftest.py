@@ -1,4 +1,4 @@
-"""Fixtures and settings of all tests."""
+"""Fixtures and settings for all tests."""
 
 import atexit
 import gc
@@ -8,11 +8,11 @@ import tempfile
 import types
 from typing import Any
 
-# Before jax is imported: the tests of several devices run on virtual ones.
+# Before importing jax: tests with several devices run on virtual ones.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-# What one test or process has compiled, the others need not; the workers inherit the folder.
+# Share compiled programs between tests and processes; workers inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="bnjax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -26,7 +26,7 @@ from hypothesis import settings
 
 from tests.support import compilers
 
-# Half a minute and more: they start first, so that no worker is left alone with one.
+# Half a minute or more: start first, so that no worker has to finish one alone.
 LONG = ("test_examples.py", "test_multihost.py", "test_benchmarks.py", "test_programs.py")
 
 settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=10)
@@ -35,19 +35,19 @@ compilers.install()
 
 
 def pytest_collection_finish() -> None:
-    """Let the collector of garbage look less often, and never at what stays, as modules do."""
+    """Collect garbage less often, and never among modules."""
     gc.freeze()
     gc.set_threshold(50_000)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files first whose tests take long."""
+    """Run the slowest test files first."""
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each worker whole files, as far as it goes; who is done early takes of the others'."""
+    """Give each worker whole files where possible; idle workers steal from others."""
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
@@ -55,7 +55,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item):
-    """Compile a marked test and its fixtures quickly; `quick_compile(False)` takes a test out."""
+    """Compile a marked test and its fixtures quickly; `quick_compile(False)` opts out."""
     mark = item.get_closest_marker("quick_compile")
     with compilers.quickly(mark is not None and mark.args != (False,)):
         return (yield)
@@ -63,19 +63,19 @@ def pytest_runtest_protocol(item: pytest.Item):
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Random numbers that are the same in every run."""
+    """A random generator with a fixed seed."""
     return np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
 def no_traces_so_far() -> None:
-    """`chex.assert_max_traces` counts those of each case, not of all that a test has."""
+    """Let `chex.assert_max_traces` count the traces of each test case separately."""
     chex.clear_trace_counter()
 
 
 @pytest.fixture
 def variant(request: pytest.FixtureRequest) -> Any:
-    """What `chex.variants` calls `self.variant`, for the variant that the parameter names."""
+    """The `self.variant` of `chex.variants`, for the variant named by the parameter."""
     held: Any = types.SimpleNamespace()
     variants: Any = chex.variants(lambda self: self.variant(len), **{request.param: True})
     (test,) = variants
@@ -85,6 +85,6 @@ def variant(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def x64():
-    """Float64 arrays, inside the test that asks for them alone."""
+    """Enable float64 arrays in a test."""
     with jax.enable_x64(True):
         yield

@@ -59,7 +59,7 @@ class Rematerialized(nn.Module):
 
 
 class OneOfThree(nn.Module):
-    """A part of a stack; what it passes on does not depend on how it normalizes."""
+    """A part of a stack, whose output does not depend on how it normalizes."""
 
     norms: Norms
 
@@ -79,7 +79,7 @@ class Scanned(nn.Module):
 
 
 class InALoop(nn.Module):
-    """Batch norms that a loop calls three times, each time on other values."""
+    """Batch norms that a loop calls three times, on different values."""
 
     norms: Norms
 
@@ -125,7 +125,7 @@ class Frozen(nn.Module):
 
 
 def assert_microbatches_pool(body: nn.Module, batches: list[Any], microbatches: int = 4) -> None:
-    """Statistics are those of whole batches, where nothing else changes: the rate is 0."""
+    """Assert that statistics match those of whole batches, at a learning rate of 0."""
     state = start(Net(body, stem=False), batches[0]["x"], rate=0.0)
     parts = trained(state, batches, microbatches=microbatches)
     assert_close(parts.batch_stats, trained(state, batches).batch_stats, rtol=1e-5)
@@ -137,7 +137,7 @@ def test_microbatches_give_the_statistics_of_the_whole_batch():
     assert_microbatches_pool(Parallel(LAYERS), [images(0), images(1)], microbatches=4)
 
 
-def test_microbatches_may_be_of_one_example():
+def test_microbatches_may_hold_a_single_example():
     assert_microbatches_pool(TRAINED, [images(0)], microbatches=32)
 
 
@@ -146,7 +146,7 @@ def test_microbatches_give_the_statistics_of_the_whole_batch_in_1d():
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_microbatches_pool_by_what_each_mask_shows(channels):
+def test_microbatches_are_pooled_by_their_masked_counts(channels):
     batch = images(0)
     shares = np.linspace(0, 1, 32).reshape(-1, 1, 1, 1)
     mask = np.random.default_rng(0).random((32, 3, 2, channels)) < shares
@@ -183,8 +183,8 @@ def test_a_call_that_depends_on_the_data_is_an_error():
 
     state = start(Net(Conditional(), stem=False), images(0)["x"])
     message = (
-        "How often `body/norm` is called depends on the data, so there are no exact statistics "
-        "over micro-batches. Train with microbatches=1."
+        "The number of calls of `body/norm` depends on the data, so its statistics over "
+        "micro-batches can't be exact. Train with microbatches=1."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         trained(state, [images(0)], microbatches=4)
@@ -196,7 +196,7 @@ def test_microbatches_are_as_exact_as_the_whole_batch_at_any_mean():
     assert_microbatches_pool(Parallel({"torch": LAYERS["torch"]}), far)
 
 
-def test_microbatches_leave_frozen_layers_as_they_were_bit_by_bit():
+def test_microbatches_leave_frozen_layers_unchanged_bit_for_bit():
     state = start(Net(Frozen()), images(0)["x"])
     found = trained(state, [images(0)], microbatches=4).batch_stats["body"]
     before = state.batch_stats["body"]
@@ -205,7 +205,7 @@ def test_microbatches_leave_frozen_layers_as_they_were_bit_by_bit():
     assert np.abs(found["trained"]["mean"] - before["trained"]["mean"]).min() > 0
 
 
-def test_microbatches_average_the_gradients_of_parts_that_normalize_by_themselves():
+def test_microbatches_average_the_gradients_of_separately_normalized_parts():
     batch, model = images(0), Net(TRAINED)
     state = start(model, batch["x"], rate=1.0)
 
@@ -227,7 +227,7 @@ def test_microbatches_average_the_gradients_of_parts_that_normalize_by_themselve
 
 
 @pytest.mark.parametrize("unroll", [False, True])
-def test_a_loop_and_its_parts_one_after_another_give_the_same(unroll):
+def test_a_loop_gives_the_same_as_its_parts_one_after_another(unroll):
     state = start(Net(TRAINED), images(0)["x"])
     found = trained(state, [images(0)], microbatches=4, unroll=unroll)
     expected = trained(state, [images(0)], microbatches=4)
@@ -236,7 +236,7 @@ def test_a_loop_and_its_parts_one_after_another_give_the_same(unroll):
     )
 
 
-def test_a_loop_over_micro_batches_takes_less_memory_than_one_piece():
+def test_a_loop_over_micro_batches_takes_less_memory_than_the_whole_batch():
     state, batch = start(Net(TRAINED), images(0)["x"]), images(0, 1024)
 
     def temporary(**options: Any) -> int:
@@ -246,7 +246,7 @@ def test_a_loop_over_micro_batches_takes_less_memory_than_one_piece():
     assert temporary(microbatches=8, unroll=False) < 0.7 * temporary()
 
 
-def test_microbatches_change_nothing_where_no_layer_trains_its_statistics():
+def test_microbatches_change_nothing_if_no_layer_updates_its_statistics():
     state = start(Net(Parallel({"frozen": FROZEN})), images(0)["x"])
     checks.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="updates no running statistics: the batch norm at 'body/"):

@@ -194,6 +194,26 @@ def test_half_precision_is_rounded_once():
     assert_close(y, wanted, rtol=0.005)
 
 
+@pytest.mark.parametrize("size", [None, 3])
+def test_gradients_of_half_precision_are_rounded_once(size):
+    """Those through the statistics and through the output are added in float32."""
+    rng = np.random.default_rng(0)
+    x, cotangent = (jnp.asarray(rng.normal(size=(6, 4, 4, 8)), jnp.bfloat16) for _ in range(2))
+    params, stats = bnjax.init(8)
+
+    def gradient(x: jax.Array) -> jax.Array:
+        def loss(x: jax.Array) -> jax.Array:
+            told: Any = {"mutable": True, "virtual_batch_size": size, "dtype": jnp.float32}
+            each = jnp.ones((6, 8)), jnp.zeros((6, 8))
+            y, _ = bnjax.batch_norm(params, stats, x, scale=each[0], bias=each[1], **told)
+            return jnp.sum(y * cotangent.astype(y.dtype))
+
+        return jax.grad(loss)(x)
+
+    wanted = gradient(x.astype(jnp.float32)).astype(jnp.bfloat16)
+    assert jnp.mean(gradient(x) != wanted) < 0.01
+
+
 @pytest.mark.parametrize("kind", ["linen", "nnx", "drop-in"])
 def test_layers_pass_it_on(kind):
     scales, biases, _, stats, x, _ = make(CHANNELS_LAST)

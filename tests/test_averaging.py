@@ -1,4 +1,4 @@
-"""Averages of parameters: those of optax, of any precision, with statistics of their own."""
+"""Averages of parameters: compared with optax, in any precision, with recomputed statistics."""
 
 import re
 from typing import Any
@@ -51,7 +51,7 @@ def linen_training(tx: Any, decay: float | None, dtype: Any = jnp.float32):
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.999, 0.999999])
-def test_an_exponential_average_is_that_of_optax(decay):
+def test_the_exponential_average_matches_optax(decay):
     _, _, average, seen = linen_training(optax.sgd(0.1), decay)
     ema = optax.ema(decay, debias=False)
     with jax.enable_x64(True):
@@ -63,26 +63,26 @@ def test_an_exponential_average_is_that_of_optax(decay):
     chex.assert_trees_all_close(average.params, jax.device_get(expected), rtol=2e-5, atol=1e-6)
 
 
-def test_without_a_decay_it_is_the_mean():
+def test_without_a_decay_the_average_is_the_mean():
     _, _, average, seen = linen_training(optax.adam(0.1), None)
     expected = jax.tree.map(lambda *leaves: np.mean(leaves, 0, np.float64), *seen)
     chex.assert_trees_all_close(average.params, expected, rtol=1e-5, atol=1e-6)
     assert int(average.count) == len(seen)
 
 
-def test_half_precision_is_averaged_in_single():
+def test_half_precision_is_averaged_in_float32():
     _, state, average, _ = linen_training(optax.sgd(0.0), 0.999, jnp.bfloat16)
     kernel = average.params["Dense_0"]["kernel"]
     assert kernel.dtype == jnp.float32
     moved = state.replace(params=jax.tree.map(lambda leaf: leaf * 1.01, state.params))
     after = average.update(moved).params["Dense_0"]["kernel"]
-    # 1 % of the change, of which bfloat16 knows nothing
+    # 1 % of the change, which bfloat16 would round away
     assert 0 < float(jnp.abs(after - kernel).max()) < float(jnp.abs(kernel).max()) * 2**-8
     averaged = average.recalibrated(Net(jnp.bfloat16), state, BATCHES)
     assert averaged.params["Dense_0"]["kernel"].dtype == jnp.bfloat16
 
 
-def test_of_lookahead_the_slow_parameters_are_averaged():
+def test_with_lookahead_the_slow_parameters_are_averaged():
     tx = optax.lookahead(optax.sgd(0.1), 2, 0.5)
     model, state, average, seen = linen_training(tx, None)
     expected = jax.tree.map(lambda *leaves: np.mean(leaves, 0, np.float64), *seen)
@@ -91,7 +91,7 @@ def test_of_lookahead_the_slow_parameters_are_averaged():
     chex.assert_trees_all_equal(averaged.variables["params"], average.params)
 
 
-def test_the_averaged_state_has_the_statistics_of_its_own_parameters():
+def test_recalibrated_computes_statistics_for_the_averaged_parameters():
     model, state, average, _ = linen_training(optax.sgd(0.5), None)
     before = jax.device_get((state.params, state.batch_stats))
     averaged = average.recalibrated(model, state, BATCHES)
@@ -107,7 +107,7 @@ def test_the_averaged_state_has_the_statistics_of_its_own_parameters():
     np.testing.assert_allclose(loss, (y**2).sum(-1).mean(), rtol=1e-4)
 
 
-def test_an_nnx_model_is_averaged_alike():
+def test_nnx_models_are_averaged_likewise():
     model = Nnx(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.sgd(0.5), wrt=nnx.Param)
     step, average, seen = bnjax.nnx.train_step(loss_fn), Average.start(model, None), []
@@ -126,7 +126,7 @@ def test_an_nnx_model_is_averaged_alike():
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(model)), before)
 
 
-def test_an_average_is_saved_beside_its_state(tmp_path):
+def test_an_average_is_saved_and_restored_with_its_state(tmp_path):
     _, state, average, _ = linen_training(optax.adam(0.1), 0.9)
     bnjax.save(tmp_path / "run.msgpack", {"state": state, "average": average})
     fresh = init_state(Net(), optax.adam(0.1), jax.random.key(1), BATCHES[0])
@@ -136,7 +136,7 @@ def test_an_average_is_saved_beside_its_state(tmp_path):
     chex.assert_trees_all_equal(found.update(state), average.update(state))
 
 
-def test_what_cannot_be_averaged_is_told():
+def test_invalid_arguments_are_errors():
     model, state, average, _ = linen_training(optax.sgd(0.1), 0.9)
     for decay in (0, 1, 1.5):
         message = (

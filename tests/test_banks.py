@@ -1,4 +1,6 @@
-"""Banks give what independent layers give, each on its own examples."""
+"""Banks give the same as independent layers, each on its own examples."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +90,7 @@ def test_few_banks_and_many(banks, case):
     assert_close(found(data), by_torch(data), rtol=1e-5)
 
 
-def test_one_example_in_a_bank_gives_the_bias_and_keeps_its_statistics():
+def test_a_bank_with_one_example_outputs_the_bias_and_keeps_its_statistics():
     bank = np.array([0, 1, 0, 0], np.int32)
     data = make(NC._replace(shape=(4, 5)), "own", bank, 2)
     outcome = found(data)
@@ -129,7 +131,7 @@ def test_banks_far_apart_and_far_from_zero_lose_no_digits(case, banks_apart):
 
 @pytest.mark.parametrize("case", [NC, NLC], ids=lambda case: case.name)
 @pytest.mark.parametrize("wild", [np.nan, np.inf, -np.inf, 1e38])
-def test_what_is_no_number_stays_in_its_bank(case, wild):
+def test_values_that_are_not_finite_stay_in_their_bank(case, wild):
     data = make(case, "own")
     x = data.x.copy()
     x[5, ..., 2] = wild
@@ -152,7 +154,7 @@ def test_what_is_no_number_stays_in_its_bank(case, wild):
 @pytest.mark.parametrize("number", [0, 2])
 @pytest.mark.parametrize("kind", [int, np.int64, np.asarray, jnp.uint8], ids=lambda k: k.__name__)
 @each_affine
-def test_one_bank_for_all_is_a_batch_norm_of_its_own(number, kind, affine):
+def test_one_bank_for_all_examples_equals_a_batch_norm(number, kind, affine):
     data, bank = make(NLC, affine), kind(number)
     alone = data._replace(bank=np.full(12, number))
     y, moved = bnjax.batch_norm(data.params, data.batch_stats, data.x, bank=bank, mutable=True)
@@ -178,3 +180,20 @@ def test_a_static_bank_is_bit_for_bit_the_plain_function():
         np.testing.assert_array_equal(value[2], new[name])
         others = (np.delete(each, 2, 0) for each in (value, data.batch_stats[name]))
         np.testing.assert_array_equal(*others)
+
+
+@pytest.mark.parametrize("shape", [(256, 64), (64, 2, 2, 16), (16, 8, 8, 16)])
+def test_only_x_is_kept_for_the_backward_pass(shape):
+    """The statistics of each example may be as large as x."""
+    params, stats = bnjax.init(shape[-1], banks=2)
+    bank, x = jnp.arange(shape[0]) % 2, jnp.ones(shape)
+
+    @jax.jit
+    def pull(x: jax.Array) -> Any:
+        def step(params: Any, x: jax.Array) -> Any:
+            return bnjax.batch_norm(params, stats, x, bank=bank, mutable=True)
+
+        return jax.vjp(step, params, x, has_aux=True)[1]
+
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pull(x)))
+    assert kept < x.size + 20 * shape[-1] + 2 * shape[0]

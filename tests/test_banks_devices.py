@@ -1,4 +1,4 @@
-"""Banks over 8 devices, in every way that JAX has: one device's results, in as many messages."""
+"""Banks over 8 devices, by every way of JAX: the results of one device, in as many messages."""
 
 import functools
 from typing import Any
@@ -39,7 +39,7 @@ each_case = pytest.mark.parametrize("case", [SPATIAL, VECTORS], ids=lambda case:
 
 
 def make(case: Case, number: int = 4, masked: bool = True, affine: Any = "own") -> banks.Data:
-    """Data of which the devices see different banks, the first one none, and the last all."""
+    """Data of which devices see different banks: the first device none, the last one all."""
     rng = np.random.default_rng(0)
     bank = rng.integers(0, number, case.shape[0]).astype(np.int32)
     bank[: len(bank) // 2] //= 2
@@ -53,7 +53,7 @@ def make(case: Case, number: int = 4, masked: bool = True, affine: Any = "own") 
 
 
 def parts(data: banks.Data) -> Data:
-    """What a way of `ways` takes; what is split as the mask is, may be several arrays."""
+    """The data as `ways` takes them: mask and bank go together, since both are split."""
     return Data(data.params, data.batch_stats, data.x, (data.mask, data.bank), data.cotangent)
 
 
@@ -93,7 +93,7 @@ def test_many_banks_far_from_zero(way):
 
 
 @each_of(ONE_AXIS_WAYS[2:])
-def test_groups_of_devices_pool_their_banks_apart(way):
+def test_groups_of_devices_pool_their_banks_separately(way):
     data = make(SPATIAL, masked=False)
     groups = [list(range(4)), list(range(4, 8))]
     step = differentiated(apply(way, axis_index_groups=groups))
@@ -109,7 +109,7 @@ def test_groups_of_devices_pool_their_banks_apart(way):
 @each_of(tuple(way for way in WAYS if way.name not in ("vmap",)))
 @each_case
 def test_devices_send_no_more_messages_for_more_banks(way, case):
-    """Under plain jit, XLA joins some of them: there are five at most, or four."""
+    """Under plain jit, XLA joins some of them: at most five or four are left."""
 
     def sent(number: int, step: Any) -> list[str]:
         data = parts(make(case, number))
@@ -132,7 +132,7 @@ def test_no_device_gets_the_examples_of_others(way):
     assert max(numbers) <= 4 * 4 * 40, "sums of banks alone"
 
 
-def test_an_evaluation_is_silent():
+def test_evaluation_sends_no_messages():
     mesh = jax.make_mesh((DEVICES,), (AXIS,))
     data = make(SPATIAL, masked=False)
     step = jax.jit(
@@ -151,7 +151,7 @@ def test_an_evaluation_is_silent():
 
 
 @each_of(ONE_AXIS_WAYS)
-def test_a_bank_for_all_is_pooled_as_without_banks(way):
+def test_one_bank_for_all_examples_is_pooled_as_without_banks(way):
     data = make(SPATIAL)
     told = {"mutable": True, "axis_name": way.axis_name}
 

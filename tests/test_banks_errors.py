@@ -1,4 +1,4 @@
-"""Each mistake with banks, and with a scale or bias at the call, has an error of its own."""
+"""Each mistake with banks, and with a scale or bias in the call, has its own error."""
 
 import re
 from typing import Any
@@ -91,7 +91,7 @@ BANKS = (
         "without banks in the core",
         core(PLAIN, bank=1),
         "`bank` chooses among several sets of statistics, got 1, but `batch_stats` keeps one set, "
-        "or none. Make it by bnjax.init(..., banks=2), or leave `bank` out.",
+        "or none. Create it with bnjax.init(..., banks=2), or omit `bank`.",
     ),
     Mistake(
         "a float",
@@ -196,7 +196,7 @@ AFFINE = (
 
 
 @pytest.mark.parametrize("mistake", BANKS + AFFINE, ids=lambda mistake: mistake.name)
-def test_the_whole_message_is_as_written(mistake):
+def test_each_mistake_raises_the_whole_message(mistake):
     with pytest.raises(mistake.error, match=rf"^{re.escape(mistake.message)}(\n-|$)"):
         mistake.call()
 
@@ -209,7 +209,7 @@ def test_banks_keep_running_statistics():
         bnjax.nnx.BatchNorm1d(3, banks=2, track_running_stats=False, rngs=nnx.Rngs(0))
 
 
-def test_keys_of_banks_belong_together():
+def test_keys_of_banks_must_all_be_present():
     message = (
         "`params` must have the keys {scale, bias, bank_scale, bank_bias} or {scale, bias, "
         "bank_scale} or {scale, bias, bank_bias} or {scale, bias} or {scale, bank_scale} or {scale}"
@@ -224,7 +224,7 @@ def lost(bank: jax.Array) -> Any:
     return bnjax.batch_norm(PARAMS, STATS, NC, bank=bank, mutable=True)
 
 
-def test_under_jit_an_index_out_of_range_is_no_error_and_is_seen():
+def test_under_jit_an_index_out_of_range_gives_nan_instead_of_an_error():
     y, moved = lost(jnp.array([0, 2, 0, 0]))
     assert np.isnan(y).any(1).tolist() == [False, True, False, False]
     assert (moved["mean"][1] == 0).all()

@@ -1,4 +1,4 @@
-"""Models that are told the bank from outside: by a context, or by the batch of a step."""
+"""Models whose bank is set from outside: by a context, or by the batch of a step."""
 
 import re
 import threading
@@ -26,7 +26,7 @@ X = banks.make(banks.NLC, True, BANK, 3).x
 
 
 class Block(nn.Module):
-    """A batch norm with banks between others without, somewhere below."""
+    """A batch norm with banks among others without, inside a block."""
 
     norm: Any = bnjax.BatchNorm1d
 
@@ -78,7 +78,7 @@ def variables_of(net: nn.Module = Net()) -> Any:  # noqa: B008 - frozen
 
 
 def rows_that_moved(before: Any, after: Any) -> set[tuple[bool, ...]]:
-    """For each layer with banks, which of them moved; that of one without did anyway."""
+    """For each layer with banks, which of them changed; assert that other layers changed."""
     found = set()
     for layer, old in before.items():
         new = after[layer]
@@ -127,7 +127,7 @@ def test_a_program_is_compiled_once_for_each_name():
     np.testing.assert_array_equal(found[0], found[2])
 
 
-def test_the_inner_context_wins_and_the_call_over_both():
+def test_the_inner_context_wins_and_the_call_wins_over_both():
     layer = bnjax.BatchNorm1d(5, banks=NAMES)
     variables = layer.init(jax.random.key(0), X)
 
@@ -146,7 +146,7 @@ def test_the_inner_context_wins_and_the_call_over_both():
         moved()
 
 
-def test_an_error_ends_a_context_and_one_can_be_entered_again():
+def test_an_error_ends_a_context_which_can_be_entered_again():
     target = bnjax.bank("dark")
     layer = bnjax.BatchNorm1d(5, banks=NAMES)
     variables = layer.init(jax.random.key(0), X)
@@ -179,7 +179,7 @@ def test_each_thread_has_its_own_bank():
     assert found == wanted
 
 
-def test_a_traced_bank_is_told_where_it_is_traced():
+def test_a_traced_bank_works_inside_its_trace():
     net, variables = Net(), variables_of()
 
     @jax.jit
@@ -227,7 +227,7 @@ def test_a_training_step_takes_the_banks_of_a_batch():
     assert_close(totals["loss"], loss(y, BATCH).sum(), rtol=1e-5)
 
 
-def test_padded_examples_of_a_batch_have_no_bank():
+def test_padded_examples_need_no_bank():
     state = init_state(Net(), optax.sgd(0.1), jax.random.key(0), ROWS)
     mask = np.arange(12) < 9
     padded = {**BATCH, "mask": mask, "bank": np.where(mask, BANK, -1).astype(np.int32)}
@@ -239,7 +239,7 @@ def test_padded_examples_of_a_batch_have_no_bank():
 
 
 def test_micro_batches_pool_the_moments_of_each_bank():
-    """Equal to one batch where nothing but the statistics depends on the others."""
+    """Equal to the whole batch if only the statistics depend on the other examples."""
     net = bnjax.BatchNorm1d(4, banks=NAMES, affine="own")
     state = init_state(net, optax.sgd(0.1), jax.random.key(0), ROWS)
 
@@ -271,7 +271,7 @@ def test_an_nnx_training_step_takes_the_banks_of_a_batch():
         assert_close(totals["loss"], loss(model(ROWS), BATCH).sum(), rtol=1e-5)
 
 
-def test_recalibration_takes_the_statistics_of_each_bank_over_all_batches():
+def test_recalibration_pools_the_statistics_of_each_bank_over_all_batches():
     layer = bnjax.BatchNorm1d(4, banks=NAMES)
     variables = layer.init(jax.random.key(0), ROWS)
     batches = [{"x": ROWS[:7], "bank": BANK[:7]}, {"x": ROWS[7:], "bank": BANK[7:]}]
@@ -291,7 +291,7 @@ def test_recalibration_takes_the_statistics_of_each_bank_over_all_batches():
     assert one["mean"][0].tolist() == [0] * 4
 
 
-def test_without_a_bank_a_model_says_which_layer_wants_one():
+def test_without_a_bank_the_error_names_the_layer_that_needs_one():
     net, variables = Net(), variables_of()
     message = (
         "The layer has the banks ['clean', 'noisy', 'dark'], and the call must say which one: pass "

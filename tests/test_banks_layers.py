@@ -1,4 +1,4 @@
-"""Layers of linen and nnx with banks."""
+"""Linen and nnx layers with banks."""
 
 from typing import Any
 
@@ -91,7 +91,7 @@ def test_an_nnx_layer(kind, affine, index, mutable):
         ({"use_scale": False, "use_bias": "both"}, True, {"bias": (5,), "bank_bias": (3, 5)}),
     ],
 )
-def test_scale_and_bias_of_the_drop_in_are_chosen_apart(kind, affine, names):
+def test_scale_and_bias_of_the_drop_in_are_chosen_separately(kind, affine, names):
     layer = bnjax.linen.BatchNorm(False, banks=3, **kind)
     variables = layer.init(jax.random.key(0), X)
     assert jax.tree.map(jnp.shape, variables["params"]) == names
@@ -108,7 +108,7 @@ def test_banks_by_number_are_called_by_number():
         assert moved.tolist() == [False, True, False]
 
 
-def test_layers_under_vmap_and_scan_have_banks_of_their_own():
+def test_layers_under_vmap_and_scan_have_their_own_banks():
     def stacked(kind: str) -> Any:
         axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
         layer = bnjax.BatchNorm1d

@@ -1,4 +1,4 @@
-"""Banks of models: made of a trained one, taken out, recalibrated, diagnosed, folded."""
+"""Convert trained models to banks and back; recalibrate, diagnose and fold models with banks."""
 
 import re
 from typing import Any
@@ -51,7 +51,7 @@ def evaluated(net: Any, variables: Any) -> Any:
 
 
 @pytest.mark.parametrize("affine", [True, "own", "both"])
-def test_banks_of_a_model_of_flax_evaluate_as_it_did_and_go_back(affine):
+def test_a_flax_model_converted_to_banks_evaluates_the_same_and_converts_back(affine):
     plain = Net(nn.BatchNorm, (("use_running_average", True),))
     variables = trained(plain)
     banks = bnjax.to_banks(variables, NAMES, affine=affine)
@@ -78,7 +78,7 @@ def test_banks_of_a_model_of_flax_evaluate_as_it_did_and_go_back(affine):
 
 
 @pytest.mark.parametrize("affine", [True, "own", "both"])
-def test_banks_of_an_nnx_model_evaluate_as_it_did_and_go_back(affine):
+def test_an_nnx_model_converted_to_banks_evaluates_the_same_and_converts_back(affine):
     plain = NNXNet()
     plain(X)
     plain.eval()
@@ -92,7 +92,7 @@ def test_banks_of_an_nnx_model_evaluate_as_it_did_and_go_back(affine):
     np.testing.assert_array_equal(again(X), plain(X))
 
 
-def test_all_that_a_momentum_keeps_is_copied_and_selected():
+def test_all_statistics_of_a_momentum_are_copied_and_selected():
     net = Net(settings=(("momentum", "pooled"), ("using", policies.Renorm.paper())))
     _, moved = net.apply(variables := trained(net), X, mutable=["batch_stats"])
     variables = {**variables, **moved}
@@ -102,7 +102,7 @@ def test_all_that_a_momentum_keeps_is_copied_and_selected():
     jax.tree.map(np.testing.assert_array_equal, found, variables)
 
 
-def test_layers_that_do_not_fit_the_paths_stay_as_they_are():
+def test_layers_that_do_not_match_the_paths_stay_unchanged():
     stats = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
     new = bnjax.to_banks({"batch_stats": {"a": stats, "b": stats}}, 2, paths="b")
     assert jax.tree.map(jnp.shape, new["batch_stats"]) == {
@@ -111,7 +111,7 @@ def test_layers_that_do_not_fit_the_paths_stay_as_they_are():
     }
 
 
-def test_recalibration_is_that_of_the_examples_of_each_bank():
+def test_recalibration_uses_the_examples_of_each_bank():
     net = Net(settings=(("banks", ("clean", "noisy", "absent")),))
     variables = trained(net)
     batches = [{"x": X[:6], "bank": BANK[:6]}, {"x": X[6:], "bank": BANK[6:]}]
@@ -126,7 +126,7 @@ def test_recalibration_is_that_of_the_examples_of_each_bank():
     np.testing.assert_array_equal(new["batch_stats"]["bn"]["mean"][2], old)
 
 
-def test_a_diagnosis_has_each_bank_by_its_name():
+def test_a_diagnosis_lists_each_bank_by_name():
     net = Net(settings=(("banks", NAMES),))
     variables = net.init(jax.random.key(1), X)
     batches = [{"x": X, "bank": BANK}] * 4
@@ -218,7 +218,7 @@ def test_a_diagnosis_adds_the_scales_of_banks_to_shared_ones():
     assert (finding.kind, finding.layers) == ("dead channels", ("bn[noisy]",))
 
 
-def test_a_diagnosis_tells_renormalization_at_its_limits():
+def test_a_diagnosis_finds_renormalization_at_its_limits():
     net = Net(settings=(("using", policies.Renorm(1.05, 0.05)),))
     keys = jax.random.split(jax.random.key(2), 16)
     batches = [jax.random.normal(key, (4, 2, 2, 3)) + 2 for key in keys]
@@ -233,7 +233,7 @@ def test_a_diagnosis_tells_renormalization_at_its_limits():
     assert "renorm at its limits" not in kinds
 
 
-def test_a_diagnosis_tells_a_policy_by_which_an_evaluation_depends_on_the_batch():
+def test_a_diagnosis_finds_a_policy_that_makes_evaluation_depend_on_the_batch():
     net = Net(nn.BatchNorm, (("use_running_average", True),))
     variables = bnjax.recalibrate(net, trained(net), [X])
     assert bnjax.diagnose(net, variables, [X] * 3).healthy
@@ -248,19 +248,19 @@ def test_a_diagnosis_tells_a_policy_by_which_an_evaluation_depends_on_the_batch(
     [
         (
             (("using", policies.Batch()),),
-            "the batch norm normalizes with its input in evaluation, by using=Batch()",
+            "the batch norm normalizes by its input in evaluation, with using=Batch()",
         ),
         (
             (("using", policies.Example(0.1)),),
-            "the batch norm normalizes with its input in evaluation, by using=Example(weight=0.1)",
+            "the batch norm normalizes by its input in evaluation, with using=Example(weight=0.1)",
         ),
         (
             (("banks", 2),),
-            "the batch norm has banks: fold what bnjax.select_bank(variables, bank) returns",
+            "the batch norm has banks: fold the result of bnjax.select_bank(variables, bank)",
         ),
     ],
 )
-def test_what_no_conv_can_do_is_not_folded_and_told(settings, reason):
+def test_a_batch_norm_that_no_conv_can_absorb_is_reported(settings, reason):
     net = Net(settings=settings)
     variables = net.init(jax.random.key(1), X)
     with pytest.raises(ValueError, match=re.escape(f"conv, bn: {reason}.")), bnjax.bank(0):
@@ -270,7 +270,7 @@ def test_what_no_conv_can_do_is_not_folded_and_told(settings, reason):
 @pytest.mark.parametrize(
     "settings", [(("using", policies.Renorm.paper()),), (("momentum", "pooled"),)]
 )
-def test_what_evaluates_as_a_batch_norm_is_folded(settings):
+def test_a_layer_that_evaluates_as_a_batch_norm_is_folded(settings):
     net = Net(settings=settings)
     variables = trained(net)
     folded = bnjax.fold(net, variables, X)
@@ -279,7 +279,7 @@ def test_what_evaluates_as_a_batch_norm_is_folded(settings):
     )
 
 
-def test_a_conditional_norm_is_not_folded_and_told():
+def test_a_conditional_norm_is_not_folded_but_reported():
     class Generator(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -287,7 +287,7 @@ def test_a_conditional_norm_is_not_folded_and_told():
             return bnjax.ConditionalBatchNorm2d(3, 4, name="cbn")(x, jnp.arange(16) % 4)
 
     variables = Generator().init(jax.random.key(0), X)
-    message = "conv, cbn/norm: the batch norm is given a scale or a bias for each example."
+    message = "conv, cbn/norm: the batch norm is called with a scale or a bias for each example."
     with pytest.raises(ValueError, match=re.escape(message)):
         bnjax.fold(Generator(), variables, X)
 
@@ -335,17 +335,17 @@ PLAIN = {"batch_stats": {"bn": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
         ),
         (
             lambda: bnjax.to_banks(PLAIN, 2, paths="encoder/**"),
-            "The pattern 'encoder/**' fits the path of no batch norm: there are ['bn'].",
+            "The pattern 'encoder/**' matches no batch norm: there are ['bn'].",
         ),
     ],
 )
-def test_each_mistake_is_told(call, message):
+def test_each_mistake_raises_its_message(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["bnjax", "flax"])
-def test_an_override_of_an_nnx_model_holds_in_its_block(own):
+def test_an_override_of_an_nnx_model_is_active_in_its_block(own):
     class Two(nnx.Module):
         def __init__(self):
             kind = bnjax.nnx.BatchNorm if own else nnx.BatchNorm
@@ -366,5 +366,5 @@ def test_an_override_of_an_nnx_model_holds_in_its_block(own):
         np.testing.assert_allclose(found[1].mean((0, 1, 2)), np.zeros(3), atol=1e-6)
     np.testing.assert_array_equal(model(X)[1], plain[1])
     assert nnx.graphdef(model) == graph
-    with pytest.raises(ValueError, match="The pattern 'c' fits the path of no batch norm"):
+    with pytest.raises(ValueError, match="The pattern 'c' matches no batch norm"):
         bnjax.nnx.override(model, "c", using=policies.Batch())

@@ -33,11 +33,11 @@ pytestmark = pytest.mark.quick_compile
 
 NHWC = next(case for case in CASES if case.name == "NHWC")
 each_case = pytest.mark.parametrize("case", [NC, NLC], ids=lambda case: case.name)
-ROWS = np.arange(12) % 7 != 4  # none of bank 3 but two, not all of the others
+ROWS = np.arange(12) % 7 != 4  # masks out two examples
 
 
 def eagerly(data: Data, stats: Any = None, **told: Any) -> Any:
-    """What bnjax makes of all banks at once, with settings that `found` can't take."""
+    """The results for all banks at once, with settings that `found` does not accept."""
     params, held, x, bank, cotangent = map(tree, data.arrays[:5])
     told = {"mutable": True, "mask": data.mask, "bank": bank} | told
 
@@ -56,7 +56,7 @@ def eagerly(data: Data, stats: Any = None, **told: Any) -> Any:
 @each_case
 @pytest.mark.parametrize("affine", [True, "own", "both"], ids=str)
 @pytest.mark.parametrize("kind", ["rows", "positions", "channels"])
-def test_masked_positions_move_no_bank(case, affine, kind):
+def test_masked_positions_update_no_bank(case, affine, kind):
     rng = np.random.default_rng(3)
     data = make(case._replace(shape=(48, *case.shape[1:])), affine, np.tile(BANK, 4))
     rows = np.arange(48).reshape(-1, *[1] * (data.x.ndim - 1)) % 5 > 0
@@ -67,7 +67,7 @@ def test_masked_positions_move_no_bank(case, affine, kind):
     }
     data = data._replace(mask=masks[kind])
     assert_close(found(data), by_numpy(data), rtol=1e-5)
-    # NaN under the mask reaches nothing that counts.
+    # NaN under the mask affects nothing that counts.
     wild = data._replace(
         x=np.where(data.mask, data.x, np.float32(np.nan)),
         cotangent=np.where(data.mask, data.cotangent, np.float32(0)),
@@ -84,7 +84,7 @@ def test_a_mask_of_far_values_loses_no_digits(case):
     assert_close(found(data), by_numpy(data), rtol=3e-6)
 
 
-def test_a_bank_of_masked_examples_alone_keeps_its_statistics():
+def test_a_bank_with_only_masked_examples_keeps_its_statistics():
     data = make(NLC, "own")
     data = data._replace(mask=(data.bank != 2).reshape(-1, 1, 1))
     result, wanted = found(data), by_plain(data)
@@ -111,7 +111,7 @@ def test_a_masked_example_needs_no_bank(mutable, compiled):
 
 @each_case
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
-def test_half_precision_costs_the_rounding_of_the_ends_alone(case, dtype):
+def test_half_precision_only_rounds_inputs_and_outputs(case, dtype):
     data = make(case._replace(shape=(48, *case.shape[1:])), "own", np.tile(BANK, 4))
     half = np.asarray(jnp.asarray(data.x, dtype))
     data = data._replace(x=np.asarray(half, np.float32))
@@ -197,7 +197,7 @@ def test_a_policy_sees_the_statistics_of_each_bank(case, policy, mutable):
     assert_close(eagerly(data, **told), by_plain(data, **told), rtol=1e-5)
 
 
-def test_limits_of_renormalization_go_by_the_count_of_each_bank():
+def test_limits_of_renormalization_follow_the_count_of_each_bank():
     data = make(NLC)
     stats = {**data.batch_stats, "count": np.array([0, 5, 1, 2], np.int32)}
     policy = policies.Renorm.crossq(warmup=2)
@@ -205,7 +205,7 @@ def test_limits_of_renormalization_go_by_the_count_of_each_bank():
     assert_close(result, by_plain(data._replace(batch_stats=stats), using=policy), rtol=1e-5)
 
 
-def test_vectorized_calls_are_those_one_after_another():
+def test_vectorized_calls_equal_sequential_ones():
     datas = [make(NLC, "both", np.roll(BANK, seed), seed=seed) for seed in range(3)]
     arrays = [data.arrays[:5] for data in datas]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
@@ -276,7 +276,7 @@ def test_an_exported_program_takes_any_banks():
 
 
 @each_case
-def test_derivatives_of_all_kinds_equal_those_of_independent_layers(x64, case):
+def test_all_kinds_of_derivatives_equal_those_of_independent_layers(x64, case):
     data = make(case, "both", dtype=np.float64)
     params, stats, x, bank, cotangent = map(tree, data.arrays[:5])
 
@@ -331,7 +331,7 @@ def test_complex_values_have_banks_too():
 
 
 @pytest.mark.parametrize("index", ["mixed", "static", "traced"])
-def test_an_empty_batch_moves_nothing(index):
+def test_an_empty_batch_updates_nothing(index):
     bank: Any = {"mixed": jnp.zeros(0, jnp.int32), "static": 1, "traced": jnp.int32(1)}[index]
     data = make(NLC)
     args = tree(data.params), tree(data.batch_stats), jnp.zeros((0, 3, 5))
@@ -343,7 +343,7 @@ def test_an_empty_batch_moves_nothing(index):
 @pytest.mark.parametrize("index", [-1, 4, 100])
 @pytest.mark.parametrize("affine", [True, "own"], ids=str)
 @each_case
-def test_an_example_of_no_bank_gives_nan_and_moves_nothing(case, affine, index):
+def test_an_example_without_a_valid_bank_gives_nan_and_updates_nothing(case, affine, index):
     data = make(case, affine)
     lost = data.bank == 3
     result = found(data._replace(bank=np.where(lost, index, data.bank).astype(np.int32)))
@@ -358,7 +358,7 @@ def test_an_example_of_no_bank_gives_nan_and_moves_nothing(case, affine, index):
 @pytest.mark.parametrize("index", [-1, 4])
 @pytest.mark.parametrize("affine", [True, False, "own", "both"], ids=str)
 @pytest.mark.parametrize("mutable", [True, False], ids=["train", "evaluate"])
-def test_a_traced_number_of_no_bank_gives_nan_and_moves_nothing(affine, index, mutable):
+def test_an_invalid_traced_bank_gives_nan_and_updates_nothing(affine, index, mutable):
     data = make(NLC, affine)
     result = found(data._replace(bank=np.int32(index)), mutable=mutable)
     assert np.isnan(result.y).all()
@@ -367,7 +367,7 @@ def test_a_traced_number_of_no_bank_gives_nan_and_moves_nothing(affine, index, m
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_a_bank_for_all_goes_with_virtual_batches(size):
+def test_one_bank_for_all_examples_works_with_virtual_batches(size):
     data = make(NLC)
     alone = data._replace(bank=np.full(12, 2))
     for bank in (2, jnp.int32(2)):

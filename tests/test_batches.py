@@ -39,14 +39,14 @@ def refused(kind: type[Exception], sentence: str) -> Any:
 @pytest.mark.parametrize(
     ("batches", "got"), [(X, "an array of shape (4, 3)"), ({"x": X}, "a dict")], ids=["x", "dict"]
 )
-def test_one_batch_is_not_several(tool, batches, got):
+def test_a_single_batch_is_an_error(tool, batches, got):
     sentence = f"`batches` must be a list or an iterator of batches, got {got}: write [batch]."
     with refused(TypeError, sentence):
         tool(NET, VARIABLES, batches, apply_kwargs={"train": False})
 
 
 @each_tool
-def test_a_batch_is_an_array_or_names_it_x(tool):
+def test_a_batch_must_be_an_array_or_a_dict_with_x(tool):
     sentence = (
         "A batch must be an array or a dict with the model's input as `x`, got tuple. Write "
         '{"x": images, "y": labels}.'
@@ -61,7 +61,7 @@ def test_a_batch_is_an_array_or_names_it_x(tool):
         tool(NET, VARIABLES, [{"image": X}], apply_kwargs={"train": False})
 
 
-def test_a_training_step_takes_no_tuple():
+def test_a_training_step_refuses_a_tuple():
     state = init_state(NET, optax.sgd(0.1), jax.random.key(0), X, train=True)
     step = train_step(lambda y, batch: jnp.mean(y**2), apply_kwargs={"train": True})
     untyped: Any = (X, X)
@@ -77,10 +77,10 @@ def test_a_training_step_takes_no_tuple():
     ],
     ids=["missing", "unexpected"],
 )
-def test_what_a_model_takes_besides_x_goes_through_apply_kwargs(kwargs, problem):
+def test_missing_model_arguments_are_asked_for_in_apply_kwargs(kwargs, problem):
     sentence = (
-        f"The model is called with its inputs and with `apply_kwargs`, but Net.__call__() {problem}"
-        ". Give what it evaluates with, as in `apply_kwargs={'train': False}`."
+        f"The model is called with its inputs and `apply_kwargs`, but Net.__call__() {problem}"
+        ". Pass its evaluation arguments, as in `apply_kwargs={'train': False}`."
     )
     for tool in TOOLS.values():
         with refused(TypeError, sentence):
@@ -89,8 +89,8 @@ def test_what_a_model_takes_besides_x_goes_through_apply_kwargs(kwargs, problem)
         bnjax.fold(NET, VARIABLES, X, apply_kwargs=kwargs)
 
 
-def test_an_input_of_other_channels_is_named_by_its_shape():
-    message = r"^`variables` do not fit the model, or the model an input of shape \(4, 2\): "
+def test_an_input_with_other_channels_is_an_error_with_its_shape():
+    message = r"^`variables` or an input of shape \(4, 2\) do not fit the model: "
     for tool in TOOLS.values():
         with pytest.raises(ValueError, match=message):
             tool(NET, VARIABLES, [X[:, :2]], apply_kwargs={"train": False})

@@ -1,4 +1,4 @@
-"""The command line, as a user runs it: tables, JSON, conversions, and exit codes."""
+"""The command line: tables, JSON, conversions, and exit codes."""
 
 import json
 import re
@@ -27,7 +27,7 @@ F32 = np.float32
 
 
 def layer(name: str, **changes: Any) -> dict[str, np.ndarray]:
-    """A batch norm of three channels in PyTorch, as a training leaves it."""
+    """A trained PyTorch batch norm with three channels."""
     values = {
         "weight": np.array([0.5, 1, 1.5], F32),
         "bias": np.zeros(3, F32),
@@ -47,10 +47,10 @@ BAD = (
     | layer("bn4", running_var=np.array([-1, 0, 1], F32), weight=np.array([1, 1, 1e-4], F32))
 )
 PROBLEMS = [
-    "bn1: 1 values of the running mean are NaN or infinite",
+    "bn1: 1 value of the running mean is NaN or infinite",
     "bn2: the statistics were never updated: all means are 0 and all variances 1",
     "bn3: all channels are dead: their output does not vary",
-    "bn4: 1 running variances are negative",
+    "bn4: 1 running variance is negative",
 ]
 
 
@@ -72,16 +72,19 @@ def test_inspect_shows_each_batch_norm_in_every_format(tmp_path, suffix):
     assert output.endswith("verdict: fine (1 batch norm)\n")
 
 
-def test_inspect_finds_what_is_wrong(tmp_path):
+def test_inspect_reports_all_problems(tmp_path):
     bnjax.save(tmp_path / "model.safetensors", BAD)
     code, output = run("inspect", tmp_path / "model.safetensors")
     assert code == 1
     assert [line[9:] for line in output.splitlines() if line.startswith("problem")] == PROBLEMS
-    assert "note: 5 channels are dead or weak: the standard deviation of their output is" in output
+    assert (
+        "note: 5 dead or weak channels, with an output standard deviation below 0.01, could be "
+        "pruned\n"
+    ) in output
     assert output.endswith("verdict: 4 problems found (4 batch norms)\n")
 
 
-def test_json_has_the_same_for_programs(tmp_path):
+def test_inspect_prints_json(tmp_path):
     bnjax.save(tmp_path / "model.msgpack", BAD)
     code, output = run("inspect", "--json", tmp_path / "model.msgpack")
     report = json.loads(output, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -136,7 +139,7 @@ def test_inspect_reads_an_nnx_state_from_orbax(tmp_path):
     assert "problem  bn: the statistics were never updated" in output
 
 
-def test_a_checkpoint_without_statistics_is_a_problem(tmp_path):
+def test_inspect_reports_a_checkpoint_without_statistics(tmp_path):
     bnjax.save(tmp_path / "model.msgpack", {"params": moved()["params"]})
     code, output = run("inspect", tmp_path / "model.msgpack")
     assert code == 1
@@ -151,12 +154,12 @@ def test_a_checkpoint_without_statistics_is_a_problem(tmp_path):
         layer("bn", running_mean=np.zeros(0, F32)),
     ],
 )
-def test_arrays_that_do_not_fit_together_are_a_problem(arrays):
+def test_inspect_reports_mismatched_shapes(arrays):
     problems = inspection.problems(inspection.inspect(arrays))
     assert problems[0].startswith("bn: running mean, variance, scale and bias differ in shape")
 
 
-def test_stacked_and_empty_layers_have_rows():
+def test_inspect_lists_stacked_and_empty_layers():
     stacked = {k: np.stack([v, v]) for k, v in layer("bn").items()}
     (row,) = inspection.inspect(stacked)
     assert (row.channels, row.updates, row.problems) == (3, None, ())
@@ -165,7 +168,7 @@ def test_stacked_and_empty_layers_have_rows():
     assert (row.channels, row.scale, row.dead) == (0, None, 0)
 
 
-def test_what_cannot_be_read_has_exit_code_two(tmp_path):
+def test_unreadable_files_exit_with_code_two(tmp_path):
     path = tmp_path / "model.msgpack"
     assert run("inspect", path) == (2, f"There is no checkpoint at {path}.\n")
     path.write_bytes(b"[bold]no[/] checkpoint")
@@ -186,7 +189,7 @@ def test_convert_changes_the_format_and_nothing_else(tmp_path, suffix):
     chex.assert_trees_all_equal(bnjax.load(tmp_path / f"other{suffix}"), FINE)
 
 
-def test_convert_like_a_checkpoint_goes_between_pytorch_and_flax(tmp_path):
+def test_convert_with_like_converts_between_pytorch_and_flax(tmp_path):
     there, like, back = (tmp_path / f"{name}.msgpack" for name in ("there", "like", "back"))
     source = tmp_path / "model.safetensors"
     rng = np.random.default_rng(0)
@@ -220,7 +223,7 @@ class Nnx(nnx.Module):
 
 
 @pytest.mark.parametrize("suffix", [".msgpack", ""])
-def test_convert_takes_an_nnx_state_on_either_side_of_like(tmp_path, suffix):
+def test_convert_accepts_an_nnx_state_as_source_and_as_like(tmp_path, suffix):
     state, there = tmp_path / f"state{suffix}", tmp_path / f"there{suffix}"
     torch, back = (tmp_path / f"{name}.safetensors" for name in ("torch", "back"))
     state_dict = layer("bn") | {"convs.0.weight": np.ones((3, 2, 1, 1), F32)}
@@ -243,8 +246,8 @@ def test_convert_takes_an_nnx_state_on_either_side_of_like(tmp_path, suffix):
         (["--rename", "a=b"], "These options convert names, so they need --like FILE."),
         (
             ["--like", "model.safetensors"],
-            "Both files have PyTorch's naming, so --like changes nothing: leave it out. Of a "
-            "nested checkpoint, save the state dict or the variables alone.",
+            "Both files have PyTorch names, so --like changes nothing: leave it out. From a nested "
+            "checkpoint, save only the state dict or the variables.\n",
         ),
         (["--like", "flax.msgpack", "--rename", "a"], "Expected NAME=VALUE, got 'a'."),
         (
@@ -253,11 +256,11 @@ def test_convert_takes_an_nnx_state_on_either_side_of_like(tmp_path, suffix):
         ),
         (
             ["--like", "flax.msgpack"],
-            "PyTorch's state dict and the `variables` do not fit, so nothing was converted.",
+            "The PyTorch state dict and `variables` do not match, so nothing was converted.",
         ),
     ],
 )
-def test_a_conversion_that_cannot_be_done_writes_nothing(tmp_path, monkeypatch, options, message):
+def test_a_failed_conversion_writes_nothing(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     bnjax.save("model.safetensors", FINE)
     bnjax.save("flax.msgpack", moved())
@@ -267,7 +270,7 @@ def test_a_conversion_that_cannot_be_done_writes_nothing(tmp_path, monkeypatch, 
     assert not (tmp_path / "out.msgpack").exists()
 
 
-def test_a_conversion_leaves_out_and_names_what_is_no_array(tmp_path):
+def test_convert_skips_and_names_everything_but_arrays(tmp_path):
     tree = {
         "state_dict": FINE,
         "step": 3,
@@ -280,14 +283,14 @@ def test_a_conversion_leaves_out_and_names_what_is_no_array(tmp_path):
         code, output = run("convert", tmp_path / "m.msgpack", tmp_path / f"o.{suffix}")
         assert (code, output) == (
             0,
-            "left out, not being arrays: arch, callbacks/best (1 entry), callbacks/mode, "
+            "skipped, not arrays: arch, callbacks/best (1 entry), callbacks/mode, "
             f"char2idx (2 entries)\nwrote {tmp_path / f'o.{suffix}'}\n",
         )
         expected = {"state_dict": FINE, "step": np.array(3), "callbacks": {"seen": np.array(7)}}
         chex.assert_trees_all_equal(bnjax.load(tmp_path / f"o.{suffix}"), expected)
 
 
-def test_a_model_inside_is_taken_and_said(tmp_path):
+def test_convert_finds_the_model_in_a_checkpoint_and_says_so(tmp_path):
     like, there = tmp_path / "like.msgpack", tmp_path / "there.msgpack"
     ones = np.ones(3, F32)
     variables = {
@@ -302,7 +305,7 @@ def test_a_model_inside_is_taken_and_said(tmp_path):
     code, output = run("convert", source, there, "--like", like)
     assert (code, output) == (
         0,
-        f"took net from {source}\ntook state from {like}\nwrote {there}\n",
+        f"using net from {source}\nusing state from {like}\nwrote {there}\n",
     )
     chex.assert_trees_all_equal(bnjax.load(there), bnjax.from_torch(layer("bn1"), None, variables))
     bnjax.save(source, {"net": layer("bn1"), "net_ema": layer("bn1")})
@@ -310,7 +313,7 @@ def test_a_model_inside_is_taken_and_said(tmp_path):
     message = f"In {source}, it holds several models: net, net_ema. Choose one with --key.\n"
     assert (code, output) == (1, message)
     code, output = run("convert", source, there, "--like", like, "--key", "net_ema")
-    assert (code, output) == (0, f"took state from {like}\nwrote {there}\n")
+    assert (code, output) == (0, f"using state from {like}\nwrote {there}\n")
     code, output = run("convert", source, there, "--key", "ema")
     assert (code, output) == (
         2,
@@ -319,7 +322,7 @@ def test_a_model_inside_is_taken_and_said(tmp_path):
     )
 
 
-def test_a_conversion_does_not_overwrite_what_it_reads(tmp_path):
+def test_convert_does_not_overwrite_its_inputs(tmp_path):
     source, link = tmp_path / "m.msgpack", tmp_path / "link.msgpack"
     bnjax.save(source, FINE)
     link.symlink_to(source)
@@ -327,7 +330,7 @@ def test_a_conversion_does_not_overwrite_what_it_reads(tmp_path):
     for arguments in ((source, source), (link, source), (source, link), (tmp_path, source)):
         code, output = run("convert", *arguments)
         read, written = arguments
-        message = f"Writing {written} would overwrite {read}, an input. Give it another name.\n"
+        message = f"Writing {written} would overwrite the input {read}. Choose another name.\n"
         assert (code, output) == (1, message)
     bnjax.save(tmp_path / "other.msgpack", moved())
     code, output = run("convert", tmp_path / "other.msgpack", source, "--like", source)
@@ -335,7 +338,7 @@ def test_a_conversion_does_not_overwrite_what_it_reads(tmp_path):
     assert source.read_bytes() == before
 
 
-def test_a_suffix_that_is_not_written_is_told(tmp_path):
+def test_convert_refuses_unsupported_suffixes(tmp_path):
     bnjax.save(tmp_path / "m.msgpack", FINE)
     code, output = run("convert", tmp_path / "m.msgpack", tmp_path / "m.h5")
     message = (
@@ -346,7 +349,7 @@ def test_a_suffix_that_is_not_written_is_told(tmp_path):
     assert (code, output) == (1, message)
 
 
-# As a program
+# Processes
 
 
 @pytest.mark.parametrize(
@@ -359,7 +362,7 @@ def test_a_suffix_that_is_not_written_is_told(tmp_path):
         (["inspect", "m.pth"], {"jax", "flax"}),
     ],
 )
-def test_a_command_loads_what_it_needs(tmp_path, monkeypatch, arguments, spared):
+def test_commands_import_only_what_they_need(tmp_path, monkeypatch, arguments, spared):
     monkeypatch.chdir(tmp_path)
     if arguments[-1].startswith("m."):
         bnjax.save(arguments[-1], FINE)
@@ -374,7 +377,7 @@ def test_a_command_loads_what_it_needs(tmp_path, monkeypatch, arguments, spared)
     assert done.stdout.endswith("loaded []\n"), done.stdout
 
 
-def test_the_module_and_its_exit_codes(tmp_path):
+def test_the_module_runs_as_a_program(tmp_path):
     bnjax.save(tmp_path / "model.safetensors", FINE)
     command = [sys.executable, "-m", "bnjax", "inspect", str(tmp_path / "model.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -389,5 +392,5 @@ def test_without_typer_it_says_what_to_install():
     assert done.stderr == "The command line of bnjax needs typer: pip install 'bnjax[tools]'\n"
 
 
-def test_the_version_is_that_of_the_package():
+def test_version_prints_the_version_of_the_package():
     assert run("--version") == (0, f"bnjax {bnjax.__version__}\n")

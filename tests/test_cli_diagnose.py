@@ -1,4 +1,4 @@
-"""`bnjax diagnose`: models and data by name, what it prints, and exit codes."""
+"""`bnjax diagnose`: models and data by name, output, and exit codes."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def trained_dense() -> nn.Module:
 
 
 @pytest.mark.parametrize("healthy", [True, False])
-def test_diagnose_prints_a_report_and_says_by_its_code_whether_all_is_well(tmp_path, healthy):
+def test_diagnose_prints_a_report_and_exits_with_one_if_there_are_problems(tmp_path, healthy):
     x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
     model = trained_dense()
     variables = model.init(jax.random.key(0), x)
@@ -48,7 +48,7 @@ def test_diagnose_prints_a_report_and_says_by_its_code_whether_all_is_well(tmp_p
     assert json.loads(output)["healthy"] is healthy
 
 
-def test_diagnose_takes_one_model_of_several(tmp_path):
+def test_diagnose_selects_one_of_several_models_by_key(tmp_path):
     x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
     model = trained_dense()
     variables = bnjax.recalibrate(model, model.init(jax.random.key(0), x), [x])
@@ -56,7 +56,8 @@ def test_diagnose_takes_one_model_of_several(tmp_path):
     np.save(tmp_path / "x.npy", x)
     arguments = ("diagnose", f"{__name__}:trained_dense", "--variables", tmp_path / "model.msgpack")
     arguments = (*arguments, "--data", tmp_path / "x.npy")
-    message = "`variables` hold those of several models, at ['ema', 'net']: pass one of them.\n"
+    message = "`variables` must be those of one model, but hold several, at ['ema', 'net']. "
+    message += "Pass one of them.\n"
     assert run(*arguments) == (2, message)
     code, output = run(*arguments, "--key", "ema")
     assert (code, "All is well: 1 batch norm fits" in output) == (0, True)
@@ -81,7 +82,7 @@ def test_diagnose_reads_the_checkpoint_of_an_nnx_model(tmp_path, name, healthy):
     assert ("All is well: 1 batch norm fits" if healthy else "never updated, error") in output
 
 
-def test_diagnose_takes_no_checkpoint_of_another_nnx_model(tmp_path):
+def test_diagnose_refuses_a_checkpoint_of_another_nnx_model(tmp_path):
     state = nnx.state(nnx.Sequential(nnx.Linear(3, 5, rngs=nnx.Rngs(0))))
     files.save(tmp_path / "model.msgpack", state)
     np.savez(tmp_path / "x.npz", x=np.ones((4, 3), F32))
@@ -91,11 +92,11 @@ def test_diagnose_takes_no_checkpoint_of_another_nnx_model(tmp_path):
         2,
         "`variables` do not fit the model: missing ['layers/1/bias', 'layers/1/mean', "
         "'layers/1/scale', 'layers/1/var'], of another shape ['layers/0/bias (5,) not (4,)', "
-        "'layers/0/kernel (3, 5) not (3, 4)']. Are they of another model?",
+        "'layers/0/kernel (3, 5) not (3, 4)']. Are they another model's?",
     )
 
 
-def test_diagnose_reads_what_orbax_saves_of_nnx_variables(tmp_path):
+def test_diagnose_reads_nnx_variables_saved_by_orbax(tmp_path):
     x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
     state = nnx.to_pure_dict(bnjax.recalibrate(trained_nnx(), None, [x]))
     files.save(tmp_path / "model", jax.tree.map(lambda array: {"value": array}, state))
@@ -105,7 +106,7 @@ def test_diagnose_reads_what_orbax_saves_of_nnx_variables(tmp_path):
     assert code == 0, output
 
 
-def test_diagnose_says_what_it_cannot_read(tmp_path):
+def test_diagnose_explains_what_it_cannot_find(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.ones(2), b=np.ones(2))
     paths = ("--variables", tmp_path / "no.msgpack", "--data", tmp_path / "x.npz")
     dotted = "Expected package.module:make_model, with dots as in an import, got"
@@ -123,6 +124,15 @@ def test_diagnose_says_what_it_cannot_read(tmp_path):
         assert message in output
 
 
+def test_diagnose_refuses_data_without_a_single_array(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.ones(2), b=np.ones(2))
+    variables = trained_dense().init(jax.random.key(0), np.ones((2, 3), F32))
+    files.save(tmp_path / "m.msgpack", variables)
+    paths = ("--variables", tmp_path / "m.msgpack", "--data", tmp_path / "x.npz")
+    message = f"{tmp_path / 'x.npz'} must hold a single array or one named `x`, got ['a', 'b'].\n"
+    assert run("diagnose", f"{__name__}:trained_dense", *paths) == (2, message)
+
+
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
@@ -132,7 +142,7 @@ def test_diagnose_says_what_it_cannot_read(tmp_path):
         ("trained_dense", ("--apply", '{"train": true}'), "apply_kwargs"),
     ],
 )
-def test_diagnose_says_how_a_model_is_made_and_called(tmp_path, target, options, message):
+def test_diagnose_explains_how_to_make_and_call_a_model(tmp_path, target, options, message):
     x = np.ones((8, 3), F32)
     np.savez(tmp_path / "x.npz", x=x)
     files.save(tmp_path / "m.msgpack", trained_dense().init(jax.random.key(0), x))
@@ -168,7 +178,7 @@ class Crashing(nn.Module):
         ("Crashing", "KeyError: '2'"),
     ],
 )
-def test_a_crash_of_the_model_is_shown_whole_and_is_no_problem_found(tmp_path, target, message):
+def test_a_crash_of_the_model_shows_its_traceback_and_exits_with_two(tmp_path, target, message):
     np.savez(tmp_path / "x.npz", x=np.ones((8, 3), F32))
     variables = bnjax.BatchNorm1d().init(jax.random.key(0), jnp.ones((8, 3)))
     tree = {name: {"BatchNorm1d_0": part} for name, part in variables.items()}
@@ -181,7 +191,7 @@ def test_a_crash_of_the_model_is_shown_whole_and_is_no_problem_found(tmp_path, t
     assert output.endswith(": this is a crash, not a problem found in the model.\n")
 
 
-def test_an_error_of_a_layer_names_it_on_the_command_line(tmp_path):
+def test_an_error_in_a_layer_names_the_layer(tmp_path):
     np.savez(tmp_path / "x.npz", x=np.ones((8, 5), F32))
     variables = trained_dense().init(jax.random.key(0), jnp.ones((8, 5)))
     variables["batch_stats"]["layers_1"].pop("var")
@@ -195,12 +205,12 @@ def test_an_error_of_a_layer_names_it_on_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("folder", ["run", "run/checkpoints", "run/checkpoints/2"])
 @pytest.mark.parametrize("kind", ["dense", "nnx"])
-def test_the_folder_of_a_training_is_read_from_the_shell(tmp_path, folder, kind):
+def test_commands_read_the_folder_of_a_training_run(tmp_path, folder, kind):
     import orbax.checkpoint as ocp
 
     x = np.random.default_rng(0).normal(3, 1, (256, 3)).astype(F32)
     np.save(tmp_path / "x.npy", x)
-    for number in (1, 2):  # the newest alone has the right statistics
+    for number in (1, 2):  # only the newest has the right statistics
         tree = saved_by_training(kind, x) if number == 2 else {"nothing": np.ones(2)}
         with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
             items = ocp.args.Composite(
@@ -219,7 +229,7 @@ def test_the_folder_of_a_training_is_read_from_the_shell(tmp_path, folder, kind)
 
 
 def saved_by_training(kind: str, x: np.ndarray) -> Any:
-    """What the examples save: a state, or model and optimizer."""
+    """A tree as the examples save it: a state, or a model and its optimizer."""
     if kind == "nnx":
         model = trained_nnx()
         nnx.update(model, bnjax.recalibrate(model, None, [x]))
@@ -231,7 +241,7 @@ def saved_by_training(kind: str, x: np.ndarray) -> Any:
     return serialization.to_state_dict(state.replace(batch_stats=stats, loss_scale=0))
 
 
-def test_long_paths_stay_in_one_piece_in_a_pipe(tmp_path):
+def test_long_paths_are_not_broken_in_a_pipe(tmp_path):
     names = "resnet/encoder/stages/0/layers/0/layer/2/normalization/of/the/last/block"
     leaves = {"mean": np.linspace(-1, 1, 3), "var": np.linspace(1, 2, 3)}
     tree = {f"{names}/{leaf}": array for leaf, array in leaves.items()}

@@ -129,7 +129,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("classes", "error", "message"), WRONG)
-def test_each_mistake_is_told(rng, classes, error, message):
+def test_each_mistake_raises_its_message(rng, classes, error, message):
     layer, x = bnjax.ConditionalBatchNorm2d(4, 5), rng.normal(size=(8, 2, 2, 4)).astype("f")
     with pytest.raises(error, match=re.escape(message)):
         layer.init(jax.random.key(0), x, classes)

@@ -70,7 +70,7 @@ def tools(net: Net, variables: Any) -> list[Any]:
     return [frozen, faster, new, folded.apply(folded.variables, X), kinds]
 
 
-def test_tools_in_threads_give_what_each_gives_alone():
+def test_tools_in_threads_give_the_same_as_alone():
     models = [start(width) for width in range(3, 7)]
     expected = [tools(*model) for model in models]
     found: dict[int, list] = {}
@@ -93,7 +93,7 @@ def test_tools_in_threads_give_what_each_gives_alone():
         chex.assert_trees_all_equal(expected[number], *results)
 
 
-def test_tools_in_tasks_give_what_each_gives_alone():
+def test_tools_in_tasks_give_the_same_as_alone():
     models = [start(width) for width in range(3, 6)]
     steps = [step_of(net) for net, _ in models]
     for step, (_, variables) in zip(steps, models, strict=True):
@@ -116,7 +116,7 @@ def test_tools_in_tasks_give_what_each_gives_alone():
     assert contexts.active() == ()
 
 
-def test_what_a_task_holds_across_an_await_reaches_no_other_task():
+def test_a_context_held_across_an_await_does_not_reach_other_tasks():
     net, variables = start()
     eager = lambda v: net.apply(v, X, mutable=["batch_stats"])[1]  # noqa: E731 - a step
     seen: dict[str, bool] = {}
@@ -139,7 +139,7 @@ def test_what_a_task_holds_across_an_await_reaches_no_other_task():
     assert seen == {"beside": True, "here": False}
 
 
-def test_tasks_that_are_made_inside_of_a_context_inherit_it_while_it_lasts():
+def test_tasks_created_inside_a_context_inherit_it_while_it_lasts():
     net, variables = start()
     eager = lambda v: net.apply(v, X, mutable=["batch_stats"])[1]  # noqa: E731 - a step
 
@@ -159,7 +159,7 @@ def test_tasks_that_are_made_inside_of_a_context_inherit_it_while_it_lasts():
     assert asyncio.run(run()) == (False, True)
 
 
-def test_a_step_that_other_tasks_called_meanwhile_is_frozen_in_the_next_context():
+def test_a_step_that_other_tasks_called_in_between_is_frozen_in_the_next_context():
     net, variables = start()
     step = step_of(net)
 
@@ -173,7 +173,7 @@ def test_a_step_that_other_tasks_called_meanwhile_is_frozen_in_the_next_context(
     assert asyncio.run(run()) is False
 
 
-def test_a_context_can_be_entered_again_and_inside_of_itself():
+def test_a_context_can_be_entered_again_and_inside_itself():
     net, variables = start()
     step, frozen = step_of(net), bnjax.freeze("bn")
     for _ in range(3):
@@ -196,7 +196,7 @@ def test_a_context_can_be_entered_again_and_inside_of_itself():
     [lambda: bnjax.freeze("bn"), lambda: bnjax.override("bn", momentum=0.25)],
     ids=["freeze", "override"],
 )
-def test_a_step_is_traced_once_inside_of_a_context_and_once_outside(context):
+def test_a_step_is_traced_once_inside_a_context_and_once_outside(context):
     net, variables = start()
 
     @jax.jit
@@ -212,7 +212,7 @@ def test_a_step_is_traced_once_inside_of_a_context_and_once_outside(context):
                 step(variables)
 
 
-def test_one_context_in_two_threads_ends_for_each_by_itself():
+def test_one_context_in_two_threads_ends_separately_in_each():
     net, variables = start()
     frozen, both = bnjax.freeze("bn"), threading.Barrier(2)
     found: list[bool] = []
@@ -235,7 +235,7 @@ def test_one_context_in_two_threads_ends_for_each_by_itself():
     assert found == [False, False]
 
 
-def test_a_compiled_step_stays_frozen_beside_a_model_that_is_traced():
+def test_a_compiled_step_stays_frozen_while_another_model_is_traced():
     (net, variables), (other, others) = start(), (nn.BatchNorm(use_running_average=False), None)
     others = other.init(jax.random.key(0), X)
     step = step_of(net)
@@ -272,7 +272,7 @@ def use(tool: str, kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 @pytest.mark.parametrize("tool", ["freeze", "recalibrate", "diagnose", "fold"])
-def test_a_model_goes_when_its_owner_lets_it_go(tool, kind):
+def test_a_model_is_freed_with_its_last_reference(tool, kind):
     use(tool, kind)
     models = [weakref.ref(use(tool, kind)) for _ in range(3)]
     gc.collect()
@@ -283,7 +283,7 @@ def test_a_model_goes_when_its_owner_lets_it_go(tool, kind):
     assert len(jax.live_arrays()) <= before
 
 
-def test_what_is_kept_with_a_model_is_not_copied_nor_pickled():
+def test_a_models_cache_is_neither_copied_nor_pickled():
     net, variables = start()
     bnjax.diagnose(net, variables, [X])
     for again in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), net.clone()):

@@ -1,4 +1,4 @@
-"""State dicts into Flax and back: names, layouts, and what is refused. PyTorch's numbers, live."""
+"""Conversion of state dicts to Flax and back: names, layouts, errors, and batch norms."""
 
 import copy
 import re
@@ -16,7 +16,7 @@ from tests.support.state_dicts import (
     F32,
     batch_norm,
     batch_norm_variables,
-    misfit,
+    mismatch,
     params,
 )
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.quick_compile
         ("weight", ()),
     ],
 )
-def test_a_module_path_has_its_usual_names(name, path):
+def test_module_paths_match_in_all_usual_spellings(name, path):
     value: Any = np.arange(3, dtype=F32)
     tree: Any = {"scale": np.zeros(3, F32)}
     for part in reversed(path):
@@ -57,7 +57,7 @@ def test_a_module_path_has_its_usual_names(name, path):
         lambda name: name.replace("module.stem", "encoder/conv1"),
     ],
 )
-def test_rename_names_what_has_another_name(rename):
+def test_rename_maps_names_that_differ(rename):
     weight = np.arange(6, dtype=F32).reshape(2, 3)
     variables = params(encoder={"conv1": {"kernel": np.zeros((3, 2), F32)}})
     new = bnjax.from_torch({"module.stem.weight": weight}, None, variables, rename=rename)
@@ -66,14 +66,14 @@ def test_rename_names_what_has_another_name(rename):
     chex.assert_trees_all_equal(back, {"module.stem.weight": weight})
 
 
-def test_an_array_of_no_known_layer_goes_under_its_own_name_as_it_is():
+def test_arrays_of_unknown_layers_keep_their_name_and_layout():
     embedding = np.arange(6, dtype=F32).reshape(1, 2, 3)
     variables = params(pos_embed=np.zeros((1, 2, 3), F32))
     new = bnjax.from_torch({"pos_embed": embedding}, None, variables)
     chex.assert_trees_all_equal(new, params(pos_embed=embedding))
 
 
-def test_all_that_does_not_fit_is_in_one_error_with_the_nearest_names():
+def test_one_error_lists_all_mismatches_with_the_nearest_names():
     state_dict = {
         "cnov1.weight": np.zeros((4, 3, 3, 3), F32),
         "fc.weight": np.zeros((5, 8), F32),
@@ -84,8 +84,8 @@ def test_all_that_does_not_fit_is_in_one_error_with_the_nearest_names():
         conv1={"kernel": np.zeros((3, 3, 3, 4), F32)},
         fc={"kernel": np.zeros((9, 5), F32), "bias": np.zeros(5, F32)},
     )
-    message = misfit(
-        'these names fit with rename={"cnov1": "conv1"}, ignore=["head/**"]',
+    message = mismatch(
+        'names match with rename={"cnov1": "conv1"}, ignore=["head/**"]',
         "only in PyTorch: cnov1.weight (4, 3, 3, 3); nearest: params/conv1/kernel",
         "only in PyTorch: head.num_batches_tracked ()",
         "only in Flax: params/conv1/kernel (3, 3, 3, 4); nearest: cnov1.weight",
@@ -98,18 +98,18 @@ def test_all_that_does_not_fit_is_in_one_error_with_the_nearest_names():
         bnjax.to_torch(variables, state_dict, numpy=True)
 
 
-def test_several_counterparts_are_an_error():
+def test_ambiguous_names_are_an_error():
     zero = np.zeros(2, F32)
     variables = params(a={"b": {"c": {"bias": zero}}})
     line = "ambiguous: a.b_c.bias, a_b.c.bias for params/a/b/c/bias"
-    with pytest.raises(ValueError, match=misfit(line)):
+    with pytest.raises(ValueError, match=mismatch(line)):
         bnjax.from_torch({"a.b_c.bias": zero, "a_b.c.bias": zero + 1}, None, variables)
     line = "ambiguous: b.0.bias for params/b/0/bias, params/b_0/bias"
-    with pytest.raises(ValueError, match=misfit(line)):
+    with pytest.raises(ValueError, match=mismatch(line)):
         bnjax.to_torch(params(b={"0": {"bias": zero}}, b_0={"bias": zero}), numpy=True)
 
 
-def test_ignored_names_are_dropped_or_keep_their_values():
+def test_ignored_arrays_are_dropped_or_keep_their_values():
     state_dict = {"fc.weight": np.ones((5, 2), F32), "conv.bias": np.ones(3, F32)}
     fresh = {"kernel": np.full((2, 7), 3, F32), "bias": np.full(7, 4, F32)}
     variables = params(fc=fresh, conv={"bias": np.zeros(3, F32)})
@@ -125,27 +125,27 @@ def test_ignored_names_are_dropped_or_keep_their_values():
     [
         (
             {"ignore": "head.*"},
-            "`ignore` names 'head.*', which fits no name; nearest: 'a/bias', 'a/weight', "
+            "`ignore` has 'head.*', which matches no name; nearest: 'a/bias', 'a/weight', "
             "'a/kernel'.",
         ),
         (
             {"rename": {"head": "fc"}},
-            "`rename` goes from names of PyTorch to those of Flax, and PyTorch has no 'head'; "
-            "nearest: 'a', 'a.bias', 'a.weight'.",
+            "`rename` must map PyTorch names to Flax names, but PyTorch has no 'head'; nearest: "
+            "'a', 'a.bias', 'a.weight'.",
         ),
         (
             {"rename": {"b": "a"}},
-            "`rename` goes from names of PyTorch to those of Flax, and PyTorch has no 'b'; "
-            "nearest: 'a.bias', 'a.weight', 'a'.",
+            "`rename` must map PyTorch names to Flax names, but PyTorch has no 'b'; nearest: "
+            "'a.bias', 'a.weight', 'a'.",
         ),
         (
             {"transposed": "up"},
-            "`transposed` names 'up', which fits no convolution: there is none.",
+            "`transposed` has 'up', which matches no convolution; there are none.",
         ),
         (
             {"flatten": {"fc": (1, 2)}},
-            "`flatten` names 'fc', which fits no dense layer, normalization or recurrent cell: "
-            "there is 'a'.",
+            "`flatten` has 'fc', which matches no dense layer, normalization or recurrent cell; "
+            "the only one is 'a'.",
         ),
         (
             {"flatten": {"a": 8}},
@@ -159,17 +159,17 @@ def test_ignored_names_are_dropped_or_keep_their_values():
         ),
     ],
 )
-def test_an_option_that_fits_nothing_is_an_error(options, message):
+def test_an_option_that_matches_nothing_is_an_error(options, message):
     variables = params(a={"kernel": np.zeros((8, 2), F32), "bias": np.zeros(2, F32)})
     state_dict = {"a.weight": np.zeros((2, 8), F32), "a.bias": np.zeros(2, F32)}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.from_torch(state_dict, None, variables, **options)
 
 
-def test_a_flatten_that_is_no_mapping_is_an_error():
+def test_flatten_must_be_a_mapping():
     message = (
-        "`flatten` must map the paths of layers in Flax to shapes (C, H, W), such as "
-        '{"head/fc": (512, 7, 7)}, got tuple.'
+        '`flatten` must map Flax layer paths to shapes (C, H, W), such as {"head/fc": (512, 7, 7)}'
+        ", got tuple."
     )
     shape: Any = (512, 7, 7)
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
@@ -183,33 +183,32 @@ def test_a_flatten_that_is_no_mapping_is_an_error():
             {"epoch": 3, "state_dict": {}},
             None,
             params(),
-            "`state_dict` must hold dense arrays of numbers alone, but these are none: "
-            "{'epoch': 'int', 'state_dict': 'dict'}. Is state_dict['state_dict'] what you mean?",
+            "`state_dict` must hold only dense arrays of numbers, but these are not: "
+            "{'epoch': 'int', 'state_dict': 'dict'}. Did you mean state_dict['state_dict']?",
         ),
         (
             [],
             None,
             params(),
-            "`state_dict` must be a mapping of names to arrays, got list. Of a torch module, pass "
+            "`state_dict` must be a mapping of names to arrays, got list. For a torch module, pass "
             "`module.state_dict()`.",
         ),
         (
             {},
             nn.Dense,
             params(),
-            "`model` must be an instance of a flax.linen.Module or flax.nnx.Module, or None, got "
-            "type.",
+            "`model` must be a flax.linen.Module or flax.nnx.Module instance, or None, got type.",
         ),
         (
             {},
             nn.Dense(3),
             {"kernel": 1},
             "`variables` must be a dict with the collections `params` and `batch_stats`, as "
-            "`model.init` makes it, or the `nnx.State` of a model, got ['kernel'].",
+            "returned by `model.init`, or an `nnx.State`, got ['kernel'].",
         ),
     ],
 )
-def test_arguments_of_another_kind_are_an_error(state_dict, model, variables, message):
+def test_arguments_of_the_wrong_kind_are_an_error(state_dict, model, variables, message):
     with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
         bnjax.from_torch(state_dict, model, variables)
 
@@ -217,7 +216,7 @@ def test_arguments_of_another_kind_are_an_error(state_dict, model, variables, me
 # Batch norm
 
 
-def test_a_batch_norm_has_its_statistics_and_its_counter_where_it_counts():
+def test_batch_norms_convert_with_statistics_and_with_the_counter_if_they_have_one():
     stats = {"mean": np.array([3, 4], F32), "var": np.array([4, 5], F32)}
     affine = {"scale": np.array([1, 2], F32), "bias": np.array([2, 3], F32)}
     expected = {"params": {"bn": affine}, "batch_stats": {"bn": stats}}
@@ -232,7 +231,7 @@ def test_a_batch_norm_has_its_statistics_and_its_counter_where_it_counts():
     )
 
 
-def test_the_counter_back_is_that_of_the_layer_or_of_like_or_zero():
+def test_the_counter_is_exported_from_the_layer_or_from_like_or_as_zero():
     key = "bn.num_batches_tracked"
     counting = bnjax.from_torch(batch_norm(), None, batch_norm_variables(count=np.array(0)))
     assert bnjax.to_torch(counting, numpy=True)[key] == 7
@@ -242,9 +241,9 @@ def test_the_counter_back_is_that_of_the_layer_or_of_like_or_zero():
     assert (back, back.dtype, back.shape) == (0, np.int64, ())
 
 
-def test_statistics_without_counterpart_are_an_error():
+def test_statistics_without_a_counterpart_are_an_error():
     untracked = {"params": batch_norm_variables()["params"]}
-    message = misfit(
+    message = mismatch(
         "only in PyTorch: bn.running_mean (2,)",
         "only in PyTorch: bn.running_var (2,)",
         "only in PyTorch: bn.num_batches_tracked ()",
@@ -270,45 +269,46 @@ def test_statistics_in_half_precision_become_float32(dtype):
     chex.assert_trees_all_equal(new["batch_stats"]["bn"]["var"], np.array([4, 5], F32))
 
 
-def impossible(*lines: str) -> str:
-    head = "There are running statistics that no batch norm can have, so nothing was converted."
+def invalid(*lines: str) -> str:
+    head = "Some running statistics are invalid, so nothing was converted."
     return "^" + re.escape("\n  ".join((head, *lines))) + "$"
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16])
-def test_an_impossible_variance_is_refused_by_name(dtype):
+def test_invalid_statistics_are_refused_by_name(dtype):
     state_dict = batch_norm(4)
     state_dict["bn.running_var"] = np.array([-1, np.nan, np.inf, 1], dtype)
     state_dict["bn.running_mean"] = np.array([-1, np.nan, 0, 1], dtype)
-    message = impossible(
-        "impossible mean: bn.running_mean has 1 non-finite of 4 values",
-        "impossible variance: bn.running_var has 2 non-finite and 1 negative of 4 values",
+    message = invalid(
+        "invalid mean: bn.running_mean has 1 non-finite of 4 values",
+        "invalid variance: bn.running_var has 2 non-finite and 1 negative of 4 values",
     )
     with pytest.raises(ValueError, match=message):
         bnjax.from_torch(state_dict, None, batch_norm_variables(4))
 
 
-def test_a_variance_a_little_below_zero_is_refused_with_both_repairs():
+def test_a_slightly_negative_variance_is_refused_with_both_repairs():
     state_dict = batch_norm(4)
     state_dict["bn.running_var"] = np.array([-5e-6, 1, -1e-6, 1], F32)
-    message = impossible(
-        "impossible variance: bn.running_var has 2 negative of 4 values, none below -5e-06. Set "
-        "those to 0, if they are of rounding, or add the eps again that was taken off all of them"
+    message = invalid(
+        "invalid variance: bn.running_var has 2 negative of 4 values, none below -5e-06. Set them "
+        "to 0 if they come from rounding, or add the eps back if one was subtracted from all "
+        "variances"
     )
     with pytest.raises(ValueError, match=message):
         bnjax.from_torch(state_dict, None, batch_norm_variables(4))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16])
-def test_a_count_that_was_averaged_or_kept_in_half_precision_is_a_whole_number(dtype):
+def test_a_count_that_was_averaged_or_cast_is_rounded(dtype):
     state_dict = {**batch_norm(), "bn.num_batches_tracked": np.array(6.75, dtype)}
     counting = batch_norm_variables(count=np.array(0, np.int32))
     new = bnjax.from_torch(state_dict, None, counting)
     assert new["batch_stats"]["bn"]["count"] == 7
     for value in (np.nan, np.inf):
         state_dict["bn.num_batches_tracked"] = np.array(value, dtype)
-        line = f"impossible count: bn.num_batches_tracked is {value}; leave it out with `ignore`"
-        with pytest.raises(ValueError, match=misfit(line)):
+        line = f"invalid count: bn.num_batches_tracked is {value}; skip it with `ignore`"
+        with pytest.raises(ValueError, match=mismatch(line)):
             bnjax.from_torch(state_dict, None, counting)
         bnjax.from_torch(state_dict, None, batch_norm_variables())
 
@@ -316,17 +316,17 @@ def test_a_count_that_was_averaged_or_kept_in_half_precision_is_a_whole_number(d
 @pytest.mark.parametrize("count", [2**31, -(2**31) - 1])
 def test_a_count_too_large_for_its_dtype_is_refused(count):
     state_dict = {**batch_norm(), "bn.num_batches_tracked": np.array(count)}
-    message = (
-        f"too large a number for batch_stats/bn/count int32: bn.num_batches_tracked has {count}"
+    message = mismatch(
+        f"out of range: bn.num_batches_tracked has {count}, but batch_stats/bn/count is int32"
     )
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         bnjax.from_torch(state_dict, None, batch_norm_variables(count=np.array(0, np.int32)))
 
 
 # Purity
 
 
-def test_inputs_are_untouched_and_no_memory_is_shared():
+def test_inputs_stay_unchanged_and_no_memory_is_shared():
     state_dict, variables = batch_norm(), jax.tree.map(jnp.asarray, batch_norm_variables())
     before = copy.deepcopy((state_dict, jax.device_get(variables)))
     new = bnjax.from_torch(state_dict, None, variables)
@@ -339,13 +339,13 @@ def test_inputs_are_untouched_and_no_memory_is_shared():
     chex.assert_trees_all_equal(variables, before[1])
 
 
-def test_collections_that_pytorch_does_not_know_stay_as_they_are():
+def test_collections_unknown_to_pytorch_stay_as_they_are():
     variables = {**batch_norm_variables(), "cache": {"bn": {"mean": np.ones(3)}}}
     new = bnjax.from_torch(batch_norm(), None, variables)
     assert new["cache"]["bn"]["mean"] is variables["cache"]["bn"]["mean"]
 
 
-def test_shapes_alone_and_boxed_parameters_will_do():
+def test_shapes_are_enough_and_boxes_are_kept():
     init = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
     model = nn.Dense(2, kernel_init=init)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 3)))
@@ -356,14 +356,14 @@ def test_shapes_alone_and_boxed_parameters_will_do():
     chex.assert_trees_all_equal(bnjax.to_torch(new, numpy=True), state_dict)
 
 
-def test_a_prefix_too_many_is_told_in_time_for_any_number_of_names():
+def test_an_extra_prefix_is_found_quickly_among_thousands_of_names():
     stats = {"mean": np.zeros(2, F32), "var": np.ones(2, F32)}
     variables = {"batch_stats": {f"layer_{number}": stats for number in range(1000)}}
     state_dict = bnjax.to_torch(variables, numpy=True)
     wrapped = {f"module.{name}": array for name, array in state_dict.items()}
-    with pytest.raises(ValueError, match="one prefix too many") as caught:
+    with pytest.raises(ValueError, match="extra prefix") as caught:
         bnjax.from_torch(wrapped, None, variables)
     _, first, *others = str(caught.value).splitlines()
-    assert first == '  one prefix too many: rename={"module": ""} takes \'module\' off'
-    assert len(others) == len(state_dict) + 2 * 1000  # Flax has no counters here
+    assert first == '  extra prefix \'module\': remove it with rename={"module": ""}'
+    assert len(others) == len(state_dict) + 2 * 1000  # Flax has no counters
     bnjax.from_torch(wrapped, None, variables, rename={"module": ""})

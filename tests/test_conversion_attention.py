@@ -1,4 +1,4 @@
-"""Attention, general dense layers and PReLU beside PyTorch's, live: outputs, and back."""
+"""Attention, DenseGeneral and PReLU, converted and compared with PyTorch live, and back."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from tests.support.state_dicts import F32, misfit, params, refused
+from tests.support.state_dicts import F32, mismatch, params, refused
 
 pytest.importorskip("torch", reason="PyTorch is pinned for Python < 3.12 only")
 
 import torch
 
-from tests.support.both_ways import INPUTS, goes_both_ways, outputs
+from tests.support.both_ways import INPUTS, converts_both_ways, outputs
 
 pytestmark = pytest.mark.quick_compile
 
@@ -49,7 +49,7 @@ class TorchAttention(torch.nn.Module):
 
 
 class Projections(torch.nn.Module):
-    """Attention as vision transformers have it."""
+    """Attention as in vision transformers."""
 
     def __init__(self, stacked: bool) -> None:
         super().__init__()
@@ -73,23 +73,23 @@ class Projections(torch.nn.Module):
     "theirs",
     [TorchAttention(), TorchAttention(kdim=6, vdim=6), Projections(True), Projections(False)],
 )
-def test_attention_goes_both_ways(model, theirs):
-    goes_both_ways(theirs, model)
+def test_attention_converts_both_ways(model, theirs):
+    converts_both_ways(theirs, model)
 
 
-def test_attention_without_biases_and_with_a_name_that_flax_gives():
-    goes_both_ways(TorchAttention(bias=False), Attention(bias=False))
+def test_attention_without_biases_and_with_an_automatic_name():
+    converts_both_ways(TorchAttention(bias=False), Attention(bias=False))
     shapes: Any = jax.eval_shape(Attention().init, jax.random.key(0), INPUTS)
     auto = params(MultiHeadDotProductAttention_0=shapes["params"]["attn"])
     first, second, *_ = refused(TorchAttention().state_dict(), auto)
     rename = {"attn": "MultiHeadDotProductAttention_0"}
-    assert first == 'these names fit with rename={"attn": "MultiHeadDotProductAttention_0"}'
+    assert first == 'names match with rename={"attn": "MultiHeadDotProductAttention_0"}'
     arrays = "attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias"
-    assert second == f"only in PyTorch: attention attn (6, 6) of {arrays}"
+    assert second == f"only in PyTorch: attention attn (6, 6), in {arrays}"
     bnjax.from_torch(TorchAttention().state_dict(), None, auto, rename=rename)
 
 
-def test_attention_and_dense_general_are_linear_layers_of_pytorch_without_like():
+def test_without_like_attention_and_dense_general_become_linear_layers():
     variables: Any = Attention().init(jax.random.key(0), INPUTS)
     shapes = {k: v.shape for k, v in bnjax.to_torch(variables, numpy=True).items()}
     names = ("key", "out", "query", "value")
@@ -105,7 +105,7 @@ def test_attention_and_dense_general_are_linear_layers_of_pytorch_without_like()
     assert shapes == {"fc.bias": (6,), "fc.weight": (6, 42)}
 
 
-def test_a_linear_layer_goes_into_a_dense_general():
+def test_a_linear_layer_converts_to_a_dense_general():
     theirs = torch.nn.Linear(42, 6)
     model = nn.DenseGeneral((2, 3), axis=(-2, -1), use_bias=True)
     variables: Any = model.init(jax.random.key(0), INPUTS)
@@ -122,7 +122,7 @@ def test_a_linear_layer_goes_into_a_dense_general():
 
 
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
-def test_a_prelu_has_its_slope(framework):
+def test_prelu_slopes_convert(framework):
     theirs = torch.nn.PReLU(init=0.375)
     model: Any = nn.PReLU() if framework == "linen" else nnx.PReLU()
     variables = nnx.state(model) if framework == "nnx" else model.init(jax.random.key(0), INPUTS)
@@ -137,8 +137,8 @@ def test_a_prelu_has_its_slope(framework):
     assert jax.tree.leaves(bnjax.from_torch(scalar, None, params(negative_slope=F32(0)))) == [0.5]
 
 
-def test_a_slope_for_each_channel_is_refused():
-    message = misfit(
+def test_a_slope_per_channel_is_refused():
+    message = mismatch(
         "wrong shape: act.weight (3,) for params/act/negative_slope (), which is (1,) in PyTorch. "
         "Flax's PReLU has one slope for all channels"
     )

@@ -1,4 +1,4 @@
-"""Banks to and from timm's `SplitBatchNorm2d`, which keeps each as a batch norm of its own."""
+"""Banks to and from timm's `SplitBatchNorm2d`, which keeps each as a separate batch norm."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 
 class Split(torch.nn.BatchNorm2d):
-    """As `timm.layers.SplitBatchNorm2d`: parts of the batch, each through a layer of its own."""
+    """Like `timm.layers.SplitBatchNorm2d`: each part of the batch has its own layer."""
 
     def __init__(self, features, splits):
         super().__init__(features)
@@ -61,7 +61,7 @@ class OursNNX(nnx.Module):
 
 @pytest.fixture
 def trained(rng):
-    """A module of torch after a step, its input (channels last) and output in the next."""
+    """A state dict after one step, an input (channels last), and the next output and state dict."""
     torch.manual_seed(0)
     module, x = Theirs(), rng.normal(size=(6, 4, 4, 3)).astype("f") * 2 + 1
     with torch.no_grad():
@@ -73,7 +73,7 @@ def trained(rng):
     return before, x, np.moveaxis(module(inputs).detach().numpy(), 1, -1), module.state_dict()
 
 
-def test_banks_are_the_layer_and_its_aux_bn(trained):
+def test_banks_convert_from_the_layer_and_its_aux_bn(trained):
     before, x, expected, after = trained
     variables = bnjax.from_torch(before, Ours(), Ours().init(jax.random.key(0), x))
     net: Any = Ours()
@@ -87,7 +87,7 @@ def test_banks_are_the_layer_and_its_aux_bn(trained):
 
 
 @pytest.mark.parametrize("like", [True, False], ids=["like", "alone"])
-def test_the_way_back_is_exact(trained, like):
+def test_banks_convert_back_exactly(trained, like):
     before, x, _, _ = trained
     variables = bnjax.from_torch(before, Ours(), Ours().init(jax.random.key(0), x))
     back = bnjax.to_torch(variables, before if like else None)
@@ -98,7 +98,7 @@ def test_the_way_back_is_exact(trained, like):
     assert not like or list(back) == list(before)
 
 
-def test_counts_are_those_of_each_bank(trained):
+def test_each_bank_has_its_own_count(trained):
     before, x, _, _ = trained
     before["bn.aux_bn.1.num_batches_tracked"] += 4
     net = Ours(momentum=None)
@@ -108,7 +108,7 @@ def test_counts_are_those_of_each_bank(trained):
     assert back["bn.aux_bn.1.num_batches_tracked"].item() == 5
 
 
-def test_an_nnx_model_comes_over_and_goes_back(trained):
+def test_banks_of_an_nnx_model_convert_both_ways(trained):
     before, _, _, _ = trained
     model = OursNNX()
     nnx.update(model, bnjax.from_torch(before, model))
@@ -118,7 +118,7 @@ def test_an_nnx_model_comes_over_and_goes_back(trained):
 
 
 @pytest.mark.parametrize("affine", [True, "both"])
-def test_what_banks_share_goes_into_each(trained, affine):
+def test_arrays_that_banks_share_are_copied_into_each(trained, affine):
     before, x, _, _ = trained
     variables = bnjax.from_torch(before, Ours(), Ours().init(jax.random.key(0), x))
     banks = bnjax.to_banks(bnjax.select_bank(variables, 1), 3, affine=affine)
@@ -129,7 +129,7 @@ def test_what_banks_share_goes_into_each(trained, affine):
         assert torch.equal(back[f"{name}.running_mean"], before["bn.aux_bn.0.running_mean"])
 
 
-def test_a_count_of_steps_of_a_policy_is_pytorchs(trained):
+def test_the_step_count_of_a_policy_converts_from_pytorch(trained):
     layer = bnjax.BatchNorm2d(3, using=policies.Renorm.paper())
     variables = layer.init(jax.random.key(0), jnp.ones((2, 2, 2, 3)))
     theirs = torch.nn.BatchNorm2d(3).state_dict()

@@ -1,4 +1,4 @@
-"""Recurrent layers beside PyTorch's, live: outputs, and back."""
+"""Recurrent layers, converted and compared with PyTorch live, and converted back."""
 
 import re
 from typing import Any
@@ -11,13 +11,13 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from tests.support.state_dicts import F32, misfit, params, refused
+from tests.support.state_dicts import F32, mismatch, params, refused
 
 pytest.importorskip("torch", reason="PyTorch is pinned for Python < 3.12 only")
 
 import torch
 
-from tests.support.both_ways import INPUTS, goes_both_ways, outputs
+from tests.support.both_ways import INPUTS, converts_both_ways, outputs
 
 pytestmark = pytest.mark.quick_compile
 
@@ -30,7 +30,7 @@ CELLS = {
 
 
 class Torch(torch.nn.Module):
-    """A recurrent layer, with a name."""
+    """A model with one recurrent layer."""
 
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Torch(torch.nn.Module):
 
 
 class Linen(nn.Module):
-    """The same in linen."""
+    """The same model in linen."""
 
     cell: Any
     layers: int = 1
@@ -60,7 +60,7 @@ class Linen(nn.Module):
 
 
 class Nnx(nnx.Module):
-    """The same in nnx."""
+    """The same model in nnx."""
 
     def __init__(self, cell: Any, layers: int = 1, both: bool = False) -> None:
         rngs = nnx.Rngs(0)
@@ -78,7 +78,7 @@ class Nnx(nnx.Module):
 
 
 def biased_inside(model: Any) -> None:
-    """Give the GRU cells of nnx the bias that PyTorch's have."""
+    """Give nnx's GRU cells the bias that PyTorch's have."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.GRUCell):
             module.dense_h = nnx.Linear(5, 15, rngs=nnx.Rngs(0))
@@ -96,16 +96,16 @@ def biased_inside(model: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
-def test_recurrent_layers_go_both_ways(name, options, framework):
+def test_recurrent_layers_convert_both_ways(name, options, framework):
     layers, both = options.get("num_layers", 1), options.get("bidirectional", False)
     linen, cell = CELLS[name]
     model = Linen(linen, layers, both) if framework == "linen" else Nnx(cell, layers, both)
     biased_inside(model) if framework == "nnx" else None
-    goes_both_ways(Torch(name, **options), model)
+    converts_both_ways(Torch(name, **options), model)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-def test_a_cell_by_itself_goes_both_ways(name):
+def test_single_cells_convert_both_ways(name):
     theirs = getattr(torch.nn, f"{name}Cell")(6, 5)
     model = CELLS[name][0](5)
     x, h = INPUTS[:, 0], np.ones((2, 5), F32)
@@ -121,7 +121,7 @@ def test_a_cell_by_itself_goes_both_ways(name):
     assert all(torch.equal(back[key], tensor) for key, tensor in theirs.state_dict().items())
 
 
-def test_half_precision_biases_are_added_in_float32():
+def test_half_precision_biases_are_summed_in_float32():
     state_dict = Torch("LSTM").half().state_dict()
     shapes: Any = jax.eval_shape(Linen(nn.LSTMCell).init, jax.random.key(0), INPUTS)
     variables = bnjax.from_torch(state_dict, None, shapes)
@@ -132,7 +132,7 @@ def test_half_precision_biases_are_added_in_float32():
     assert all(torch.equal(back[key].half(), tensor) for key, tensor in state_dict.items())
 
 
-def test_gates_split_by_hand_are_taken_as_they_are():
+def test_gates_that_were_split_by_hand_convert_too():
     theirs = Torch("LSTM")
     state_dict = {}
     for side in "ih":
@@ -146,7 +146,7 @@ def test_gates_split_by_hand_are_taken_as_they_are():
     np.testing.assert_allclose(found, outputs(theirs, INPUTS), atol=1e-6)
 
 
-def test_stacked_gates_of_a_flax_model_stay_as_they_are():
+def test_gates_stay_stacked_if_the_flax_model_stacks_them():
     state_dict = Torch("LSTM").state_dict()
     variables = params(
         rnn={k.partition(".")[2]: np.zeros(v.shape, F32) for k, v in state_dict.items()}
@@ -158,7 +158,7 @@ def test_stacked_gates_of_a_flax_model_stay_as_they_are():
 
 
 class Auto(nn.Module):
-    """Two cells, which Flax names."""
+    """Two cells, named by Flax."""
 
     @nn.compact
     def __call__(self, x):
@@ -167,34 +167,34 @@ class Auto(nn.Module):
         return x
 
 
-def test_a_recurrent_layer_without_counterpart_is_told_as_what_it_is():
+def test_errors_list_unmatched_recurrent_layers_as_a_whole():
     theirs = Torch("LSTM", num_layers=2)
     shapes: Any = jax.eval_shape(Auto().init, jax.random.key(0), INPUTS)
     arrays = [
         ", ".join(f"rnn.{w}_{s}h_l{n}" for w in ("weight", "bias") for s in "ih") for n in (0, 1)
     ]
     assert refused(theirs.state_dict(), shapes) == [
-        'by order and shape, these names fit: rename={"rnn.l0": "OptimizedLSTMCell_0", "rnn.l1": '
-        '"OptimizedLSTMCell_1"}. Make sure with `check`',
-        f"only in PyTorch: LSTM, its gates stacked, rnn.l0 (6, 5) of {arrays[0]}",
-        f"only in PyTorch: LSTM, its gates stacked, rnn.l1 (5, 5) of {arrays[1]}",
+        'by order and shape, names match with rename={"rnn.l0": "OptimizedLSTMCell_0", "rnn.l1": '
+        '"OptimizedLSTMCell_1"}. Verify it with `check`',
+        f"only in PyTorch: LSTM rnn.l0 (6, 5), gates stacked in {arrays[0]}",
+        f"only in PyTorch: LSTM rnn.l1 (5, 5), gates stacked in {arrays[1]}",
         "only in Flax: LSTM cell OptimizedLSTMCell_0 (6, 5)",
         "only in Flax: LSTM cell OptimizedLSTMCell_1 (5, 5)",
     ]
     rename = {"rnn.l0": "OptimizedLSTMCell_0", "rnn.l1": "OptimizedLSTMCell_1"}
-    goes_both_ways(theirs, Auto(), rename=rename)
-    goes_both_ways(
+    converts_both_ways(theirs, Auto(), rename=rename)
+    converts_both_ways(
         theirs,
         Auto(),
         rename=lambda name: re.sub(r"rnn\.(.*)_l(\d)", r"OptimizedLSTMCell_\2.\1", name),
     )
 
 
-def test_a_layer_of_another_kind_or_size_is_refused():
+def test_recurrent_layers_of_another_kind_or_size_are_refused():
     gru: Any = jax.eval_shape(Linen(nn.GRUCell).init, jax.random.key(0), INPUTS)
     arrays = ", ".join(f"rnn.{w}_{s}h_l0" for w in ("weight", "bias") for s in "ih")
     assert refused(Torch("LSTM").state_dict(), gru) == [
-        f"only in PyTorch: LSTM, its gates stacked, rnn.l0 (6, 5) of {arrays}",
+        f"only in PyTorch: LSTM rnn.l0 (6, 5), gates stacked in {arrays}",
         "only in Flax: GRU cell rnn/cell (6, 5)",
     ]
     other: Any = jax.eval_shape(Linen(nn.LSTMCell).init, jax.random.key(0), INPUTS[..., :4])
@@ -205,30 +205,29 @@ def test_a_layer_of_another_kind_or_size_is_refused():
     )
 
 
-def test_a_bias_inside_the_reset_gate_has_no_place_in_most_cells_of_nnx():
-    message = misfit(
-        "no place for a bias of rnn.bias_ih_l0 and rnn.bias_hh_l0 in rnn/cell: flax.nnx.GRUCell "
-        "has none inside its reset gate. Give it one before: cell.dense_h = nnx.Linear(5, 15, "
-        "rngs=rngs)"
+def test_a_bias_inside_the_reset_gate_is_refused_for_nnx_cells_without_one():
+    message = mismatch(
+        "no counterpart: rnn.bias_ih_l0 and rnn.bias_hh_l0. The flax.nnx.GRUCell at rnn/cell has "
+        "no bias inside its reset gate; add one first: cell.dense_h = nnx.Linear(5, 15, rngs=rngs)"
     )
     theirs: Any = Torch("GRU")
     with pytest.raises(ValueError, match=message):
         bnjax.from_torch(theirs.state_dict(), Nnx(nnx.GRUCell))
     theirs.rnn.bias_hh_l0.data[10:] = 0
-    goes_both_ways(theirs, Nnx(nnx.GRUCell))
+    converts_both_ways(theirs, Nnx(nnx.GRUCell))
 
 
-def test_a_projection_has_no_counterpart():
+def test_an_lstm_projection_is_refused():
     theirs = Torch("LSTM", proj_size=2)
     shapes: Any = jax.eval_shape(Linen(nn.LSTMCell).init, jax.random.key(0), INPUTS)
     assert refused(theirs.state_dict(), shapes)[-1] == (
-        "only in PyTorch: rnn.weight_hr_l0 (2, 5). It is the projection of an LSTM (proj_size), "
-        "which Flax's cells do not have"
+        "only in PyTorch: rnn.weight_hr_l0 (2, 5). It is an LSTM projection (proj_size), which "
+        "Flax's cells do not support"
     )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_biases_that_are_not_finite_come_back(value):
+def test_non_finite_biases_survive_a_round_trip(value):
     state_dict = {key: tensor * value for key, tensor in Torch("GRU").state_dict().items()}
     shapes: Any = jax.eval_shape(Linen(nn.GRUCell).init, jax.random.key(0), INPUTS)
     back = bnjax.to_torch(bnjax.from_torch(state_dict, None, shapes), state_dict)
@@ -236,12 +235,12 @@ def test_biases_that_are_not_finite_come_back(value):
         torch.testing.assert_close(back[key], tensor, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_bias_of_flax_has_no_place_where_pytorch_has_none():
+def test_a_bias_in_flax_is_refused_if_pytorch_has_none():
     theirs = Torch("LSTM", bias=False)
     variables: Any = Linen(nn.LSTMCell).init(jax.random.key(0), INPUTS)
     variables["params"]["rnn"]["cell"]["hi"]["bias"] += 1
-    line = "no place for the biases of rnn/cell in rnn.l0: it has bias=False"
-    with pytest.raises(ValueError, match=misfit(line)):
+    line = "no counterpart: biases of rnn/cell. rnn.l0 has bias=False in PyTorch"
+    with pytest.raises(ValueError, match=mismatch(line)):
         bnjax.to_torch(variables, theirs.state_dict())
 
 
@@ -249,7 +248,7 @@ def test_a_bias_of_flax_has_no_place_where_pytorch_has_none():
 
 
 class FlatTorch(torch.nn.Module):
-    """A conv, whose channels and rows are read by a GRU column by column."""
+    """A conv, and a GRU over its columns, each with all channels and rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,11 +270,11 @@ class FlatFlax(nn.Module):
         return self.rnn(x.reshape(*x.shape[:2], -1))
 
 
-def test_a_recurrent_layer_after_a_flatten_is_permuted_when_told(rng):
+def test_flatten_permutes_a_recurrent_layer(rng):
     x = rng.standard_normal((2, 2, 4, 7)).astype(F32)
     theirs, last = FlatTorch(), np.moveaxis(x, 1, -1)
     shapes: Any = jax.eval_shape(FlatFlax().init, jax.random.key(0), last)
-    with pytest.warns(UserWarning, match=r"^'rnn/cell' takes 4 values for each of the 3 channels"):
+    with pytest.warns(UserWarning, match=r"^'rnn/cell' has 4 inputs for each of the 3 channels of"):
         bnjax.from_torch(theirs.state_dict(), FlatFlax(), shapes)
     flatten = {"rnn/cell": (3, 4)}
     variables = bnjax.from_torch(theirs.state_dict(), FlatFlax(), shapes, flatten=flatten)

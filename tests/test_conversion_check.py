@@ -1,4 +1,4 @@
-"""Layers after a flatten, and outputs beside PyTorch's: which layer is the first to differ."""
+"""Layers after a flatten, and `check`, which finds the first layer that differs from PyTorch."""
 
 import re
 from typing import Any
@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is pinned for Python < 3.12
 
 
 class Torch(torch.nn.Module):
-    """A batch norm and a linear layer right after a flatten, as in the heads of fastai."""
+    """A batch norm and a linear layer right after a flatten, as in fastai's heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Nnx(nnx.Module):
 
 
 FLATTEN = {"bn": (4, 3, 2), "fc": (4, 3, 2)}
-X = np.random.default_rng(0).standard_normal((2, 3, 3, 2)).astype(F32)  # of PyTorch
+X = np.random.default_rng(0).standard_normal((2, 3, 3, 2)).astype(F32)  # channels first
 LAST = np.moveaxis(X, 1, -1)
 
 
@@ -90,7 +90,7 @@ def exactly(*lines: str) -> str:
 # A flatten
 
 
-def test_a_batch_norm_after_a_flatten_is_permuted_when_told(theirs):
+def test_flatten_permutes_a_batch_norm(theirs):
     variables = converted(theirs, flatten=FLATTEN)
     found: Any = Flax().apply(variables, LAST)
     np.testing.assert_allclose(found, theirs(torch.tensor(X)).detach(), atol=1e-5)
@@ -101,20 +101,20 @@ def test_a_batch_norm_after_a_flatten_is_permuted_when_told(theirs):
 
 
 WARNING = (
-    "{} 6 values for each of the 4 channels of 'conv', as after a flatten: PyTorch flattens "
-    "(C, H, W), Flax (H, W, C). Pass flatten={{{}}}, where H * W = 6, or flatten={{}} if both "
-    "flatten alike or neither does."
+    "{} 6 inputs for each of the 4 channels of 'conv', as after a flatten: PyTorch flattens "
+    "(C, H, W), Flax (H, W, C). Pass flatten={{{}}} with H * W = 6, or flatten={{}} if both "
+    "flatten in the same order, or neither flattens."
 )
 
 
 @pytest.mark.parametrize(
     ("flatten", "who", "what"),
     [
-        (None, "'bn' and 'fc' take", '"bn": (4, H, W), "fc": (4, H, W)'),
-        ({"fc": (4, 3, 2)}, "'bn' takes", '"bn": (4, H, W)'),
+        (None, "'bn' and 'fc' have", '"bn": (4, H, W), "fc": (4, H, W)'),
+        ({"fc": (4, 3, 2)}, "'bn' has", '"bn": (4, H, W)'),
     ],
 )
-def test_layers_that_take_several_values_of_each_channel_draw_a_warning(theirs, flatten, who, what):
+def test_layers_with_several_inputs_per_channel_trigger_a_warning(theirs, flatten, who, what):
     with pytest.warns(UserWarning, match=exactly(WARNING.format(who, what))) as caught:
         variables = converted(theirs, flatten=flatten)
     assert [each.filename for each in caught] == [__file__]
@@ -123,12 +123,12 @@ def test_layers_that_take_several_values_of_each_channel_draw_a_warning(theirs, 
 
 
 @pytest.mark.parametrize("flatten", [{}, FLATTEN, {"bn": (4, 3, 2)}])
-def test_a_user_who_tells_is_not_warned(theirs, flatten):
+def test_flatten_silences_the_warning(theirs, flatten):
     converted(theirs, flatten=flatten)
 
 
-def test_norms_of_the_channels_of_several_convs_draw_no_warning():
-    """As in a DenseNet, where the last one, and the linear layer, take those of all convs."""
+def test_norms_over_the_channels_of_several_convs_trigger_no_warning():
+    """As in a DenseNet, whose last norm and linear layer take the channels of all convs."""
     names = {"conv0": (4, 3, 1, 1), "bn0": (4,), "conv1": (4, 4, 1, 1), "bn1": (8,)}
     names |= {"conv2": (4, 8, 1, 1), "bn2": (12,), "fc": (3, 12), "head": (5, 3)}
     state_dict = {f"{name}.weight": np.ones(shape, F32) for name, shape in names.items()}
@@ -139,11 +139,18 @@ def test_norms_of_the_channels_of_several_convs_draw_no_warning():
     bnjax.from_torch(state_dict, None, variables)
 
 
+def test_a_conv_without_channels_triggers_no_warning():
+    state_dict = {"conv.weight": np.ones((0, 3, 1, 1), F32), "fc.weight": np.ones((3, 4), F32)}
+    kernels = {"conv": (1, 1, 3, 0), "fc": (4, 3)}
+    variables = {"params": {k: {"kernel": np.zeros(v, F32)} for k, v in kernels.items()}}
+    bnjax.from_torch(state_dict, None, variables)
+
+
 # Outputs
 
 
 @pytest.mark.parametrize("model", [Flax(), Nnx()])
-def test_outputs_that_agree_are_taken(theirs, model):
+def test_outputs_that_agree_pass_the_check(theirs, model):
     x = torch.tensor(X)
     for y in (theirs(x), theirs(x).detach().numpy(), bnjax.torch_outputs(theirs, x)):
         for inputs in (LAST, (LAST,), X):
@@ -153,7 +160,7 @@ def test_outputs_that_agree_are_taken(theirs, model):
 
 
 def by(text: str) -> float:
-    found = re.search(r"differ from PyTorch's by (\S+) of the largest value\.", text)
+    found = re.search(r"differ from PyTorch's by (\S+) times the largest value\.", text)
     assert found is not None
     return float(found[1])
 
@@ -167,14 +174,15 @@ def test_outputs_that_differ_are_refused(theirs):
     error = np.abs(wanted - y.detach().numpy()).max() / y.abs().max().item()
     np.testing.assert_allclose(by(first), error, rtol=0.5)
     assert second == (
-        "Pass check=(x, bnjax.torch_outputs(torch_model, x_of_torch)) to see at which layer they "
-        "part."
+        "Pass check=(x, bnjax.torch_outputs(torch_model, x_of_torch)) to find the first layer that "
+        "differs."
     )
 
 
-PARTED = re.compile(
-    r"They part at '(\w+)', in Flax '(\w+)', by (\S+) of the largest value; (all layers before it "
-    r"agree to \de-\d\d|it is the first layer)\. Compare (.*), and what comes before it\."
+FIRST = re.compile(
+    r"They first differ at '(\w+)' \('(\w+)' in Flax\), by (\S+) times the largest value; (all "
+    r"layers before it agree to \de-\d\d|it is the first layer)\. Compare (.*), and the operations "
+    r"before it\."
 )
 
 
@@ -184,23 +192,23 @@ PARTED = re.compile(
         (Flax(eps=0.1), FLATTEN, "bn1", "its eps"),
         (Nnx(eps=0.1), FLATTEN, "bn1", "its eps"),
         (Flax(), {}, "bn", "its eps"),
-        (Flax(), {"bn": (4, 3, 2)}, "fc", "whether a flatten is before it"),
+        (Flax(), {"bn": (4, 3, 2)}, "fc", "whether it follows a flatten"),
     ],
 )
-def test_the_layer_is_named_at_which_outputs_part(theirs, model, flatten, layer, compare):
+def test_the_first_layer_that_differs_is_named(theirs, model, flatten, layer, compare):
     y = bnjax.torch_outputs(theirs, torch.tensor(X))
     with pytest.raises(ValueError, match="`check`: the outputs of the Flax model") as caught:
         converted(theirs, model, flatten=flatten, check=(LAST, y))
     first, second = str(caught.value).splitlines()
     assert by(first) > 1e-4
-    parted = PARTED.fullmatch(second)
-    assert parted is not None
-    assert parted.group(1, 2, 5) == (layer, layer, compare)
+    match = FIRST.fullmatch(second)
+    assert match is not None
+    assert match.group(1, 2, 5) == (layer, layer, compare)
 
 
-def test_a_flatten_that_was_not_told_is_suspected(theirs):
+def test_a_forgotten_flatten_is_suspected(theirs):
     y = bnjax.torch_outputs(theirs, torch.tensor(X))
-    last = r"\nIs there a flatten before 'bn' and 'fc'\? Pass `flatten`\.$"
+    last = r"\nDo 'bn' and 'fc' follow a flatten\? If so, pass `flatten`\.$"
     with (
         pytest.warns(UserWarning, match="as after a flatten"),
         pytest.raises(ValueError, match=last),
@@ -210,22 +218,26 @@ def test_a_flatten_that_was_not_told_is_suspected(theirs):
 
 def test_outputs_of_another_shape_are_refused(theirs):
     y = bnjax.torch_outputs(theirs, torch.tensor(X))
-    message = exactly(
-        "`check`: the outputs of the Flax model differ from PyTorch's in shape, (2, 5) in Flax and "
-        "(2, 4) in PyTorch.",
-        "All layers agree to 0e+00: look at what has no parameters, and comes last.",
+    first = (
+        "`check`: the outputs of the Flax model differ from PyTorch's in shape: (2, 5) in Flax, "
+        "(2, 4) in PyTorch."
     )
-    with pytest.raises(ValueError, match=message):
+    second = "No layer was compared: `y` has none with parameters whose output Flax records too."
+    with pytest.raises(ValueError, match=exactly(first, second)):
         converted(theirs, flatten=FLATTEN, check=(LAST, {"": y[""][:, :4]}))
+    second = "All layers with parameters agree to 0e+00, so compare the operations after the last "
+    pattern = re.escape(f"{first}\n{second}one.").replace(r"0e\+00", r"\de[+-]\d\d")
+    with pytest.raises(ValueError, match=f"^{pattern}$"):
+        converted(theirs, flatten=FLATTEN, check=(LAST, {**y, "": y[""][:, :4]}))
     message = exactly(
         "`check`: the outputs of the Flax model differ from PyTorch's.",
-        "They part at 'conv', in Flax 'conv', in shape, (2, 3, 2, 4) in Flax and (2, 4, 3, 9) in "
-        "PyTorch; it is the first layer. Compare padding, strides, dilation, groups, and what "
-        "comes before it.",
+        "They first differ at 'conv' ('conv' in Flax), in shape: (2, 3, 2, 4) in Flax, "
+        "(2, 4, 3, 9) in PyTorch; it is the first layer. Compare its padding, strides, dilation "
+        "and groups, and the operations before it.",
     )
     with pytest.raises(ValueError, match=message):
         converted(theirs, flatten=FLATTEN, check=(LAST, {"conv": np.ones((2, 4, 3, 9))}))
-    with pytest.raises(ValueError, match=r"differ from PyTorch's in what is finite\.\n"):
+    with pytest.raises(ValueError, match=r"differ from PyTorch's in which values are finite\.\n"):
         converted(theirs, flatten=FLATTEN, check=(LAST, np.full((2, 5), np.nan)))
 
 
@@ -234,17 +246,17 @@ def test_outputs_of_another_shape_are_refused(theirs):
     [
         (
             LAST,
-            "`check` must be (x, y), the input of the Flax model and the outputs of PyTorch's, or "
+            "`check` must be (x, y), an input of the Flax model and PyTorch's output for it, or "
             "(x, y, kwargs), got ndarray.",
         ),
         (
             (LAST, torch.nn.Linear(1, 1)),
-            "`check` takes the outputs of the PyTorch model, not the model: pass check=(x, "
+            "`check` takes the outputs of the PyTorch model, not the model itself: pass check=(x, "
             "bnjax.torch_outputs(torch_model, x_of_torch)).",
         ),
     ],
 )
-def test_what_cannot_be_checked_is_refused(theirs, check, message):
+def test_an_invalid_check_is_refused(theirs, check, message):
     with pytest.raises(TypeError, match=exactly(message)):
         converted(theirs, flatten=FLATTEN, check=check)
 
@@ -259,7 +271,7 @@ def test_a_check_needs_a_model_that_takes_its_inputs(theirs):
     assert "In `check`, which calls the Flax model with x, channels last." in caught.value.__notes__
 
 
-def test_outputs_of_pytorch_are_copied_before_what_works_in_place(theirs):
+def test_torch_outputs_are_copied_before_in_place_operations(theirs):
     theirs.train()
     before = {key: tensor.clone() for key, tensor in theirs.state_dict().items()}
     y = bnjax.torch_outputs(theirs, torch.tensor(X))
@@ -303,5 +315,5 @@ def test_recurrent_layers_and_attention_are_compared_too(rng):
     shapes: Any = jax.eval_shape(RecurrentFlax().init, jax.random.key(0), x)
     bnjax.from_torch(theirs.state_dict(), RecurrentFlax(), shapes, check=(x, y))
     part = {"attn": [y["attn"][0] + 1, y["attn"][1]], "fc": y["fc"]}
-    with pytest.raises(ValueError, match="They part at 'attn', in Flax 'attn', by "):
+    with pytest.raises(ValueError, match=r"They first differ at 'attn' \('attn' in Flax\), by "):
         bnjax.from_torch(theirs.state_dict(), RecurrentFlax(), shapes, check=(x, part))

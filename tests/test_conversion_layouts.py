@@ -1,4 +1,4 @@
-"""Layouts: round trips, bit for bit, nnx models, and transposed convolutions, known or not."""
+"""Layouts: bit-exact round trips, nnx models, and transposed convolutions."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bnjax
-from tests.support.state_dicts import F32, batch_norm, misfit, params
+from tests.support.state_dicts import F32, batch_norm, mismatch, params
 
 pytestmark = pytest.mark.quick_compile
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.quick_compile
 
 @st.composite
 def layers(draw):
-    """A layer of any kind: its state dict, its Flax arrays as shapes, and the options."""
+    """A layer of any kind: its state dict, its variables as shapes, and the options."""
     size = st.integers(1, 4)
     kinds = ["conv", "transposed", "linear", "flat", "embedding", "norm"]
     kind = draw(st.sampled_from(kinds))
@@ -58,7 +58,7 @@ def layers(draw):
 
 @st.composite
 def batch_norms(draw):
-    """A batch norm with a counter, in the same form."""
+    """A batch norm with a counter, likewise."""
     channels, affine = draw(st.integers(1, 4)), draw(st.booleans())
     rng = np.random.default_rng(draw(st.integers(0, 9)))
     names = ("running_mean", "running_var") + ("weight", "bias") * affine
@@ -103,7 +103,7 @@ def small_state_dict() -> dict[str, Any]:
     return weights | biases | batch_norm(4)
 
 
-def test_an_nnx_model_gives_a_new_state_and_stays_as_it_is():
+def test_an_nnx_model_returns_a_new_state_and_stays_unchanged():
     model: Any = Small(nnx.Rngs(0))
     state_dict = small_state_dict()
     before = jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))))
@@ -112,7 +112,7 @@ def test_an_nnx_model_gives_a_new_state_and_stays_as_it_is():
     nnx.update(model, state)
     kernel = state_dict["convs.0.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(model.convs[0].kernel[...], kernel)
-    # Of an nnx model it is known which convolutions are transposed.
+    # An nnx model knows which of its convolutions are transposed.
     flipped = state_dict["up.weight"][:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
     np.testing.assert_array_equal(model.up.kernel[...], flipped)
     assert int(model.bn.count[...]) == 7
@@ -120,7 +120,7 @@ def test_an_nnx_model_gives_a_new_state_and_stays_as_it_is():
     chex.assert_trees_all_equal(bnjax.to_torch(state, numpy=True, transposed="up"), state_dict)
 
 
-# Transposed convolutions of linen models
+# Transposed convolutions in linen models
 
 
 class Up(nn.Module):
@@ -133,7 +133,7 @@ class Up(nn.Module):
 
 
 class OurTranspose(nn.ConvTranspose):
-    """One of the user's own."""
+    """A user's subclass."""
 
 
 class UpByHelpers(nn.Module):
@@ -183,20 +183,21 @@ class Net(nn.Module):
         Net((partial(UpByConfig, config=Config()),)),
     ],
 )
-def test_a_linen_model_with_transposed_convolutions_must_say_which(net):
+def test_transposed_is_required_for_linen_models_with_transposed_convolutions(net):
     weight = {"net.up.weight": np.zeros((3, 3, 2, 2), F32), "net.up.bias": np.zeros(3, F32)}
     variables = net.init(jax.random.key(0), jnp.ones((1, 2, 2, 3)))
     message = (
         "`transposed` must say which layers are a `flax.linen.ConvTranspose` with "
-        "transpose_kernel=False, its default, as the model has some ConvTranspose and a kernel "
-        "does not show it. Give globs over ['net/up'], or () if each has transpose_kernel=True."
+        "transpose_kernel=False, the default: the model uses ConvTranspose, and kernels do not "
+        "show where. Pass globs for them among ['net/up'], or () if all have "
+        "transpose_kernel=True."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.from_torch(weight, net, variables)
     bnjax.from_torch(weight, net, variables, transposed="net/up")
     bnjax.from_torch(weight, net, variables, transposed=())
     named = {"params": {"ConvTranspose_0": variables["params"]["net"]["up"]}}
-    with pytest.raises(ValueError, match=r"Give globs over \['ConvTranspose_0'\], or"):
+    with pytest.raises(ValueError, match=r"Pass globs for them among \['ConvTranspose_0'\], or"):
         bnjax.to_torch(named)
 
 
@@ -207,18 +208,23 @@ def test_a_linen_model_with_transposed_convolutions_must_say_which(net):
         ((4, 2, 2), ""),
     ],
 )
-def test_a_shape_of_a_transposed_convolution_is_named_as_such(shape, reason):
+def test_errors_recognize_the_shape_of_a_transposed_convolution(shape, reason):
     variables = params(up={"kernel": np.zeros((2, 4, 6), F32)})
     line = f"wrong shape: up.weight {shape} for params/up/kernel (2, 4, 6), which is (6, 4, 2) in "
-    with pytest.raises(ValueError, match=misfit(f"{line}PyTorch{reason}")):
+    with pytest.raises(ValueError, match=mismatch(f"{line}PyTorch{reason}")):
         bnjax.from_torch({"up.weight": np.zeros(shape, F32)}, None, variables)
 
 
-def test_transposed_convolutions_with_groups_are_refused():
+@pytest.mark.parametrize(
+    ("channels", "reason"),
+    [(3, ". Flax's ConvTranspose does not support groups"), (0, "")],
+)
+def test_transposed_convolutions_with_groups_are_refused(channels, reason):
     variables = params(up={"kernel": np.zeros((2, 4, 6), F32)})
-    message = (
-        "wrong shape: up.weight (4, 3, 2) for params/up/kernel (2, 4, 6), which is (4, 6, 2) in "
-        "PyTorch. Flax has no transposed convolution with groups"
+    line = (
+        f"wrong shape: up.weight (4, {channels}, 2) for params/up/kernel (2, 4, 6), which is "
+        f"(4, 6, 2) in PyTorch{reason}"
     )
-    with pytest.raises(ValueError, match=misfit(message)):
-        bnjax.from_torch({"up.weight": np.zeros((4, 3, 2), F32)}, None, variables, transposed="up")
+    weight = {"up.weight": np.zeros((4, channels, 2), F32)}
+    with pytest.raises(ValueError, match=mismatch(line)):
+        bnjax.from_torch(weight, None, variables, transposed="up")

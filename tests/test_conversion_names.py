@@ -1,4 +1,4 @@
-"""Names that are nearly the same: wrappers, auto-named models, tied weights, and what is told."""
+"""Names that nearly match: wrappers, auto-named models, and the `rename` that errors suggest."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from tests.support.state_dicts import F32, misfit, params, refused
+from tests.support.state_dicts import F32, mismatch, params, refused
 
 pytestmark = pytest.mark.quick_compile
 
@@ -36,7 +36,7 @@ def network() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def options_of(line: str) -> dict[str, Any]:
-    """The options that a line says to pass."""
+    """The options that a line suggests."""
     found = {k: re.search(rf"{k}=([{{\[].*?[}}\]])", line) for k in ("rename", "ignore")}
     return {k: ast.literal_eval(match[1]) for k, match in found.items() if match}
 
@@ -47,30 +47,30 @@ def options_of(line: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("form", "line"),
     [
-        (r"module.\g<0>", 'one prefix too many: rename={"module": ""} takes \'module\' off'),
+        (r"module.\g<0>", 'extra prefix \'module\': remove it with rename={"module": ""}'),
         (
             r"_orig_mod.module.\g<0>",
-            'one prefix too many: rename={"_orig_mod.module": ""} takes \'_orig_mod.module\' off',
+            'extra prefix \'_orig_mod.module\': remove it with rename={"_orig_mod.module": ""}',
         ),
         (
             r"model.backbone.\g<0>",
-            'one prefix too many: rename={"model.backbone": ""} takes \'model.backbone\' off',
+            'extra prefix \'model.backbone\': remove it with rename={"model.backbone": ""}',
         ),
         (
             r"\1._orig_mod.\2",
-            'these names fit with rename={"conv._orig_mod": "conv", "bn._orig_mod": "bn", '
+            'names match with rename={"conv._orig_mod": "conv", "bn._orig_mod": "bn", '
             '"fc._orig_mod": "fc"}',
         ),
         (
             r"module.\1._fsdp_wrapped_module._checkpoint_wrapped_module.\2",
-            'these names fit with rename={"module.conv._fsdp_wrapped_module.'
+            'names match with rename={"module.conv._fsdp_wrapped_module.'
             '_checkpoint_wrapped_module": "conv", "module.bn._fsdp_wrapped_module.'
             '_checkpoint_wrapped_module": "bn", "module.fc._fsdp_wrapped_module.'
             '_checkpoint_wrapped_module": "fc"}',
         ),
     ],
 )
-def test_prefixes_of_wrappers_are_told_with_a_rename_that_helps(form, line):
+def test_errors_suggest_a_rename_without_wrappers(form, line):
     state_dict, variables = network()
     wrapped = {re.sub(r"(\w+)\.(\w+)$", form, k, count=1): v for k, v in state_dict.items()}
     first, *_ = refused(wrapped, variables)
@@ -80,43 +80,43 @@ def test_prefixes_of_wrappers_are_told_with_a_rename_that_helps(form, line):
 
 
 @pytest.mark.parametrize(
-    ("beside", "line"),
+    ("others", "line"),
     [
-        ({"n_averaged": 1}, 'these names fit with rename={"model": ""}, ignore=["n_averaged"]'),
+        ({"n_averaged": 1}, 'names match with rename={"model": ""}, ignore=["n_averaged"]'),
         (
             {"criterion.weight": 1, "criterion.pos.weight": 2},
-            'these names fit with rename={"model": ""}, ignore=["criterion/**"]',
+            'names match with rename={"model": ""}, ignore=["criterion/**"]',
         ),
         (
             {"model.neck.weight": 1, "loss.w": 2},
-            'these names fit with rename={"model": ""}, ignore=["model/neck/weight", "loss/**"]',
+            'names match with rename={"model": ""}, ignore=["model/neck/weight", "loss/**"]',
         ),
     ],
 )
-def test_other_networks_beside_are_told_to_leave_out(beside, line):
+def test_errors_suggest_to_ignore_other_networks(others, line):
     state_dict, variables = network()
     wrapped = {f"model.{name}": array for name, array in state_dict.items()}
-    wrapped |= {name: np.full(7, value, F32) for name, value in beside.items()}
+    wrapped |= {name: np.full(7, value, F32) for name, value in others.items()}
     first, *_ = refused(wrapped, variables)
     assert first == line
     new = bnjax.from_torch(wrapped, None, variables, **options_of(line))
     chex.assert_trees_all_equal(new, bnjax.from_torch(state_dict, None, variables))
 
 
-def test_of_several_networks_that_fit_each_is_told():
+def test_errors_suggest_each_of_several_networks_that_match():
     state_dict, variables = network()
     both = {f"{net}.{k}": v + 0 for net in ("student", "teacher") for k, v in state_dict.items()}
     lines = refused(both, variables)[:2]
     assert lines == [
-        'these names fit with rename={"student": ""}, ignore=["teacher/**"]',
-        'these names fit with rename={"teacher": ""}, ignore=["student/**"]',
+        'names match with rename={"student": ""}, ignore=["teacher/**"]',
+        'names match with rename={"teacher": ""}, ignore=["student/**"]',
     ]
     for line in lines:
         new = bnjax.from_torch(both, None, variables, **options_of(line))
         chex.assert_trees_all_equal(new, bnjax.from_torch(state_dict, None, variables))
 
 
-def test_a_module_around_the_flax_model_is_told():
+def test_errors_suggest_a_module_around_the_flax_model():
     state_dict, variables = network()
     around = {name: {"net": {"backbone": tree}} for name, tree in variables.items()}
     for wrapped, rename in (
@@ -128,19 +128,19 @@ def test_a_module_around_the_flax_model_is_told():
         bnjax.from_torch(wrapped, None, around, rename=rename)
 
 
-def test_many_wrapped_modules_are_told_with_a_function():
+def test_errors_suggest_a_function_for_many_wrapped_modules():
     arrays = {f"layer{n}": np.full((n + 1, 2), n, F32) for n in range(30)}
     variables = params(**{name: {"kernel": array.T} for name, array in arrays.items()})
     wrapped = {f"net.{name}._orig_mod.weight": array for name, array in arrays.items()}
     first, *_ = refused(wrapped, variables)
     wrappers = "_checkpoint_wrapped_module|_forward_module|_fsdp_wrapped_module|_orig_mod|module"
     code = rf'lambda name: re.sub(r"\b({wrappers})\.", "", name).removeprefix("net.")'
-    assert first == f"these names fit with rename={code}"
+    assert first == f"names match with rename={code}"
     new = bnjax.from_torch(wrapped, None, variables, rename=eval(code))
     chex.assert_trees_all_equal(new, variables)
 
 
-def test_a_prefix_under_which_shapes_do_not_fit_is_not_told():
+def test_errors_suggest_no_rename_if_shapes_differ():
     state_dict, variables = network()
     wrapped = {f"model.{name}": array for name, array in state_dict.items()}
     wrapped["model.fc.weight"] = np.ones((7, 4), F32)
@@ -151,7 +151,7 @@ def test_a_prefix_under_which_shapes_do_not_fit_is_not_told():
 
 
 @pytest.mark.parametrize("attribute", ["features", "layers", "layers_of_net"])
-def test_a_sequential_is_matched_whatever_its_attribute_is_called(attribute):
+def test_a_sequential_matches_whatever_its_attribute_is_called(attribute):
     def setup(self):
         setattr(self, attribute, nn.Sequential([nn.Dense(3), bnjax.BatchNorm1d(3)]))
 
@@ -179,7 +179,7 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize("scale", ["wn/Dense_0/kernel/scale", "wn.Dense_0/kernel/scale"])
-def test_names_that_hold_slashes_can_be_given(scale):
+def test_rename_accepts_names_with_slashes(scale):
     x = np.array([[1.0, -2.0]], F32)
     weight = np.array([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]], F32)
     state_dict = {"fc.weight_v": weight, "fc.weight_g": np.array([[5.0], [6.0], [7.0]], F32)}
@@ -194,17 +194,17 @@ def test_names_that_hold_slashes_can_be_given(scale):
     chex.assert_trees_all_equal(back, state_dict)
 
 
-# Names that Flax gives
+# Automatic names
 
 
-def test_an_auto_named_model_is_told_a_rename_by_order_and_shape():
+def test_errors_suggest_a_rename_for_auto_named_models_by_order_and_shape():
     state_dict, variables = network()
     names = {"conv": "Conv_0", "bn": "BatchNorm_0", "fc": "Dense_0"}
     auto = {kind: {names[k]: v for k, v in tree.items()} for kind, tree in variables.items()}
     lines = refused(state_dict, auto)
     assert lines[:3] == [
-        'by order and shape, these names fit: rename={"conv": "Conv_0", "bn": "BatchNorm_0", '
-        '"fc": "Dense_0"}. Make sure with `check`',
+        'by order and shape, names match with rename={"conv": "Conv_0", "bn": "BatchNorm_0", '
+        '"fc": "Dense_0"}. Verify it with `check`',
         "only in PyTorch: conv.weight (4, 3, 3, 3); nearest: params/Conv_0/kernel",
         "only in PyTorch: bn.weight (4,); nearest: params/BatchNorm_0/scale",
     ]
@@ -212,8 +212,8 @@ def test_an_auto_named_model_is_told_a_rename_by_order_and_shape():
     wanted = bnjax.from_torch(state_dict, None, variables)
     for name, given in names.items():
         chex.assert_trees_all_equal(new["params"][given], wanted["params"][name])
-    beside = {f"net.{k}": v for k, v in state_dict.items()} | {"loss.weight": np.ones(9, F32)}
-    first, *_ = refused(beside, auto)
+    both = {f"net.{k}": v for k, v in state_dict.items()} | {"loss.weight": np.ones(9, F32)}
+    first, *_ = refused(both, auto)
     assert options_of(first) == {
         "rename": {"net.conv": "Conv_0", "net.bn": "BatchNorm_0", "net.fc": "Dense_0"},
         "ignore": ["loss/**"],
@@ -224,8 +224,8 @@ def dense(*sizes: tuple[int, int]) -> dict[str, Any]:
     return {f"Dense_{n}": {"kernel": np.zeros(size, F32)} for n, size in enumerate(sizes)}
 
 
-def test_blocks_of_a_flax_model_are_kept_together_and_in_order():
-    """`Dense_2` of the top may come before, between or after the blocks: PyTorch's order says."""
+def test_blocks_of_a_flax_model_stay_together_and_in_order():
+    """`Dense_1` of the top may come before, between or after the blocks, as in PyTorch."""
     blocks = {f"Block_{n}": dense((2, 3), (3, 2)) for n in (0, 1, 10, 2)}
     variables = params(**blocks, **dense((5, 2), (2, 2)))
     sizes = {"stem": (2, 5), "mid": (2, 2)}
@@ -234,7 +234,7 @@ def test_blocks_of_a_flax_model_are_kept_together_and_in_order():
     shape = {"up": (3, 2), "down": (2, 3), **sizes}
     state_dict = {f"{k}.weight": np.ones(shape[k.split(".")[-1]], F32) for k in order}
     first, *_ = refused(state_dict, variables)
-    assert first.endswith("}. Make sure with `check`")
+    assert first.endswith("}. Verify it with `check`")
     assert options_of(first)["rename"] == {
         "stem": "Dense_0",
         "mid": "Dense_1",
@@ -243,17 +243,17 @@ def test_blocks_of_a_flax_model_are_kept_together_and_in_order():
     }
 
 
-def test_where_another_order_fits_as_well_it_is_said():
+def test_errors_say_if_another_order_matches_too():
     variables = params(actor=dense((2, 2)), critic=dense((2, 2)))
     state_dict = {f"{name}.weight": np.ones((2, 2), F32) for name in ("policy", "value")}
     first, *_ = refused(state_dict, variables)
     assert first == (
-        'by order and shape, these names fit: rename={"policy": "actor/Dense_0", "value": '
-        '"critic/Dense_0"}, though another order fits as well. Make sure with `check`'
+        'by order and shape, names match with rename={"policy": "actor/Dense_0", "value": '
+        '"critic/Dense_0"}, but another order matches too. Verify it with `check`'
     )
 
 
-def test_layers_of_another_order_are_told_by_their_shapes():
+def test_layers_in_another_order_are_matched_by_shape():
     variables = params(**dense((2, 3), (3, 4)))
     state_dict = {"out.weight": np.ones((4, 3), F32), "in.weight": np.ones((3, 2), F32)}
     first, *_ = refused(state_dict, variables)
@@ -262,7 +262,7 @@ def test_layers_of_another_order_are_told_by_their_shapes():
     assert not any("rename=" in line for line in refused(state_dict, variables))
 
 
-# A rename that is wrong
+# Invalid renames
 
 
 @pytest.mark.parametrize(
@@ -271,42 +271,41 @@ def test_layers_of_another_order_are_told_by_their_shapes():
         (
             ["conv"],
             TypeError,
-            "`rename` must be a mapping from names of PyTorch to those of Flax, such as "
-            '{"backbone.stem": "encoder/conv1"}, or a function from name to name, got list.',
+            "`rename` must map PyTorch names to Flax names, such as "
+            '{"backbone.stem": "encoder/conv1"}, or be a function from name to name, got list.',
         ),
-        ({"conv": 3}, TypeError, "`rename` must map names to names, each a str, got 'conv': 3."),
+        ({"conv": 3}, TypeError, "`rename` must map str to str, got 'conv': 3."),
         (
             lambda name: None,
             TypeError,
-            "`rename` must return a name as a str, got NoneType for 'conv.weight'.",
+            "`rename` must return a str, got NoneType for 'conv.weight'.",
         ),
         (
             {"stem/conv": "conv"},
             ValueError,
-            "`rename` goes from names of PyTorch to those of Flax, and here it is reversed: write "
+            "`rename` must map PyTorch names to Flax names, not the reverse: write "
             'rename={"conv": "stem/conv"}.',
         ),
         (
             {"covn": "stem/conv"},
             ValueError,
-            "`rename` goes from names of PyTorch to those of Flax, and PyTorch has no 'covn'; "
-            "nearest: 'conv', 'conv.weight', 'fc'.",
+            "`rename` must map PyTorch names to Flax names, but PyTorch has no 'covn'; nearest: "
+            "'conv', 'conv.weight', 'fc'.",
         ),
     ],
 )
-def test_a_rename_that_cannot_be_is_refused(rename, error, message):
+def test_invalid_renames_are_refused(rename, error, message):
     state_dict, variables = network()
     around = {name: {"stem": tree} for name, tree in variables.items()}
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         bnjax.from_torch(state_dict, None, around, rename=rename)
 
 
-def test_a_rename_to_what_is_not_there_is_told_with_what_it_looked_for():
+def test_errors_show_the_renamed_name():
     array = np.ones((2, 2), F32)
-    message = misfit(
-        'by order and shape, these names fit: rename={"a": "net/b"}. Make sure with `check`',
-        "only in PyTorch: a.weight (2, 2), looked for as nett.b.weight; nearest: "
-        "params/net/b/kernel",
+    message = mismatch(
+        'by order and shape, names match with rename={"a": "net/b"}. Verify it with `check`',
+        "only in PyTorch: a.weight (2, 2), renamed to nett.b.weight; nearest: params/net/b/kernel",
         "only in Flax: params/net/b/kernel (2, 2); nearest: a.weight",
     )
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""One array under several names, and weights that are computed of others."""
+"""Arrays under several names, and parametrized weights."""
 
 import contextlib
 import re
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import bnjax
-from tests.support.state_dicts import F32, misfit, params, refused
+from tests.support.state_dicts import F32, mismatch, params, refused
 
 pytestmark = pytest.mark.quick_compile
 
-# One array under several names
+# Tied weights
 
 
 def tied() -> dict[str, np.ndarray]:
@@ -24,7 +24,7 @@ def tied() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["embed", "head"])
-def test_a_tied_weight_is_read_by_the_name_that_is_there_and_written_under_all(name):
+def test_a_tied_weight_is_read_by_its_name_in_flax_and_written_under_all(name):
     state_dict = tied()
     leaf = "embedding" if name == "embed" else "kernel"
     arrays = {"embed": state_dict["embed.weight"], "head": state_dict["head.weight"].T}
@@ -42,14 +42,14 @@ def test_a_tied_weight_is_read_by_the_name_that_is_there_and_written_under_all(n
         chex.assert_trees_all_equal(back, {k: v + 1 for k, v in state_dict.items()})
 
 
-def test_equal_weights_of_their_own_are_told_and_can_be_renamed_to_one():
+def test_equal_weights_are_reported_and_can_be_renamed_to_one_name():
     state_dict = {name: array.copy() for name, array in tied().items()}
     variables = params(
         embed={"embedding": state_dict["embed.weight"]}, head={"bias": np.ones(2, F32)}
     )
     assert refused(state_dict, variables) == [
-        "only in PyTorch: head.weight (2, 3). It equals embed.weight: leave it out with `ignore`, "
-        "or `rename` both to one"
+        "only in PyTorch: head.weight (2, 3). It equals embed.weight: skip it with `ignore`, or "
+        "`rename` both to one name"
     ]
     rename = {"head.weight": "embed/embedding"}
     new = bnjax.from_torch(state_dict, None, variables, rename=rename)
@@ -58,11 +58,11 @@ def test_equal_weights_of_their_own_are_told_and_can_be_renamed_to_one():
     chex.assert_trees_all_equal(back, {k: v + 1 for k, v in state_dict.items()})
     state_dict["head.weight"] = state_dict["head.weight"] + 1
     line = "only in PyTorch: embed.weight (2, 3); nearest: params/embed/embedding"
-    with pytest.raises(ValueError, match=misfit(line)):
+    with pytest.raises(ValueError, match=mismatch(line)):
         bnjax.from_torch(state_dict, None, variables, rename=rename)
 
 
-def test_an_equal_array_that_is_ignored_draws_a_warning_as_it_keeps_its_old_values():
+def test_a_warning_says_if_an_ignored_equal_array_keeps_its_old_values():
     state_dict = {name: array.copy() for name, array in tied().items()}
     variables = params(
         embed={"embedding": state_dict["embed.weight"]}, head={"bias": np.ones(2, F32)}
@@ -70,9 +70,8 @@ def test_an_equal_array_that_is_ignored_draws_a_warning_as_it_keeps_its_old_valu
     assert bnjax.to_torch(variables, state_dict, ignore="head.weight", numpy=True).keys()
     more = jax.tree.map(lambda a: a + 1, variables)
     message = (
-        "`like` holds embed.weight as head.weight too, and what is ignored keeps its old values. "
-        "If each is one array in PyTorch, `rename` both to one name instead: they are written "
-        "alike."
+        "`ignore` keeps the old values of head.weight, which equals embed.weight in `like`. If "
+        "these are tied in PyTorch, `rename` both to one name instead, so that both are updated."
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
         back = bnjax.to_torch(more, state_dict, ignore="head.weight", numpy=True)
@@ -95,11 +94,12 @@ def test_a_module_registered_twice_is_written_under_both_names():
     assert theirs.a.weight.item() == 7.0
 
 
-# Weights that are computed
+# Parametrized weights
 
 
-TAKEN_OFF = (
-    ": a parametrization, by which the weight is computed and not saved. Take it off before "
+REMOVE = (
+    ": this parametrization computes the weight instead of saving it. Remove it before "
+    "`state_dict()`: torch.nn.utils."
 )
 PARAMETRIZED = [
     ("weight_norm", "weight norm", "remove_weight_norm(module)"),
@@ -124,7 +124,7 @@ PARAMETRIZED = [
 
 
 @pytest.mark.parametrize(("function", "kind", "repair"), PARAMETRIZED)
-def test_a_parametrization_is_named_with_the_call_that_takes_it_off(function, kind, repair):
+def test_parametrizations_are_named_with_the_call_that_removes_them(function, kind, repair):
     torch = pytest.importorskip("torch")
     pytest.importorskip("torch.nn.utils.prune")
     make: Any = torch.nn.utils
@@ -138,10 +138,7 @@ def test_a_parametrization_is_named_with_the_call_that_takes_it_off(function, ki
     variables = params(**{f"layers_{n}": {"kernel": np.ones((3, 3), F32)} for n in range(5)})
     for n in range(5):
         variables["params"][f"layers_{n}"]["bias"] = np.ones(3, F32)
-    message = misfit(
-        f"{kind} of 0.weight, 1.weight, 2.weight and 2 more{TAKEN_OFF}`state_dict()`: "
-        f"torch.nn.utils.{repair}"
-    )
+    message = mismatch(f"{kind} of 0.weight, 1.weight, 2.weight and 2 more{REMOVE}{repair}")
     with pytest.raises(ValueError, match=message):
         bnjax.from_torch(theirs.state_dict(), None, variables)
     remove: Any = eval(f"torch.nn.utils.{repair.partition('(')[0]}", {"torch": torch})

@@ -1,4 +1,4 @@
-"""Each kind of layer beside PyTorch's, live: outputs with converted parameters, and back."""
+"""Each kind of layer, converted and compared with PyTorch live, and converted back."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def channels_last(x: np.ndarray) -> np.ndarray:
 
 
 def compare(theirs, model, x, *, last=channels_last, **options):
-    """Outputs agree and the state dict comes back, in linen."""
+    """Outputs agree, and the state dict survives a round trip through linen."""
     theirs = theirs.eval()
     with torch.no_grad():
         expected = theirs(torch.tensor(x)).numpy()
@@ -102,7 +102,7 @@ class Flat(nn.Module):
         return nn.Dense(4, name="fc")(x.reshape(len(x), -1))
 
 
-def test_a_linear_layer_after_a_flatten_is_permuted_when_told(rng):
+def test_flatten_permutes_a_linear_layer(rng):
     x = rng.standard_normal((2, 2, 4, 5)).astype("f")
     theirs = torch.nn.Sequential()
     theirs.add_module("conv", torch.nn.Conv2d(2, 3, 3, padding=1))
@@ -135,21 +135,24 @@ def test_nnx_models(rng):
     theirs.load_state_dict(bnjax.to_torch(model, theirs.state_dict()), strict=True)
 
 
-def test_bfloat16_tensors_come_and_go_bit_for_bit():
+def test_bfloat16_tensors_survive_a_round_trip_bit_for_bit():
     weight = torch.randn(4, 3, dtype=torch.bfloat16)
     template = {"params": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.bfloat16)}}
     new = bnjax.from_torch({"weight": weight}, None, template)
     assert torch.equal(bnjax.to_torch(new)["weight"], weight)
 
 
-def test_a_strided_tensor_and_its_gradient_are_no_obstacle():
+def test_strided_tensors_that_require_gradients_convert():
     weight = torch.randn(3, 4, requires_grad=True).T
     new = bnjax.from_torch({"weight": weight}, None, {"params": {"kernel": np.zeros((3, 4), "f")}})
     np.testing.assert_array_equal(new["params"]["kernel"], weight.detach().numpy().T)
 
 
-def test_what_is_no_dense_tensor_is_refused_by_name():
+def test_sparse_and_meta_tensors_are_refused_by_name():
     sparse = torch.eye(3).to_sparse()
-    message = r"but these are none: {'a': 'Tensor', 'b': 'Tensor'}\.$"
+    message = (
+        r"^`state_dict` must hold only dense arrays of numbers, but these are not: {'a': 'Tensor', "
+        r"'b': 'Tensor'}\.$"
+    )
     with pytest.raises(TypeError, match=message):
         bnjax.from_torch({"a": sparse, "b": torch.ones(2, device="meta")}, None, {"params": {}})

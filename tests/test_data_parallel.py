@@ -165,20 +165,20 @@ def test_a_client_of_weight_0_has_no_effect():
     [
         (
             [1, 2, 3],
-            "`weights` must hold one number for each of the 2 sets of statistics, got shape (3,). "
-            "They go along the axis in which the sets are stacked.",
+            "`weights` must have shape (2,), one for each stacked set, got shape (3,). Pass one "
+            "number per set, such as its number of examples.",
         ),
         *(
             (
                 given,
-                "`weights` must be finite, 0 or more and not all 0, such as numbers of examples, "
-                f"got {given}.",
+                f"`weights` must be finite, not negative and not all 0, got {given}. Pass one "
+                "number per set, such as its number of examples.",
             )
             for given in ([1.0, -1.0], [0.0, 0.0], [1.0, np.inf], [1.0, np.nan])
         ),
     ],
 )
-def test_weights_that_are_none_are_an_error(weights, message):
+def test_invalid_weights_are_an_error(weights, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.merge_batch_stats(sets(3, 4)[0], weights=weights)
 
@@ -189,24 +189,24 @@ def test_weights_that_are_none_are_an_error(weights, message):
         (
             {"params": {"w": np.ones(3)}},
             0,
-            "`batch_stats` must hold `mean` and `var` of batch norms, but there are none. Pass "
-            "`variables['batch_stats']`, stacked.",
+            "`batch_stats` must hold the `mean` and `var` of batch norms, but has none. Pass the "
+            "stacked `variables['batch_stats']`.",
         ),
         (
             {"bn": {"mean": np.ones((2, 3)), "var": np.ones((2, 3))}},
             2,
-            "`batch_stats` must hold several sets, stacked along axis 2, but the mean at 'bn' has "
-            "shape (2, 3). One set needs no merging.",
+            "`batch_stats` must be stacked along axis 2, but the mean at 'bn' has shape (2, 3). A "
+            "single set needs no merging.",
         ),
         (
             {"bn": {"mean": np.ones((2, 3)), "var": np.ones(3)}},
             0,
-            "`batch_stats` must have means and variances of one shape, but at 'bn' they have "
-            "(2, 3) and (3,). Stack the sets of all clients alike.",
+            "`batch_stats` must have means and variances of the same shape, but at 'bn' they have "
+            "(2, 3) and (3,). Stack both in the same way.",
         ),
     ],
 )
-def test_what_is_not_stacked_is_not_merged(tree, axis, message):
+def test_statistics_that_are_not_stacked_are_an_error(tree, axis, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.merge_batch_stats(tree, axis)
 
@@ -214,16 +214,17 @@ def test_what_is_not_stacked_is_not_merged(tree, axis, message):
 @pytest.mark.parametrize(
     ("size", "microbatches", "mesh", "by"),
     [
-        (30, 4, False, "4 micro-batches"),
-        (30, 1, True, "the 8 devices of the mesh (of this process)"),
-        (40, 2, True, "the 8 devices of the mesh (of this process) times 2 micro-batches"),
+        (30, 4, False, "4 (micro-batches)"),
+        (30, 1, True, "8 (local devices of the mesh)"),
+        (40, 2, True, "8 (local devices of the mesh) times 2 (micro-batches)"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_an_error(size, microbatches, mesh, by):
     options = {"mesh": a_mesh(AxisType.Auto)} if mesh else {}
     step = train_step(squared_error, microbatches=microbatches, **options)
     message = (
-        f"A training batch must divide by {by}, got {size} examples. Drop the last partial batch."
+        f"The size of a training batch must be divisible by {by}, got {size}. Drop the last "
+        "partial batch."
     )
     state = start(Net(TRAINED), images(0)["x"])
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}(\n|$)"):

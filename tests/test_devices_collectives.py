@@ -160,7 +160,7 @@ def test_an_explicit_mesh_never_gathers_the_batch(context, masked):
 
 
 @each_of(TALKING_WAYS)
-def test_an_evaluation_is_silent(way):
+def test_evaluation_sends_no_messages(way):
     data, apply = make(), core(way.axis_name, mutable=False)
     assert sent(way, forward(apply), data) == []
     assert sent(way, to_x(apply), data) == []

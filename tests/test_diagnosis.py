@@ -1,4 +1,4 @@
-"""Each fault, made in a small network that is really trained, is found, and it alone."""
+"""Each fault that is injected into a small trained network is found, and nothing else."""
 
 import functools
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 import bnjax
+from bnjax.core.checks import warn_once
 from bnjax.training import TrainState, history, train_step
 from tests.support.diagnosed import (
     DATA,
@@ -69,7 +70,7 @@ def test_updates_thrown_away(trained):
     assert "mutable=['batch_stats']" in report.findings[0].repair
 
 
-def test_one_layer_beside_others_that_were_updated(trained):
+def test_one_layer_that_was_not_updated_with_the_others(trained):
     fresh = NET.init(jax.random.key(0), DATA[0]["x"])["batch_stats"]["BatchNorm2d_1"]
     stats = {**trained["batch_stats"], "BatchNorm2d_1": fresh}
     report = diagnose({**trained, "batch_stats": stats})
@@ -88,7 +89,7 @@ def test_a_momentum_too_small_for_so_few_steps():
             assert numbers["needed"] == 459  # 0.99^459 = 0.01
 
 
-def test_a_value_of_pytorchs_convention_in_flaxs_layer():
+def test_pytorchs_momentum_in_a_flax_layer():
     model = FlaxNet(momentum=0.1)
     report = diagnose(
         train(model, train=True).variables, model=model, apply_kwargs={"train": False}
@@ -97,7 +98,8 @@ def test_a_value_of_pytorchs_convention_in_flaxs_layer():
     assert report.findings[0].repair.startswith("BatchNorm(..., momentum=0.9)")
 
 
-def test_a_value_of_flaxs_convention_in_pytorchs_layer():
+def test_flaxs_momentum_in_a_pytorch_layer():
+    warn_once.cache_clear()
     warned = pytest.warns(
         UserWarning, match=r"^momentum=0.99 gives the new batch a weight of 0.99 "
     )
@@ -108,7 +110,7 @@ def test_a_value_of_flaxs_convention_in_pytorchs_layer():
 
 
 @pytest.mark.parametrize("scale", [1, 255])
-def test_images_that_are_not_scaled_as_in_the_training(trained, scale):
+def test_images_that_are_not_scaled_as_in_training(trained, scale):
     shifted = [{**batch, "x": scale * (0.3 * batch["x"] + 1)} for batch in DATA]
     report = diagnose(trained, shifted)
     assert found(report) == [("error", "data differ from training data")]
@@ -116,7 +118,7 @@ def test_images_that_are_not_scaled_as_in_the_training(trained, scale):
 
 
 @pytest.mark.parametrize("examples", [1, 2, 4])
-def test_so_few_data_that_nothing_can_be_told(trained, examples):
+def test_too_few_data_to_tell(trained, examples):
     batch = {"x": 0.3 * DATA[0]["x"][:examples] + 1, "y": DATA[0]["y"][:examples]}
     report = bnjax.diagnose(NET, trained, [batch])
     assert not report.healthy
@@ -135,7 +137,7 @@ def test_batches_of_four():
     assert report.findings[0].numbers["values"] == 4
 
 
-def test_a_batch_of_one_that_a_layer_can_not_train_on(trained):
+def test_a_batch_of_one_that_a_layer_cannot_train_on(trained):
     report = diagnose(trained, list(batches(8, 1)))
     assert found(report) == [("warning", "batch too small")]
     assert "1 value per channel in a batch of 1: a variance is not" in report.findings[0].evidence
@@ -154,7 +156,7 @@ def test_batches_of_one_class_each(trained, size):
 
 
 class CalledTwice(nn.Module):
-    """One batch norm for two inputs that are not alike."""
+    """One batch norm for two inputs with different statistics."""
 
     @nn.compact
     def __call__(self, x):
@@ -177,7 +179,7 @@ def test_statistics_of_a_layer_called_twice_may_be_of_both_calls_or_of_all_value
     assert report.healthy, report
 
 
-def test_examples_of_which_none_counts_are_an_error(trained):
+def test_batches_in_which_no_example_counts_are_an_error(trained):
     none = [{**batch, "mask": np.zeros(64, bool)} for batch in DATA]
     message = r"^`batches` must hold at least one example that counts, got none."
     with pytest.raises(ValueError, match=message):
@@ -186,15 +188,13 @@ def test_examples_of_which_none_counts_are_an_error(trained):
 
 
 @pytest.mark.parametrize("mask", [np.ones((64, 1), bool), np.ones(64), [True] * 64])
-def test_a_mask_is_one_bool_for_each_example(trained, mask):
-    message = (
-        r"^The `mask` of a batch of 64 examples must be an array of bool, of shape \(64,\), got"
-    )
+def test_a_mask_must_have_one_bool_per_example(trained, mask):
+    message = r"^The `mask` of a batch of 64 examples must be a boolean array of shape \(64,\), got"
     with pytest.raises(ValueError, match=message):
         diagnose(trained, [{**DATA[0], "mask": mask}])
 
 
-def test_a_training_on_record_had_larger_batches(trained):
+def test_a_record_shows_that_training_had_larger_batches(trained):
     record = {"step": [STEPS], "examples": [64]}
     assert diagnose(trained, list(batches(64, 4, seed=7)), history=record).healthy
 
@@ -208,7 +208,7 @@ def test_a_training_on_record_had_larger_batches(trained):
         ("another range", lambda x: 40 * x + 120),
     ],
 )
-def test_data_that_differ_start_in_the_first_layer(trained, name, change):
+def test_shifted_data_show_in_the_first_layer(trained, name, change):
     report = diagnose(trained, [{**batch, "x": change(batch["x"])} for batch in DATA])
     assert found(report) == [("error", "data differ from training data")]
     assert report.findings[0].layer == "BatchNorm2d_0"
@@ -216,13 +216,13 @@ def test_data_that_differ_start_in_the_first_layer(trained, name, change):
 
 @pytest.fixture(scope="module")
 def fast() -> list[TrainState]:
-    """The states of a training at a high learning rate, the initial one not among them."""
+    """The states of a training run at a high learning rate, without the initial one."""
     states: list[TrainState] = []
     train(NET, lr=0.03, each=states.append)
     return states
 
 
-def test_weights_averaged_with_the_statistics_of_the_last_ones(fast):
+def test_averaged_weights_with_the_last_statistics(fast):
     params = jax.tree.map(lambda *p: sum(p) / len(p), *(s.params for s in fast[5:40]))
     variables = {"params": params, "batch_stats": fast[-1].batch_stats}
     report = diagnose(variables)
@@ -236,7 +236,7 @@ def test_weights_of_another_step(fast):
     assert found(report) == [("error", "statistics belong to other weights")]
 
 
-def test_a_record_knows_that_the_weights_are_others():
+def test_a_record_shows_that_the_weights_differ():
     record: dict[str, Any] = {}
     states: list[TrainState] = []
     train(NET, lr=0.03, each=states.append, step=history(compiled(), record))
@@ -244,7 +244,7 @@ def test_a_record_knows_that_the_weights_are_others():
     averaged = jax.tree.map(lambda *p: sum(p) / len(p), *(s.params for s in states[5:40]))
     report = diagnose({"params": averaged, "batch_stats": last}, history=record)
     assert found(report) == [("error", "statistics belong to other weights")]
-    # The record has it even where the first layer is off the most.
+    # The record shows it even if the first layer is off the most.
     shifted = [{**batch, "x": batch["x"] + 3} for batch in DATA]
     report = diagnose({"params": states[-1].params, "batch_stats": last}, shifted, history=record)
     assert ("error", "data differ from training data") in found(report)
@@ -314,7 +314,7 @@ def test_a_batch_that_is_not_finite(trained):
 
 
 def devices(variables: Any, count: int = 4) -> Any:
-    """The statistics of devices that trained apart, each on a kind of data of its own."""
+    """The statistics of devices that trained separately, each on its own kind of data."""
     own = [[{**b, "x": b["x"] + 0.3 * d} for b in batches(60, 16, seed=d)] for d in range(count)]
     step = jax.pmap(
         lambda v, x: {**v, **NET.apply(v, x, mutable=["batch_stats"])[1]},
@@ -327,7 +327,7 @@ def devices(variables: Any, count: int = 4) -> Any:
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["statistics", "all variables"])
-def test_devices_that_never_talked(trained, alone):
+def test_devices_that_never_communicated(trained, alone):
     stacked = devices(trained)
     variables = {**trained, "batch_stats": stacked["batch_stats"]} if alone else stacked
     report = diagnose(variables)
@@ -367,7 +367,7 @@ def test_scales_that_are_zero(trained):
 def test_statistics_that_stall_in_bfloat16():
     plain = train_step(loss_fn, donate=False)
 
-    def step(state, batch):  # a policy that casts all variables, after each step too
+    def step(state, batch):  # a precision policy that casts all variables after each step
         state, metrics = plain(state, batch)
         return state.replace(batch_stats=jax.tree.map(jnp.bfloat16, state.batch_stats)), metrics
 
@@ -383,7 +383,7 @@ def test_statistics_in_half_precision_that_fit(trained):
     assert found(report) == [("warning", "half-precision statistics")]
 
 
-def test_activations_near_the_end_of_float16():
+def test_activations_near_the_limit_of_float16():
     layer = bnjax.BatchNorm1d()
     x = np.random.default_rng(0).normal(0, 15_000, (256, 4)).astype(np.float16)
     variables = bnjax.recalibrate(layer, layer.init(jax.random.key(0), x), [x])

@@ -29,7 +29,7 @@ each_net = pytest.mark.parametrize("name", NAMES)
 
 @dataclasses.dataclass
 class Trained:
-    """A training that went well, with what is on record of it and all its states."""
+    """A good training run, with its record and all its states."""
 
     state: TrainState
     data: list[Any]
@@ -58,10 +58,10 @@ def trained(name: str) -> Trained:
 
 
 def with_weight(name: str, weight: float, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The variables after a training whose statistics give a new batch this weight."""
+    """The variables after training with a momentum that gives a new batch this weight."""
     run = trained(name)
     stats = old = fresh(name)["batch_stats"]
-    for state in run.states:  # they have no part in the training: those of each batch are known
+    for state in run.states:  # statistics do not affect training, and each batch's are known
         alone = jax.tree.map(lambda a, b: a + (b - a) / 0.1, old, state.batch_stats)
         stats = jax.tree.map(
             lambda a, b: ((1 - weight) * a + weight * b).astype(dtype), stats, alone
@@ -96,7 +96,7 @@ def test_faults_of_the_statistics(name):
 
 
 @each_net
-@pytest.mark.filterwarnings("ignore:momentum=0.01:UserWarning")  # the layer sees it as well
+@pytest.mark.filterwarnings("ignore:momentum=0.01:UserWarning")  # the layer warns as well
 @pytest.mark.parametrize(
     ("weight", "kind"), [(0.001, "lagging"), (0.99, "momentum looks inverted")]
 )

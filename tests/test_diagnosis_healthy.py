@@ -1,4 +1,4 @@
-"""Thirty healthy trainings have no finding but that they are young, whatever is known of them."""
+"""Thirty healthy training runs have no findings, except that some are young."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ YOUNG = 28
 
 
 def findings(seen: Measured, steps: int, record: dict[str, Any]) -> dict[str, list[str]]:
-    """The kinds that are found, by what is known besides the batches."""
+    """The kinds of findings, by what is known besides the batches."""
     blind = dataclasses.replace(seen, losses={"train": {}, "eval": {}})
     return {
         f"{loss} {known}": [x.kind for x in report_of(Evidence(given, *more)).findings]

@@ -1,4 +1,4 @@
-"""Faults of nnx models are found as those of linen models are."""
+"""Faults of nnx models are found like those of linen models."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.quick_compile
 
 @pytest.fixture(scope="module")
 def fitted() -> NnxNet:
-    """An nnx network, in evaluation, that is fitted by its statistics alone."""
+    """An nnx network in eval mode that is untrained, except for its statistics."""
     model = NnxNet(nnx.Rngs(0))
     model.eval()
     nnx.update(model, bnjax.recalibrate(model, None, DATA))
@@ -26,8 +26,8 @@ def test_a_healthy_nnx_model(fitted):
     assert diagnose(nnx.state(fitted), model=fitted).healthy
 
 
-def test_an_nnx_model_in_training_mode_is_asked_about_and_taken_as_after_eval(fitted):
-    # Said "statistics move in eval", an error, of each model that had just been made or trained.
+def test_an_nnx_model_in_training_mode_warns_and_runs_in_eval_mode(fitted):
+    # Each model that was just created or trained gave the error "statistics move in eval".
     model = nnx.clone(fitted)
     model.train()
     report = diagnose(None, model=model)
@@ -42,7 +42,7 @@ def test_an_nnx_model_in_training_mode_is_asked_about_and_taken_as_after_eval(fi
 
 
 class Told(nnx.Module):
-    """A layer whose mode each call gives, whatever `.train()` and `.eval()` say."""
+    """A layer with the mode passed to each call, whatever `.train()` and `.eval()` say."""
 
     def __init__(self) -> None:
         self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
@@ -52,7 +52,7 @@ class Told(nnx.Module):
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_the_mode_that_a_call_gives_is_that_of_the_evaluation(running):
+def test_a_mode_passed_to_the_call_is_that_of_the_evaluation(running):
     model, x = Told(), np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
     nnx.update(model, bnjax.recalibrate(model, None, [x], apply_kwargs={"running": True}))
     report = bnjax.diagnose(model, None, [x], apply_kwargs={"running": running})
@@ -61,14 +61,14 @@ def test_the_mode_that_a_call_gives_is_that_of_the_evaluation(running):
         assert "without use_running_average=False" in report.findings[0].repair
 
 
-def test_frozen_nnx_layers_stay_out_of_it(fitted):
+def test_frozen_nnx_layers_are_left_out(fitted):
     model = nnx.clone(fitted)
     bnjax.nnx.freeze(model)
     model.train()
     assert diagnose(None, model=model).healthy
 
 
-def test_nnx_updates_thrown_away_and_data_that_differ(fitted):
+def test_nnx_updates_thrown_away_and_shifted_data(fitted):
     fresh = NnxNet(nnx.Rngs(0))
     fresh.eval()
     assert found(diagnose(None, model=fresh)) == [("error", "never updated")]
@@ -96,7 +96,7 @@ def test_nnx_layers_that_are_not_tracked():
     assert found(report) == [("error", "eval depends on the batch")]
 
 
-def test_nnx_devices_that_never_talked(fitted):
+def test_nnx_devices_that_never_communicated(fitted):
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), nnx.state(fitted))
     assert diagnose(stacked, model=fitted).healthy
     stats = nnx.filter_state(stacked, nnx.BatchStat)

@@ -1,4 +1,4 @@
-"""The lines that a diagnosis says to write are code, and mend what they are for."""
+"""The repairs that a diagnosis suggests are valid code, and fix the fault."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ DATA = [batch["x"] for batch in batches(4, seed=7)]
 
 
 class User:
-    """Names in the session of a user, in which a line of code is run."""
+    """The names in a user's session, in which a line of code runs."""
 
     def __init__(self, kind: str) -> None:
         self.names: dict[str, Any] = dict(
@@ -67,13 +67,13 @@ def user(request) -> User:
     return User(request.param)
 
 
-def test_statistics_of_other_weights_are_measured_anew(user):
+def test_statistics_of_other_weights_are_recalibrated(user):
     user.change(lambda leaf: leaf * 3 + 1)
     user.write("statistics belong to other weights")
     assert user.diagnose().healthy
 
 
-def test_poisoned_statistics_are_measured_anew(user):
+def test_poisoned_statistics_are_recalibrated(user):
     user.change(lambda leaf: leaf.at[0].set(np.nan))
     user.write("statistics poisoned")
     assert user.diagnose().healthy
@@ -108,7 +108,7 @@ def test_statistics_of_devices_are_merged(user):
     assert "devices disagree" not in [finding.kind for finding in user.diagnose().findings]
 
 
-def test_where_values_are_not_finite_is_looked_up(user):
+def test_the_repair_shows_where_values_are_not_finite(user):
     wild = [DATA[0], np.where(DATA[1] > 2, np.inf, DATA[1])]
     report = bnjax.diagnose(user.model, user.variables, wild)
     (finding,) = report.findings
@@ -116,7 +116,7 @@ def test_where_values_are_not_finite_is_looked_up(user):
     assert all(jax.tree.leaves(eval(finding.repair, user.names)))  # the first batch is fine
 
 
-def test_a_model_that_takes_an_argument_is_trained_with_it_turned():
+def test_the_repair_flips_the_mode_argument_for_training():
     model = FlaxNet()
     variables = model.init(jax.random.key(0), DATA[0], train=False)
     report = bnjax.diagnose(model, variables, DATA, apply_kwargs={"train": False})

@@ -1,4 +1,4 @@
-"""What a diagnosis gives back, what it leaves alone, and which models it can see through."""
+"""What a diagnosis returns, what it leaves unchanged, and which models it handles."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def test_a_finding_names_layer_evidence_cause_and_repair(shifted):
         assert words in text
 
 
-def test_json_has_all_of_it(shifted, trained):
+def test_json_holds_everything(shifted, trained):
     data = json.loads(shifted.to_json())
     assert data["healthy"] is False
     assert data["findings"][0]["kind"] == "data differ from training data"
@@ -196,7 +196,7 @@ def test_a_frozen_layer_is_left_out(trained):
     assert report.findings[0].layers[0] == "BatchNorm2d_0"
 
 
-def test_replicas_that_are_not_alike(trained):
+def test_replicas_that_differ(trained):
     devices = jax.devices()[:2]
     mesh = jax.sharding.Mesh(devices, ("d",))
     alike = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -232,7 +232,7 @@ def test_the_record_of_a_training():
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_the_same_diagnosis_twice_gives_equal_reports(trained, lost):
-    # Reports compared the arrays behind them by identity, and NaN is unlike itself.
+    # Reports compared the arrays behind them by identity, and NaN does not equal itself.
     stats = jax.tree.map(lambda leaf: leaf.at[0].set(np.nan) if lost else 2 * leaf, trained)
     variables = {**trained, "batch_stats": stats["batch_stats"]}
     one, two = (bnjax.diagnose(Net(), variables, DATA[:3], loss_fn=loss_fn) for _ in range(2))
@@ -259,9 +259,9 @@ def one_batch_cases(trained: Any) -> Iterator[tuple[Any, Any, Any]]:
     yield NET, {**trained, "batch_stats": jax.tree.map(jnp.bfloat16, trained["batch_stats"])}, x
 
 
-@pytest.mark.filterwarnings("ignore:momentum=0.9 gives:UserWarning")  # the layer sees it as well
-def test_of_one_batch_nothing_is_said_as_of_several(trained):
-    # Said that statistics "scatter by 0.00 standard deviations between batches".
+@pytest.mark.filterwarnings("ignore:momentum=0.9 gives:UserWarning")  # the layer warns as well
+def test_a_single_batch_is_not_described_as_several(trained):
+    # The report said that statistics "scatter by 0.00 standard deviations between batches".
     kinds = set()
     for model, variables, x in one_batch_cases(trained):
         report = bnjax.diagnose(model, variables, [x])
@@ -294,7 +294,7 @@ def test_what_cannot_be_diagnosed_is_an_error(model, variables, data, message):
         bnjax.diagnose(model, variables, data)
 
 
-def test_losses_weigh_each_example_alike_and_batches_may_hold_other_things():
+def test_losses_weight_examples_equally_and_batches_may_hold_other_entries():
     layer, x = bnjax.BatchNorm1d(), np.arange(24, dtype=np.float32).reshape(8, 3)
     variables = bnjax.recalibrate(layer, layer.init(jax.random.key(0), x), [x])
     few = np.arange(8) < 2

@@ -42,7 +42,7 @@ def lines(message: str) -> int:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_the_error_that_says_how_to_mend_it(mistake):
+def test_each_mistake_raises_an_error_with_a_repair(mistake):
     with pytest.raises(mistake.error, match=whole(mistake.message)):
         mistake.call()
 

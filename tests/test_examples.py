@@ -1,4 +1,4 @@
-"""The examples as a user runs them: from the shell, killed, resumed, with files that do not fit."""
+"""The examples, run as processes: killed, resumed, and with a user's own data."""
 
 import re
 import signal
@@ -15,13 +15,13 @@ TRAIN = EXAMPLES / "train_digits.py"
 
 
 @pytest.mark.parametrize("library", ["linen", "nnx"])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, library):
+def test_a_killed_run_resumes_exactly(tmp_path, library):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = ("--epochs", "4", "--batch-size", "256", "--seed", "3", "--library", library)
     code, expected = run(TRAIN, "--out", whole, *settings)
     assert code == 0, expected
     kills = 0
-    # Kill it as soon as a checkpoint appears under any name, whole or not; then again a bit later.
+    # Kill it as soon as a checkpoint appears, complete or not; then again after the next one.
     for wanted in (1, 2):
         process = start(TRAIN, "--out", killed, "--resume", *settings)
         wait_for_checkpoint(process, killed, wanted)
@@ -35,7 +35,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, library):
     chex.assert_trees_all_equal(arrays(killed), arrays(whole))
 
 
-def test_all_promises_hold_and_pictures_are_written(tmp_path):
+def test_all_checks_pass_and_pictures_are_written(tmp_path):
     code, output = run(TRAIN, "--out", tmp_path / "run", "--epochs", "2")
     assert code == 0, output
     assert output.count("yes  ") == 3
@@ -45,12 +45,12 @@ def test_all_promises_hold_and_pictures_are_written(tmp_path):
         EXAMPLES / "running_statistics.py", "--run", tmp_path / "run", "--epochs", "2"
     )
     assert code == 0, output
-    assert re.search(r"model\.apply\(\.\.\.\) +│ 0, not a bit +│ 0, not a bit", output)
-    assert re.search(r"128 │ +\d\.\d{3} std │ +\d\.\d{3} │ +\d\.\d{3} │ +0, not a bit", output)
+    assert re.search(r"model\.apply\(\.\.\.\) +│ exactly 0 +│ exactly 0", output)
+    assert re.search(r"128 │ +\d\.\d{3} std │ +\d\.\d{3} │ +\d\.\d{3} │ +exactly 0", output)
     assert (tmp_path / "run" / "running_statistics.png").stat().st_size > 10_000
 
 
-def test_a_second_run_has_its_own_folder_and_each_says_what_to_try_next(tmp_path):
+def test_a_second_run_has_its_own_folder_and_suggests_a_command(tmp_path):
     settings = ("--epochs", "1", "--batch-size", "256", "--out", tmp_path / "run")
     for number, library in (("", "linen"), ("-2", "nnx")):
         code, output = run(TRAIN, *settings, "--library", library)
@@ -63,17 +63,17 @@ def test_a_second_run_has_its_own_folder_and_each_says_what_to_try_next(tmp_path
         assert "error" not in report.splitlines()[0]
     code, output = run(TRAIN, *settings, "--resume")
     assert code == 2
-    assert f"{tmp_path}/run-2/checkpoints holds a run of nnx: add --library nnx" in output
+    assert f"{tmp_path}/run-2/checkpoints holds a run in nnx: add --library nnx" in output
 
 
-def test_a_run_goes_where_none_is_and_resumes_where_the_last_one_is(tmp_path, monkeypatch):
+def test_new_runs_get_a_new_folder_and_resumed_runs_the_last_one(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     from runs import folder_of
 
     out = tmp_path / "digits"
     assert folder_of(out, False) == folder_of(out, True) == out
     out.mkdir()
-    assert folder_of(out, False) == out  # nothing is in it
+    assert folder_of(out, False) == out  # it is empty
     for number in ("", "-2"):
         (tmp_path / f"digits{number}" / "checkpoints" / "3").mkdir(parents=True)
     (tmp_path / "digits-3" / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_a_run_goes_where_none_is_and_resumes_where_the_last_one_is(tmp_path, mo
     assert folder_of(out, True) == tmp_path / "digits-3"  # it was killed before its first epoch
 
 
-def test_both_libraries_have_one_network(monkeypatch):
+def test_linen_and_nnx_networks_agree(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     from digits import NnxResNet, ResNet, as_linen
 
@@ -95,18 +95,18 @@ def test_both_libraries_have_one_network(monkeypatch):
     np.testing.assert_allclose(model.blocks[2].norms[1].mean[...], stats["mean"], atol=1e-6)
 
 
-def test_averages_are_compared_with_and_without_their_own_statistics():
+def test_averaged_weights_need_recalibrated_statistics():
     code, output = run(EXAMPLES / "averaged_weights.py", "--epochs", "2")
     assert code == 0, output
     rows = re.findall(r"│ (.+?) +│ (.+?) +│ (0\.\d{3}|1\.000) +│ ([\d.]+|nan) +│", output)
-    weights = ("Adam, the last", "Adam, EMA", "Adam, SWA", "schedule-free")
-    kinds = ("of the training", "recalibrated")
+    weights = ("Adam, last step", "Adam, EMA", "Adam, SWA", "schedule-free")
+    kinds = ("from training", "recalibrated")
     assert [row[:2] for row in rows] == [(name, kind) for name in weights for kind in kinds]
     accuracy = {row[:2]: float(row[2]) for row in rows}
-    assert accuracy["Adam, EMA", "recalibrated"] > accuracy["Adam, EMA", "of the training"] + 0.1
+    assert accuracy["Adam, EMA", "recalibrated"] > accuracy["Adam, EMA", "from training"] + 0.1
 
 
-def test_renorm_is_compared_at_small_batches(tmp_path):
+def test_small_batches_compares_all_ways(tmp_path):
     settings = ("--epochs", "1", "--seeds", "1", "--size", "2")
     code, output = run(EXAMPLES / "small_batches.py", *settings, "--out", tmp_path)
     assert code == 0, output
@@ -116,24 +116,24 @@ def test_renorm_is_compared_at_small_batches(tmp_path):
     assert (tmp_path / "small_batches.png").stat().st_size > 10_000
 
 
-def test_policies_are_compared_on_data_that_have_shifted(tmp_path):
+def test_shifted_data_compares_all_policies(tmp_path):
     settings = ("--epochs", "2", "--seeds", "1", "--size", "4", "--size", "64")
     code, output = run(EXAMPLES / "shifted_data.py", *settings, "--out", tmp_path)
     assert code == 0, output
     rows = re.findall(r"│ (\w+) +│ (.+)│", output)
     found = {name: [float(n) for n in re.findall(r"[01]\.\d{3}", row)] for name, row in rows}
     assert [*found] == ["none", "noise", "blur", "contrast", "inversion"]
-    source, by_batch, *_ = found["contrast"]  # of the last table, batches of 64
+    source, by_batch, *_ = found["contrast"]  # from the last table, batches of 64
     assert by_batch > source + 0.1
     assert (tmp_path / "shifted_data.png").stat().st_size > 10_000
 
 
-def test_two_domains_are_compared_with_banks_and_without(tmp_path):
+def test_domains_compares_banks_with_one_batch_norm(tmp_path):
     code, output = run(EXAMPLES / "domains.py", "--epochs", "2", "--seeds", "1", "--out", tmp_path)
     assert code == 0, output
     rows = re.findall(r"│ (.+?) +│ +(0\.\d{3}) +│ +(0\.\d{3}) +│", output)
     accuracy = {name: float(digits) for name, digits, _ in rows}
-    wrong = ", of the wrong domain"
+    wrong = ", wrong domain"
     banks = ("banks", "banks, own scale and bias")
     assert set(accuracy) == {"one batch norm", *banks, *(name + wrong for name in banks)}
     for name in banks:
@@ -141,7 +141,7 @@ def test_two_domains_are_compared_with_banks_and_without(tmp_path):
     assert (tmp_path / "domains.png").stat().st_size > 10_000
 
 
-def test_a_users_own_images_train(tmp_path):
+def test_training_on_a_users_images(tmp_path):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 120)
     images = rng.integers(0, 100, (120, 9, 7, 3)) + 50 * labels[:, None, None, None]
@@ -156,7 +156,7 @@ def test_a_users_own_images_train(tmp_path):
     ("content", "message"),
     [
         (b"no archive", "Cannot read "),
-        ({"images": np.ones((30, 8, 8))}, r"misses \['labels'\]"),
+        ({"images": np.ones((30, 8, 8))}, r"lacks \['labels'\]"),
         ({"images": np.ones((30, 8)), "labels": np.ones(30, int)}, r"got images float64\(30, 8\)"),
         ({"images": np.ones((30, 8, 8)), "labels": np.ones(30)}, "and labels float64"),
         ({"images": np.ones((9, 8, 8)), "labels": np.ones(9, int)}, "at least 20 images"),
@@ -167,9 +167,7 @@ def test_a_users_own_images_train(tmp_path):
         ({"images": np.ones((30, 8, 8)), "labels": np.full(30, None)}, "Cannot read "),
     ],
 )
-def test_a_file_that_does_not_fit_is_an_error_before_anything_starts(
-    tmp_path, monkeypatch, content, message
-):
+def test_invalid_data_files_are_errors(tmp_path, monkeypatch, content, message):
     monkeypatch.syspath_prepend(EXAMPLES)
     from digits import load
 
@@ -178,8 +176,7 @@ def test_a_file_that_does_not_fit_is_an_error_before_anything_starts(
         path.write_bytes(content)
     else:
         np.savez(path, **content)
-    with pytest.raises(
-        ValueError, match=rf"^(Cannot read )?{re.escape(str(path))}.*|{message}"
-    ) as error:
+    start = r"^(Cannot read |Cannot train on )?"
+    with pytest.raises(ValueError, match=start + re.escape(str(path))) as error:
         load(path)
     assert re.search(message, str(error.value))

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: each format comes back, whole or not at all, and no file can do harm."""
+"""Saving and loading checkpoints: exact round trips, atomic writes, and errors."""
 
 import re
 from pathlib import Path
@@ -41,34 +41,38 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("tree", [STATE_DICT, VARIABLES])
-def test_each_format_comes_back_bit_for_bit(path, tree):
+def test_each_format_survives_a_round_trip_bit_for_bit(path, tree):
     bnjax.save(path, tree)
     assert_same(bnjax.load(str(path)), tree)
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "bfloat16", "complex64"])
-def test_dtypes_of_jax_come_back(path, dtype):
+def test_jax_dtypes_survive_a_round_trip(path, dtype):
     tree = {"x": np.arange(3).astype(dtype)}
     if path.suffix == ".safetensors" and dtype.startswith("float8"):
-        path = path.with_suffix(".msgpack")  # safetensors has them, but not for NumPy
+        path = path.with_suffix(".msgpack")  # safetensors supports them, but not with NumPy
     bnjax.save(path, tree)
     assert_same(bnjax.load(path), tree)
 
 
-def test_float8_of_others_in_safetensors_is_named(tmp_path):
+def test_float8_in_safetensors_is_refused_by_name(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
     x = torch.ones(3)
     save_file({"x": x, "w": x.to(torch.float8_e5m2)}, tmp_path / "model.safetensors")
-    message = "'w' is of dtype F8_E5M2, which NumPy does not have. Load it with"
-    with pytest.raises(ValueError, match=message):
+    message = (
+        f"Cannot read {tmp_path / 'model.safetensors'} as safetensors: 'w' has dtype F8_E5M2, "
+        "which NumPy does not support. Load it with `safetensors.torch`, or leave it out with "
+        "`only`."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.load(tmp_path / "model.safetensors")
     loaded = bnjax.load(tmp_path / "model.safetensors", only=lambda name, shape: name == "x")
     assert_same(loaded, {"x": np.ones(3, np.float32)})
 
 
-def test_lazily_conjugated_tensors_are_arrays(tmp_path):
+def test_lazily_conjugated_tensors_load_as_arrays(tmp_path):
     torch = pytest.importorskip("torch")
     z = torch.tensor([1 + 2j, 3 - 1j])
     torch.save({"z": z.conj(), "imag": z.clone().conj().imag}, tmp_path / "model.pth")
@@ -79,7 +83,7 @@ def test_lazily_conjugated_tensors_are_arrays(tmp_path):
     assert_same(bnjax.load(tmp_path / "model.pth"), expected)
 
 
-def test_an_orbax_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_orbax_save_leaves_nothing(tmp_path, monkeypatch):
     import orbax.checkpoint as ocp
 
     def full(self, path, *_, **__):
@@ -93,7 +97,7 @@ def test_an_orbax_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 @each_file
-def test_a_file_is_replaced_and_has_the_usual_permissions(path):
+def test_saving_replaces_a_file_and_keeps_the_usual_permissions(path):
     bnjax.save(path, STATE_DICT)
     bnjax.save(path, VARIABLES)
     assert_same(bnjax.load(path), VARIABLES)
@@ -102,7 +106,7 @@ def test_a_file_is_replaced_and_has_the_usual_permissions(path):
     assert names(path.parent) == sorted([path.name, "other"])
 
 
-def test_a_folder_is_not_replaced(tmp_path):
+def test_saving_does_not_replace_a_folder(tmp_path):
     bnjax.save(tmp_path / "model", VARIABLES)
     (tmp_path / "file").touch()
     for name, what in (("model", "folder"), ("file", "file")):
@@ -115,7 +119,7 @@ def test_a_folder_is_not_replaced(tmp_path):
 
 
 @each_file
-def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch):
+def test_a_failed_save_leaves_only_the_old_file(path, monkeypatch):
     bnjax.save(path, VARIABLES)
 
     def full(_):
@@ -128,7 +132,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatc
     assert_same(bnjax.load(path), VARIABLES)
 
 
-def test_trees_of_flax_are_saved_as_they_are(tmp_path):
+def test_boxes_and_nnx_states_are_saved_as_plain_arrays(tmp_path):
     boxed = nn.Dense(2, kernel_init=nn.with_partitioning(nn.initializers.ones, (None, "x")))
     bnjax.save(tmp_path / "linen.msgpack", boxed.init(jax.random.key(0), jnp.ones((1, 3))))
     kernel = bnjax.load(tmp_path / "linen.msgpack")["params"]["kernel"]
@@ -140,14 +144,14 @@ def test_trees_of_flax_are_saved_as_they_are(tmp_path):
     }
 
 
-def test_only_what_is_wanted_is_loaded(path):
+def test_only_selects_the_arrays_to_load(path):
     bnjax.save(path, VARIABLES)
     loaded = bnjax.load(path, only=lambda name, shape: name.endswith("mean") and shape == (5,))
     assert jax.tree.map(np.shape, loaded["batch_stats"]) == {"bn_0": {"mean": (5,)}}
     assert len(jax.tree.leaves(loaded)) == 1
 
 
-def test_what_a_checkpoint_holds_beside_arrays_stays(tmp_path):
+def test_loading_keeps_values_that_are_not_arrays(tmp_path):
     torch = pytest.importorskip("torch")
     held = {"epoch": 3, "name": "run", "state_dict": {"w": torch.ones(2)}, "lr": [0.1, None]}
     torch.save(held, tmp_path / "run.pth")
@@ -156,7 +160,7 @@ def test_what_a_checkpoint_holds_beside_arrays_stays(tmp_path):
     assert loaded == {"epoch": 3, "name": "run", "lr": {"0": 0.1, "1": None}}
 
 
-# What can't be saved
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -227,19 +231,19 @@ def test_what_a_checkpoint_holds_beside_arrays_stays(tmp_path):
         ),
     ],
 )
-def test_what_would_not_come_back_is_not_saved(tmp_path, name, tree, message):
+def test_trees_that_would_not_survive_a_round_trip_are_refused(tmp_path, name, tree, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message.format(tmp_path / name))}$"):
         bnjax.save(tmp_path / name, tree)
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["model.msgpack", "model.safetensors", "model"])
-def test_numbers_in_the_other_byte_order_keep_their_values(tmp_path, name):
+def test_arrays_in_the_other_byte_order_keep_their_values(tmp_path, name):
     bnjax.save(tmp_path / name, {"w": np.arange(3, dtype=">f4")})
     np.testing.assert_array_equal(bnjax.load(tmp_path / name)["w"], np.arange(3.0))
 
 
-def test_a_folder_that_is_not_there_and_arguments_in_the_wrong_order_are_told(tmp_path):
+def test_missing_folders_and_swapped_arguments_are_errors(tmp_path):
     message = f"There is no folder {tmp_path}/no to save m.msgpack in."
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
         bnjax.save(tmp_path / "no" / "m.msgpack", {"w": np.ones(2)})

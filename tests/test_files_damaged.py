@@ -1,4 +1,4 @@
-"""Files that are damaged, something else, or malicious: an error that says so, and no harm."""
+"""Damaged, foreign and malicious files are refused, with an error that says why."""
 
 import argparse
 import io
@@ -23,24 +23,24 @@ from tests.support.checkpoints import NEEDS, VARIABLES
 pytestmark = pytest.mark.quick_compile
 
 
-def test_a_file_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^There is no checkpoint at .*/no\.pth\.$"):
         bnjax.load(tmp_path / "no.pth")
 
 
-# When one array of several can't be read, tensorstore drops what it had to say of the others.
+# When one of several arrays can't be read, tensorstore drops the errors of the others.
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 @pytest.mark.parametrize("name", [*damaged.FORMATS, "pickles"])
-def test_a_damaged_file_gives_arrays_or_an_error_that_names_it(tmp_path, name):
+def test_a_damaged_file_loads_or_is_an_error_that_names_it(tmp_path, name):
     pytest.importorskip(NEEDS[damaged.SUFFIXES[name]])
-    found = damaged.tried(tmp_path, name, 240)
+    found = damaged.outcomes(tmp_path, name, 240)
     assert found["refused"] > (50 if name == "orbax" else 100), found
     assert found["loaded"] > 5, found
 
 
 class Runs:
-    """What runs code when it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -68,15 +68,16 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, archived):
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_of_others_is_refused_by_what_it_would_call(tmp_path, protocol):
+def test_a_pickle_not_by_torch_is_refused_with_the_names_it_calls(tmp_path, protocol):
     pytest.importorskip("torch")
     path, target = tmp_path / "evil.pkl", tmp_path / "target"
     path.write_bytes(pickle.dumps({"a": Runs(target), "b": "text"}, protocol=protocol))
     held = {2: "__builtin__.getattr, pathlib.Path", 4: "pathlib.Path.touch"}[protocol]
     message = (
         f"Cannot read {path} as a PyTorch checkpoint: it is a pickle that `torch.save` did not "
-        f"write, of {held}, pathlib.PosixPath, or damaged at its start, and unpickling it could "
-        "run code.\nIf you trust it, load it with pickle and save its arrays with `bnjax.save`."
+        f"write (it calls {held}, pathlib.PosixPath), or damaged at its start, and unpickling it "
+        "could run code.\nIf you trust it, load it with pickle and save its arrays with "
+        "`bnjax.save`."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.load(path)
@@ -96,10 +97,10 @@ class Blocked:
         (Blocked(), ["posix.system"]),
     ],
 )
-def test_what_pytorch_refuses_is_named_with_its_way_to_allow_it(tmp_path, held, names):
+def test_a_refused_pickle_by_torch_says_how_to_allow_it(tmp_path, held, names):
     torch = pytest.importorskip("torch")
     path = tmp_path / "best.pth"
-    torch.save({"model": {"w": torch.ones(2)}, "beside": held}, path)
+    torch.save({"model": {"w": torch.ones(2)}, "other": held}, path)
     listed = ", ".join(names)
     allow = f"first allow it with `torch.serialization.add_safe_globals([{listed}])`,\nor "
     message = (
@@ -111,7 +112,7 @@ def test_what_pytorch_refuses_is_named_with_its_way_to_allow_it(tmp_path, held, 
         bnjax.load(path)
 
 
-def test_a_whole_module_is_named_and_what_is_allowed_is_read(tmp_path):
+def test_a_pickled_module_is_refused_and_allowed_classes_load(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"model": torch.nn.Sequential(torch.nn.Linear(1, 1))}, tmp_path / "module.pth")
     held = "torch.nn.modules.container.Sequential, torch.nn.modules.linear.Linear"
@@ -124,10 +125,10 @@ def test_a_whole_module_is_named_and_what_is_allowed_is_read(tmp_path):
     np.testing.assert_array_equal(loaded["w"], np.ones(2, np.float32))
 
 
-def test_torchscript_is_named(tmp_path):
+def test_torchscript_is_refused_by_name(tmp_path):
     torch = pytest.importorskip("torch")
     path = tmp_path / "traced.pt"
-    with warnings.catch_warnings(action="ignore"):  # torch's, of what may come after it
+    with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     message = (
         f"Cannot read {path} as a PyTorch checkpoint: it is a TorchScript archive, which is code "
@@ -138,7 +139,7 @@ def test_torchscript_is_named(tmp_path):
         bnjax.load(path)
 
 
-def test_the_oldest_format_of_pytorch_is_named(tmp_path):
+def test_the_oldest_pytorch_format_is_refused_by_name(tmp_path):
     path = tmp_path / "resnet18.pth"
     with tarfile.open(path, "w") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
@@ -166,7 +167,7 @@ def test_the_oldest_format_of_pytorch_is_named(tmp_path):
         (
             "a.safetensors",
             b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n",
-            "a checkpoint: it is a pointer of Git LFS, not the file itself: run `git lfs pull`.",
+            "a checkpoint: it is a Git LFS pointer, not the file itself: run `git lfs pull`.",
         ),
         (
             "a.pth",
@@ -186,7 +187,7 @@ def test_the_oldest_format_of_pytorch_is_named(tmp_path):
         ),
     ],
 )
-def test_other_files_are_named_for_what_they_are(tmp_path, name, content, message):
+def test_other_files_are_refused_by_kind(tmp_path, name, content, message):
     if "PyTorch" in message:
         pytest.importorskip("torch")
     (tmp_path / name).write_bytes(content)
@@ -198,18 +199,18 @@ def test_other_files_are_named_for_what_they_are(tmp_path, name, content, messag
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.npy", "b.npy"], "it is an .npz archive of NumPy. Load it with `numpy.load`."),
+        (["a.npy", "b.npy"], "it is a NumPy .npz archive. Load it with `numpy.load`."),
         (
             ["config.json", "model.weights.h5"],
-            "it is an archive of Keras. Load it with Keras and save its arrays.",
+            "it is a Keras archive. Load it with Keras and save its arrays.",
         ),
         (
             ["readme.txt"],
-            "it is a zip archive of other things, such as ['readme.txt']. Unpack it first.",
+            "it is a zip archive of other files, such as ['readme.txt']. Unpack it first.",
         ),
     ],
 )
-def test_other_archives_are_named(tmp_path, names, message):
+def test_other_archives_are_refused_by_kind(tmp_path, names, message):
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         for name in names:
             archive.writestr(name, b"abc")
@@ -218,7 +219,7 @@ def test_other_archives_are_named(tmp_path, names, message):
         bnjax.load(tmp_path / "a.pth")
 
 
-def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+def test_a_compressed_archive_is_refused(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"w": torch.zeros(1000)}, tmp_path / "model.pth")
     with (
@@ -232,7 +233,7 @@ def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
         bnjax.load(tmp_path / "bomb.pth")
 
 
-def test_containers_that_repeat_without_end_are_refused(tmp_path):
+def test_exponentially_repeated_containers_are_refused(tmp_path):
     torch = pytest.importorskip("torch")
     tree: Any = [1]
     for _ in range(30):
@@ -243,7 +244,7 @@ def test_containers_that_repeat_without_end_are_refused(tmp_path):
         bnjax.load(tmp_path / "bomb.pth")
 
 
-def test_a_flipped_bit_in_a_pytorch_file_is_noticed(tmp_path):
+def test_a_flipped_bit_in_a_pytorch_file_is_detected(tmp_path):
     torch = pytest.importorskip("torch")
     path = tmp_path / "model.pth"
     torch.save({"w": torch.zeros(1000)}, path)
@@ -254,7 +255,7 @@ def test_a_flipped_bit_in_a_pytorch_file_is_noticed(tmp_path):
         bnjax.load(path)
 
 
-def test_a_tensor_that_is_larger_than_its_file_is_refused(tmp_path):
+def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"w": [torch.zeros(1).expand(10**13)]}, tmp_path / "bomb.pth")
     with pytest.raises(ValueError, match=r"a tensor of shape \(10000000000000,\) is larger than"):
@@ -262,14 +263,14 @@ def test_a_tensor_that_is_larger_than_its_file_is_refused(tmp_path):
 
 
 def safetensors_of(*names: str) -> bytes:
-    """A valid file with an empty array under each name."""
+    """The content of a valid file with an empty array under each name."""
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     header = json.dumps({name: entry for name in names}).encode()
     return struct.pack("<Q", len(header)) + header
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "a//b", "a/./b", ".."])
-def test_a_name_that_is_a_path_elsewhere_is_refused(tmp_path, name):
+def test_a_name_with_an_unsafe_path_is_refused(tmp_path, name):
     pytest.importorskip("safetensors")
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors_of(name))
@@ -293,7 +294,7 @@ def test_a_name_below_an_array_is_refused(tmp_path, names):
         bnjax.load(path)
 
 
-def test_a_folder_of_checkpoints_names_those_inside(tmp_path):
+def test_a_folder_of_several_checkpoints_is_an_error_that_lists_them(tmp_path):
     for name in ("a", "b"):
         bnjax.save(tmp_path / "run" / name / "model", VARIABLES)
     message = (
@@ -304,7 +305,7 @@ def test_a_folder_of_checkpoints_names_those_inside(tmp_path):
         bnjax.load(tmp_path / "run")
 
 
-def test_what_is_no_tree_is_told(tmp_path):
+def test_a_checkpoint_that_is_not_a_tree_is_an_error(tmp_path):
     from flax.serialization import msgpack_serialize
 
     (tmp_path / "model.msgpack").write_bytes(msgpack_serialize(np.ones(2)))
@@ -312,7 +313,7 @@ def test_what_is_no_tree_is_told(tmp_path):
         bnjax.load(tmp_path / "model.msgpack")
 
 
-def test_what_is_no_file_and_what_may_not_be_read_is_told(tmp_path, monkeypatch):
+def test_special_files_and_denied_permissions_are_errors(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     message = f"Cannot read {tmp_path / 'pipe'} as a checkpoint: it is neither a file nor a folder."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -1,4 +1,4 @@
-"""How much memory it takes to load a checkpoint, in a process of its own."""
+"""The peak memory of loading a checkpoint, in a separate process."""
 
 import subprocess
 import sys
@@ -17,20 +17,20 @@ import re, sys
 from pathlib import Path
 import bnjax
 
-def most():
+def peak():
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024
 
-bnjax.load(sys.argv[1])  # what is imported is not counted
-before = most()
+bnjax.load(sys.argv[1])  # so that imports do not count
+before = peak()
 tree = bnjax.load(sys.argv[2])
-print(most() - before, sum(array.nbytes for array in tree.values()))
+print(peak() - before, sum(array.nbytes for array in tree.values()))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak there")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("suffix", NEEDS)
-def test_a_checkpoint_takes_at_most_three_times_its_size(tmp_path, suffix):
+def test_loading_takes_at_most_three_times_the_size_of_a_checkpoint(tmp_path, suffix):
     pytest.importorskip(NEEDS[suffix])
     paths = [tmp_path / f"{name}{suffix}" for name in ("small", "large")]
     for path, size in zip(paths, (10, 1_000_000), strict=True):

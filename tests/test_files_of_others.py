@@ -1,4 +1,4 @@
-"""Checkpoints as other programs leave them: read by what they are, whatever their names."""
+"""Checkpoints written by other programs, recognized by their content, whatever their names."""
 
 import json
 import pickle
@@ -47,7 +47,7 @@ def torch_file(path: Path, tree: Any, **options: Any) -> Path:
         "checkpoint_3",
     ],
 )
-def test_what_pytorch_saved_is_read_under_any_name(tmp_path, name, archived):
+def test_pytorch_files_load_under_any_name(tmp_path, name, archived):
     options = {"_use_new_zipfile_serialization": archived}
     path = torch_file(tmp_path / name, {"state_dict": PLAIN, "arch": "resnet18"}, **options)
     chex.assert_trees_all_equal(bnjax.load(path)["state_dict"], PLAIN)
@@ -57,14 +57,14 @@ def test_what_pytorch_saved_is_read_under_any_name(tmp_path, name, archived):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".msgpack"])
 @pytest.mark.parametrize("name", ["checkpoint_100", "flax_model", "a.pth", "b.bin"])
-def test_other_formats_are_read_under_any_name(tmp_path, suffix, name):
+def test_other_formats_load_under_any_name(tmp_path, suffix, name):
     bnjax.save(tmp_path / f"m{suffix}", VARIABLES)
     (tmp_path / f"m{suffix}").rename(tmp_path / name)
     chex.assert_trees_all_equal(bnjax.load(tmp_path / name), VARIABLES)
 
 
 @pytest.mark.parametrize("start", [b"\x80\x02", b"\x80\x04", b"PK", b"\x81\xa1"])
-def test_a_length_that_looks_like_another_format_does_not_mislead(tmp_path, start):
+def test_safetensors_is_recognized_if_its_length_looks_like_another_format(tmp_path, start):
     pytest.importorskip("safetensors")
     bnjax.save(tmp_path / "m.safetensors", PLAIN)
     content = (tmp_path / "m.safetensors").read_bytes()
@@ -75,7 +75,7 @@ def test_a_length_that_looks_like_another_format_does_not_mislead(tmp_path, star
     chex.assert_trees_all_equal(bnjax.load(tmp_path / "m.bin"), PLAIN)
 
 
-def test_a_part_is_picked_by_its_name(tmp_path):
+def test_key_selects_a_part(tmp_path):
     tree = {"model": {"ema": PLAIN, "now": {"w": np.ones(1)}}, "step": 3}
     path = torch_file(tmp_path / "m.pth", tree)
     chex.assert_trees_all_equal(bnjax.load(path, key="model/ema"), PLAIN)
@@ -97,7 +97,7 @@ def test_a_part_is_picked_by_its_name(tmp_path):
         ("step/a", "`key` is 'step/a', but step has no part 'a'. It has no parts."),
     ],
 )
-def test_a_part_that_is_not_there_is_told(tmp_path, key, message):
+def test_an_unknown_key_is_an_error_that_lists_the_parts(tmp_path, key, message):
     tree = {"model": {"ema": PLAIN, "old": PLAIN}, "other": PLAIN, "step": 3}
     path = tmp_path / "m.msgpack"
     path.write_bytes(serialization.msgpack_serialize(tree))
@@ -106,19 +106,19 @@ def test_a_part_that_is_not_there_is_told(tmp_path, key, message):
         bnjax.load(path, key=key)
 
 
-def test_what_stands_beside_the_weights_has_any_name(tmp_path):
-    beside = {
+def test_entries_besides_the_weights_may_have_any_name(tmp_path):
+    others = {
         "best_k_models": {"/runs/epoch=3.ckpt": 0.2, "./a//b.ckpt": np.full((), 0.5)},
         "vocabulary": {".": 1, "/": 2, "": 3, 0.5: 4, ("a", "b"): 5},
     }
-    path = torch_file(tmp_path / "m.ckpt", {"state_dict": PLAIN, **beside})
+    path = torch_file(tmp_path / "m.ckpt", {"state_dict": PLAIN, **others})
     loaded = bnjax.load(path)
     chex.assert_trees_all_equal(loaded["state_dict"], PLAIN)
     assert loaded["vocabulary"] == {".": 1, "/": 2, "": 3, "0.5": 4, "('a', 'b')": 5}
     assert float(loaded["best_k_models"]["./a//b.ckpt"]) == 0.5
 
 
-def test_only_names_of_wanted_arrays_matter(tmp_path):
+def test_names_of_unwanted_arrays_are_not_checked(tmp_path):
     path = torch_file(tmp_path / "m.pth", {"state_dict": PLAIN, "cache": {"..": np.ones(3)}})
     with pytest.raises(ValueError, match=r"the name '\.\.' in cache is not a valid path"):
         bnjax.load(path)
@@ -131,11 +131,11 @@ def test_only_names_of_wanted_arrays_matter(tmp_path):
     chex.assert_trees_all_equal(found, PLAIN)
 
 
-# Several files
+# Shards
 
 
 def shards(folder: Path, kind: str) -> Path:
-    """STATE_DICT in two files of `kind` and the index of both."""
+    """Save STATE_DICT in two files of `kind`, with an index."""
     names, places = list(STATE_DICT), {}
     stem = {"bin": "pytorch_model", "safetensors": "model"}[kind]
     for number, part in enumerate((names[:3], names[3:]), 1):
@@ -153,7 +153,7 @@ def shards(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_shards_are_read_by_their_index_or_folder(tmp_path, kind):
+def test_shards_load_from_their_index_or_folder(tmp_path, kind):
     pytest.importorskip("torch" if kind == "bin" else "safetensors")
     index = shards(tmp_path, kind)
     (tmp_path / "config.json").write_text("{}")
@@ -168,11 +168,11 @@ def test_shards_are_read_by_their_index_or_folder(tmp_path, kind):
     [
         (
             lambda folder, index: (folder / "model-00002-of-00002.safetensors").unlink(),
-            "these shards are not beside it: model-00002-of-00002.safetensors. Copy them too.",
+            "these shards are missing: model-00002-of-00002.safetensors. Copy them to its folder.",
         ),
         (
             lambda folder, index: index.write_text('{"weight_map": {"a": "../other.safetensors"}}'),
-            "its shards must lie beside it, got ../other.safetensors.",
+            "its shards must be in its folder, got ../other.safetensors.",
         ),
         (
             lambda folder, index: index.write_text('{"weight_map": ["a"]}'),
@@ -188,7 +188,7 @@ def test_shards_are_read_by_their_index_or_folder(tmp_path, kind):
         ),
     ],
 )
-def test_an_index_that_its_shards_do_not_fit_is_told(tmp_path, damage, message):
+def test_shards_that_do_not_match_the_index_are_an_error(tmp_path, damage, message):
     pytest.importorskip("safetensors")
     index = shards(tmp_path, "safetensors")
     damage(tmp_path, index)
@@ -197,7 +197,7 @@ def test_an_index_that_its_shards_do_not_fit_is_told(tmp_path, damage, message):
         bnjax.load(index)
 
 
-def test_of_a_folder_of_hugging_face_it_is_the_model(tmp_path):
+def test_a_hugging_face_folder_loads_its_model(tmp_path):
     torch_file(tmp_path / "training_args.bin", {"lr": 0.1})
     torch_file(tmp_path / "optimizer.pt", {"state": {0: {"exp_avg": np.ones(3)}}})
     bnjax.save(tmp_path / "flax_model.msgpack", VARIABLES)
@@ -206,10 +206,10 @@ def test_of_a_folder_of_hugging_face_it_is_the_model(tmp_path):
     chex.assert_trees_all_equal(bnjax.load(tmp_path), PLAIN)
 
 
-# Folders of orbax
+# Orbax folders
 
 
-def test_a_step_with_an_item_for_each_collection_is_read_as_a_whole(tmp_path):
+def test_a_step_with_an_item_per_collection_loads_as_a_whole(tmp_path):
     import orbax.checkpoint as ocp
 
     with ocp.CheckpointManager(tmp_path / "run") as manager:
@@ -226,7 +226,7 @@ def test_a_step_with_an_item_for_each_collection_is_read_as_a_whole(tmp_path):
     chex.assert_trees_all_equal(found, VARIABLES["params"])
 
 
-def test_a_link_to_the_newest_step_is_no_second_checkpoint(tmp_path):
+def test_a_symlink_to_the_newest_step_is_not_a_second_checkpoint(tmp_path):
     for step in (1, 2):
         bnjax.save(tmp_path / f"step_{step}", {"w": np.full(2, step)})
     (tmp_path / "latest").symlink_to(tmp_path / "step_2")
@@ -235,18 +235,18 @@ def test_a_link_to_the_newest_step_is_no_second_checkpoint(tmp_path):
     np.testing.assert_array_equal(bnjax.load(tmp_path / "latest")["w"], [2, 2])
 
 
-def test_an_orbax_folder_without_its_metadata_is_told(tmp_path):
+def test_an_orbax_folder_with_damaged_metadata_is_an_error(tmp_path):
     bnjax.save(tmp_path / "m", VARIABLES)
     (tmp_path / "m" / "manifest.ocdbt").write_bytes(b"damage")
     (tmp_path / "m" / "_METADATA").write_bytes(b"damage")
     message = REFUSED.format(
-        tmp_path / "m", "an orbax checkpoint", "its metadata are damaged. Copy it again."
+        tmp_path / "m", "an orbax checkpoint", "its metadata is damaged. Copy it again."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.load(tmp_path / "m")
 
 
-def test_other_files_beside_the_only_checkpoint_do_not_count(tmp_path):
+def test_a_folder_loads_its_only_checkpoint_among_other_files(tmp_path):
     np.savez(tmp_path / "inputs.npz", x=np.ones(2))
     (tmp_path / "history.pkl").write_bytes(pickle.dumps({"loss": [1.0]}))
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")

@@ -1,4 +1,4 @@
-"""Folding batch norms away: every layer before them, every model around them, every refusal."""
+"""Fold batch norms into every kind of layer before them, in every kind of model."""
 
 import re
 from collections.abc import Callable
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.quick_compile
 
 
 def assert_folded(model: Any, variables: Any, x: Any, rtol: float = 1e-5) -> Any:
-    """All batch norms are gone, from variables and program, and the outputs are the same."""
+    """Assert that variables and program have no batch norm left, and that outputs agree."""
     folded = bnjax.fold(model, variables, x)
     expected, actual = outputs(model, variables, folded, x)
     assert np.std(expected) > 0.01
@@ -33,7 +33,7 @@ def assert_folded(model: Any, variables: Any, x: Any, rtol: float = 1e-5) -> Any
     return folded
 
 
-def test_a_wrong_fold_would_be_seen():
+def test_a_wrong_fold_is_noticed():
     model, variables, x = prepare(nn.Sequential([nn.Dense(4), EVAL()]), (5, 3))
     folded = assert_folded(model, variables, x)
     kernel = folded.variables["params"]["layers_0"]["kernel"]
@@ -144,7 +144,7 @@ def test_kernels_and_outputs_keep_their_dtype(dtype):
 
 
 class MixedClassifier(nn.Module):
-    """A folded layer in float32, a head in bfloat16, and the classes beside the logits."""
+    """A folded layer in float32 and a head in bfloat16, with logits and classes as outputs."""
 
     @nn.compact
     def __call__(self, x):
@@ -154,7 +154,7 @@ class MixedClassifier(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_mixed_precision_model_is_compared_as_its_coarsest_dtype_lets_it(seed):
+def test_the_tolerance_is_that_of_the_coarsest_dtype(seed):
     x = jax.random.normal(jax.random.key(seed), (256, 32))
     model = MixedClassifier()
     folded = bnjax.fold(model, model.init(jax.random.key(seed), x), x)
@@ -163,7 +163,7 @@ def test_a_mixed_precision_model_is_compared_as_its_coarsest_dtype_lets_it(seed)
 
 @pytest.mark.quick_compile(False)
 @pytest.mark.usefixtures("x64")
-def test_float64_stays_as_exact_as_it_is():
+def test_float64_keeps_its_precision():
     layers = [
         nn.Dense(4, param_dtype=jnp.float64),
         EVAL(param_dtype=jnp.float64, force_float32_reductions=False),
@@ -183,7 +183,7 @@ def test_a_resnet_of_18_layers_keeps_its_outputs(norm):
     assert folded.max_difference <= 1e-4 * folded.report.scale
 
 
-def test_blocks_under_remat_fold_as_others_do():
+def test_blocks_under_remat_fold():
     plain, variables, x = prepare(ResNet((1, 1), remat=False))
     folded = assert_folded(ResNet((1, 1), remat=True), variables, x)
     assert reasons(folded) == reasons(bnjax.fold(plain, variables, x))
@@ -217,7 +217,7 @@ def test_the_folded_model_runs_under_jit_and_exported():
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_folding_leaves_functions_that_were_jitted_before_as_they_are():
+def test_folding_does_not_affect_functions_that_were_jitted_before():
     class Jitted(nn.Module):
         @nn.jit
         @nn.compact
@@ -231,7 +231,7 @@ def test_folding_leaves_functions_that_were_jitted_before_as_they_are():
     np.testing.assert_array_equal(model.apply(variables, x), before)
 
 
-def test_other_batch_sizes_and_gradients_go_through():
+def test_other_batch_sizes_and_gradients_work():
     model, variables, x = prepare(nn.Sequential([CONV(), EVAL()]))
     folded, more = bnjax.fold(model, variables, x), inputs((5, 6, 6, 3))
     np.testing.assert_allclose(
@@ -241,7 +241,7 @@ def test_other_batch_sizes_and_gradients_go_through():
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
-def test_the_variables_that_were_given_are_not_edited():
+def test_the_given_variables_are_not_modified():
     model, variables, x = prepare(ResNet((1,)))
     before = jax.tree.map(np.array, variables)
     assert_folded(model, freeze(variables), x)
@@ -268,6 +268,6 @@ def test_the_report_is_a_table():
     reason = "its input comes from max, not from a conv or dense layer"
     assert lines[5] == f"- layers_3 not folded: {reason}"
     assert lines[7] == (
-        f"largest output difference {folded.max_difference:.2g}, "
-        f"of outputs up to {folded.report.scale:.3g}"
+        f"largest output difference {folded.max_difference:.2g}, for outputs up to "
+        f"{folded.report.scale:.3g}"
     )

@@ -1,4 +1,4 @@
-"""Branches of one input that are added become one conv."""
+"""Branches with the same input that are added become one conv."""
 
 import re
 from functools import partial
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.quick_compile
 
 
 class Sum(nn.Module):
-    """Layers of one input, by name, each with a batch norm, and a batch norm of its own, added."""
+    """The sum of layers with the same input, each with a batch norm, and of a lone batch norm."""
 
     layers: Any
     identity: bool = False
@@ -249,13 +249,12 @@ def test_the_sum_is_gone_from_the_compiled_program():
     assert count(text) == count(plain.compile().as_text())
 
 
-def test_a_size_that_is_padded_otherwise_is_an_error():
+def test_a_size_with_other_padding_is_an_error():
     model, variables, x = prepare(SUMS["same, strided"][0])
     folded = bnjax.fold(model, variables, x)
     message = (
-        "`x` must give 'a' an input whose size is padded as that of `example_x` was, for 'b' was "
-        "merged into it, but got (2, 7, 6, 3) where it was (2, 6, 6, 3). Fold the model with an "
-        "input of this size."
+        "`x` must be padded at 'a' as `example_x` was, because 'b' was merged into it, but its "
+        "shape there is (2, 7, 6, 3), not (2, 6, 6, 3). Fold the model with an input of this size."
     )
     with pytest.raises(ValueError, match=rf"(?m)\A{re.escape(message)}$"):
         folded.apply(folded.variables, inputs((2, 7, 6, 3)))

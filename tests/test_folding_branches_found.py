@@ -1,4 +1,4 @@
-"""Branches are found wherever they stand in a model, or the report says why not."""
+"""Branches are found anywhere in a model, or the report says why not."""
 
 import re
 from collections.abc import Callable
@@ -51,7 +51,7 @@ MERGED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_branches_are_found_wherever_they_stand(name):
+def test_branches_are_found_anywhere(name):
     model, variables, x = prepare(MERGED[name])
     folded = assert_same(model, variables, x)
     assert branches(folded)["b", "a"] is None
@@ -60,7 +60,7 @@ def test_branches_are_found_wherever_they_stand(name):
         assert divisions(folded.apply, folded.variables, x) == 0
 
 
-def test_batch_norms_within_and_after_leave_one_conv():
+def test_batch_norms_in_and_after_branches_leave_one_conv():
     model, variables, x = prepare(MERGED["batch norms within and after"])
     folded = bnjax.fold(model, variables, x)
     assert folded.variables["params"].keys() == {"other", "a"}
@@ -71,7 +71,7 @@ def twice(*arguments: Any, **options: Any) -> jax.Array:
     return 2 * jax.lax.conv_general_dilated(*arguments, **options)
 
 
-ELSEWHERE = "'{}' is used elsewhere too"
+ELSEWHERE = "'{}' is also used elsewhere"
 REFUSALS: dict[str, tuple[Any, dict[tuple[str, str], str]]] = {
     "another input": (Around(lambda a, b, x: a(x) + b(x * 2)), {}),
     "relu between": (Around(lambda a, b, x: a(x) + nn.relu(b(x))), {}),
@@ -90,15 +90,15 @@ REFUSALS: dict[str, tuple[Any, dict[tuple[str, str], str]]] = {
     ),
     "beyond the kernel": (
         Around(lambda a, b, x: nn.Conv(3, (1, 5), name="c")(x) + a(x)),
-        {("c", "a"): "its kernel reaches where that of the other does not"},
+        {("c", "a"): "its kernel reaches beyond the other's"},
     ),
     "shifted beyond": (
         Around(lambda a, b, x: a(x) + nn.Conv(3, (3, 3), padding=((2, 0), (1, 1)), name="c")(x)),
-        {("c", "a"): "its kernel reaches where that of the other does not"},
+        {("c", "a"): "its kernel reaches beyond the other's"},
     ),
     "padded otherwise": (
         Around(lambda a, b, x: a(x) + nn.Conv(3, (3, 3), padding="CIRCULAR", name="c")(x)),
-        {("c", "a"): "it is padded with other values"},
+        {("c", "a"): "it pads with other values"},
     ),
     "groups that do not divide": (
         Around(
@@ -107,7 +107,7 @@ REFUSALS: dict[str, tuple[Any, dict[tuple[str, str], str]]] = {
                 + nn.Conv(6, (1, 1), feature_group_count=3, name="d")(y)
             )
         ),
-        {("d", "c"): "its groups are not parts of those of the other"},
+        {("d", "c"): "its number of groups is not a multiple of the other's"},
     ),
     "half precision": (
         Around(lambda a, b, x: a(x) + nn.Conv(3, (1, 1), dtype=jnp.bfloat16, name="c")(x)),
@@ -115,7 +115,7 @@ REFUSALS: dict[str, tuple[Any, dict[tuple[str, str], str]]] = {
     ),
     "a mask on the largest": (
         Around(lambda a, b, x: b(x) + nn.Conv(3, (3, 3), mask=np.ones((3, 3, 3, 3)), name="c")(x)),
-        {("b", "c"): "the other has a mask for its kernel"},
+        {("b", "c"): "the other has a kernel mask"},
     ),
     "a mask that is computed": (
         Around(lambda a, b, x: a(x) + nn.Conv(3, (1, 1), mask=jnp.ones((1, 1, 3, 3)), name="c")(x)),
@@ -123,15 +123,15 @@ REFUSALS: dict[str, tuple[Any, dict[tuple[str, str], str]]] = {
     ),
     "a function of its own": (
         Around(lambda a, b, x: a(x) + nn.Conv(3, (1, 1), conv_general_dilated=twice, name="c")(x)),
-        {("c", "a"): "one of them computes with a function of its own"},
+        {("c", "a"): "one of them computes with a custom function"},
     ),
     "conv and dense": (
         Around(lambda a, b, x: a(x) + nn.DenseGeneral(3, name="c")(x)),
-        {("c", "a"): "a Conv and a DenseGeneral are not merged"},
+        {("c", "a"): "a Conv and a DenseGeneral can't be merged"},
     ),
     "tied": (
         Around(lambda a, b, x: a(x) + b(x) + b.variables["params"]["kernel"].sum()),
-        {("b", "a"): "the kernel of 'b' is used outside of it"},
+        {("b", "a"): "the kernel of 'b' is used outside it"},
     ),
     "a batch norm over another axis": (
         Around(lambda a, b, x: a(x) + norm(axis=1)(x)),
@@ -141,7 +141,7 @@ REFUSALS: dict[str, tuple[Any, dict[tuple[str, str], str]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_would_be_wrong_is_not_merged_and_the_report_says_why(name):
+def test_a_merge_that_would_be_wrong_is_refused_with_a_reason(name):
     model, reasons = REFUSALS[name]
     model, variables, x = prepare(model)
     folded = bnjax.fold(model, variables, x)
@@ -155,4 +155,4 @@ def test_what_would_be_wrong_is_not_merged_and_the_report_says_why(name):
 def test_the_report_names_branches():
     model, variables, x = prepare(REFUSALS["beyond the kernel"][0])
     text = re.sub(r"[ │┃\n]+", " ", str(bnjax.fold(model, variables, x).report))
-    assert "c - not merged into a: its kernel reaches where that of the other does not" in text
+    assert "c - not merged into a: its kernel reaches beyond the other's" in text

@@ -1,4 +1,4 @@
-"""A batch norm before conv and dense layers: folded into each of them, or the report says why."""
+"""A batch norm before conv and dense layers is folded into each, or the report says why not."""
 
 import re
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def test_a_batch_norm_folds_into_every_layer_after_it(name, use_bias):
 
 
 def test_the_borders_are_those_of_padding_after_the_batch_norm():
-    """In float64 NumPy: zeros are padded to what the batch norm gives."""
+    """In float64 NumPy, the output of the batch norm is padded with zeros."""
     model, variables, x = prepare(nn.Sequential([EVAL(), nn.Conv(1, (3,), padding=1)]), (1, 5, 2))
     norm, conv = (variables["params"][f"layers_{i}"] for i in range(2))
     stats = variables["batch_stats"]["layers_0"]
@@ -92,7 +92,7 @@ def test_the_borders_are_those_of_padding_after_the_batch_norm():
 
 
 @pytest.mark.parametrize("size", [5, 8, 11])
-def test_inputs_of_another_size_are_padded_as_they_were(size):
+def test_inputs_of_another_size_are_padded_as_in_the_model(size):
     model, variables, x = prepare(nn.Sequential([EVAL(), nn.Conv(4, (4, 4), strides=4)]), IMAGES)
     folded, more = bnjax.fold(model, variables, x), inputs((3, size, size + 1, 3))
     expected, actual = outputs(model, variables, folded, more)
@@ -100,7 +100,7 @@ def test_inputs_of_another_size_are_padded_as_they_were(size):
 
 
 class Around(nn.Module):
-    """A batch norm and dense or conv layers, in the hands of a function."""
+    """A batch norm and dense or conv layers, called by a function."""
 
     way: Callable[..., Any]
     layer: Callable[..., nn.Module] = partial(nn.Dense, 3)
@@ -183,7 +183,7 @@ FOLDED: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", FOLDED)
-def test_it_folds_through_what_moves_values_and_into_every_consumer(name):
+def test_it_folds_into_every_consumer_through_operations_that_move_values(name):
     model, shape = FOLDED[name]
     model, variables, x = prepare(model, shape)
     scale = variables["params"]["bn"]["scale"]
@@ -211,15 +211,18 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         Around(lambda bn, a, b, x: nn.relu(EVAL(name="next")(bn(x)))),
         GOES.format("'next'"),
     ),
-    "unused": (Around(lambda bn, a, b, x: (bn(x), x)[1]), GOES.format("nothing")),
+    "unused": (
+        Around(lambda bn, a, b, x: (bn(x), x)[1]),
+        GOES.removesuffix("goes into {}") + "is not used",
+    ),
     "another input of the layer": (
         Around(lambda bn, a, b, x: a(bn(x)) + a(x)),
-        GOES.removesuffix("its output goes into {}") + "'a' is used for another input too",
+        GOES.removesuffix("its output goes into {}") + "'a' is also used for another input",
     ),
     "other channels of the layer": (
         Around(lambda bn, a, b, x: a(y := bn(x)) + a(y[..., ::-1])),
         GOES.removesuffix("its output goes into {}")
-        + "'a' is used for its channels in another order too",
+        + "'a' is also used for its channels in another order",
     ),
     "zeros beside it": (
         Around(lambda bn, a, b, x: a(jnp.pad(bn(x), ((0, 0), (0, 1))))),
@@ -235,23 +238,23 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     ),
     "tied kernel": (
         Around(lambda bn, a, b, x: a(bn(x)) @ a.variables["params"]["kernel"].T),
-        GOES.removesuffix("its output goes into {}") + "the kernel of 'a' is used outside of it",
+        GOES.removesuffix("its output goes into {}") + "the kernel of 'a' is used outside it",
     ),
     "an axis that is not summed over": (
         Around(lambda bn, a, b, x: a(bn(x)[..., None])),
         GOES.removesuffix("its output goes into {}")
-        + "its channels are axis 1 of the input of 'a', which is not summed over",
+        + "its channels are axis 1 of the input of 'a', which does not sum over it",
     ),
     "transposed": (
         Around(lambda bn, a, b, x: a(bn(x)[:, None]), partial(nn.ConvTranspose, 3, (3,))),
-        GOES.format("'a', and a ConvTranspose is not folded into"),
+        GOES.format("'a', and a ConvTranspose can only fold what follows it"),
     ),
     "dilated input": (
         Around(
             lambda bn, a, b, x: a(bn(x)[:, None]),
             partial(nn.Conv, 3, (3,), padding=1, input_dilation=2),
         ),
-        GOES.format("'a', which puts zeros between its values"),
+        GOES.format("'a', which dilates it with zeros"),
     ),
     "no input gives zero": (
         Around(lambda bn, a, b, x: a(bn(x)[:, None]), partial(nn.Conv, 3, (3,))),
@@ -262,13 +265,13 @@ REFUSALS: dict[str, tuple[Any, str]] = {
             lambda bn, a, b, x: a(bn(x)),
             partial(nn.Dense, 3, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k) ** 2),
         ),
-        GOES.format("'a', which computes with a function of its own"),
+        GOES.format("'a', which computes with a custom function"),
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_would_be_wrong_is_not_folded_and_the_report_says_why(name):
+def test_a_fold_that_would_be_wrong_is_refused_with_a_reason(name):
     model, reason = REFUSALS[name]
     model, variables, x = prepare(model, (5, 4))
     scale = variables["params"]["bn"]["scale"]
@@ -283,14 +286,14 @@ def test_what_would_be_wrong_is_not_folded_and_the_report_says_why(name):
     assert "bn" in folded.variables["params"]
 
 
-def test_a_batch_norm_that_could_go_both_ways_goes_backward():
+def test_a_batch_norm_between_two_layers_folds_backward():
     model, variables, x = prepare(nn.Sequential([nn.Dense(4), EVAL(), nn.Dense(2)]), (5, 3))
     folded = assert_folded(model, variables, x)
     assert reasons(folded)["layers_0", "layers_1"] is None
     assert ("layers_2", "layers_1") not in reasons(folded)
 
 
-def test_a_layer_between_two_batch_norms_takes_both():
+def test_a_layer_between_two_batch_norms_absorbs_both():
     model = nn.Sequential([EVAL(), CONV(), EVAL(), nn.relu, EVAL(), CONV()])
     folded = assert_folded(*prepare(model))
     assert [tuple(row) for row in folded.report.rows] == [
@@ -300,7 +303,7 @@ def test_a_layer_between_two_batch_norms_takes_both():
     ]
 
 
-def test_what_cannot_go_back_goes_forward():
+def test_a_batch_norm_that_cannot_fold_backward_folds_forward():
     model = Around(lambda bn, a, b, x: b(bn(y := a(x))) + y)
     folded = assert_folded(*prepare(model, (5, 4)))
     assert reasons(folded)["a", ""] == (
@@ -344,14 +347,14 @@ def test_padding_that_does_not_fit_half_precision_is_refused():
 
 @pytest.mark.quick_compile(False)
 @pytest.mark.usefixtures("x64")
-def test_float64_stays_as_exact_as_it_is():
+def test_float64_keeps_its_precision():
     float64 = {"param_dtype": jnp.float64, "dtype": jnp.float64}
     layers = [EVAL(force_float32_reductions=False, **float64), CONV(**float64)]
     model, variables, x = prepare(nn.Sequential(layers))
     assert_folded(model, variables, x.astype(jnp.float64), rtol=1e-13)
 
 
-def test_a_model_with_nothing_to_fold_says_where_it_goes():
+def test_a_model_with_nothing_to_fold_is_an_error_with_reasons():
     model, variables, x = prepare(nn.Sequential([EVAL(), nn.relu, nn.Dense(3)]), (5, 3))
     message = (
         "`model` must have a batch norm that can be folded.\n"

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.quick_compile
 
 
 class PreActivation(nn.Module):
-    """A ResNet of He et al. 2016 (v2): relu stands between each batch norm and conv."""
+    """A ResNet v2 (He et al. 2016), which has a relu between each batch norm and conv."""
 
     @nn.compact
     def __call__(self, x):
@@ -36,7 +36,7 @@ class PreActivation(nn.Module):
         return nn.Dense(5, name="head")(nn.relu(EVAL(name="last")(x)).mean((1, 2)))
 
 
-def test_a_pre_activation_resnet_says_what_stands_between():
+def test_a_pre_activation_resnet_reports_the_relus_in_between():
     model, variables, x = prepare(PreActivation())
     folded = assert_folded(model, variables, x, bare=False)
     found = reasons(folded)
@@ -67,7 +67,7 @@ def test_a_densenet_folds_half_of_its_batch_norms():
 
 
 class Transformer(nn.Module):
-    """A vision transformer with batch norms where others have layer norms."""
+    """A vision transformer with batch norms instead of layer norms."""
 
     @nn.compact
     def __call__(self, x):
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
 
 def test_a_vision_transformer_folds_every_batch_norm():
     folded = assert_folded(*prepare(Transformer(), (2, 8, 8, 3)), bare=False)
-    assert "batch_stats" not in folded.variables  # the attention has a square root of its own
+    assert "batch_stats" not in folded.variables  # the attention has its own square root
     found = reasons(folded)
     assert all(found[name, "norm1"] is None for name in ("q", "k", "v"))
     assert found["up", "norm2"] is found["head", "norm"] is None

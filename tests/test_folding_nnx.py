@@ -1,4 +1,4 @@
-"""Folding in nnx models, and under an override: the same program, the same report."""
+"""Fold nnx models, and models under an override."""
 
 from functools import partial
 from typing import Any
@@ -49,7 +49,7 @@ def drawn(model: Any) -> Any:
 
 
 def assert_folded(model: Any, x: jax.Array) -> Any:
-    """All batch norms are gone, the outputs are the same, and the model is as it was."""
+    """Assert that no batch norm is left, that outputs agree, and that the model is unchanged."""
     before, graphdef = held(model), nnx.graphdef(model)
     folded = bnjax.fold(model, None, x)
     chex.assert_trees_all_equal(held(model), before)
@@ -92,7 +92,7 @@ def test_a_frozen_model_folds():
 
 
 class Around(nnx.Module):
-    """A layer and a batch norm, in the hands of a function, and a pair that folds."""
+    """A layer and a batch norm, called by a function, and a pair that folds."""
 
     def __init__(self, way: Any, layer: Any = nnx.Linear) -> None:
         self.way = way
@@ -115,7 +115,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     ),
     "tied kernel": (
         Around(lambda f, bn, x: bn(f(x)) @ f.kernel[...].T),
-        "the kernel of 'layer' is used outside of it",
+        "the kernel of 'layer' is used outside it",
     ),
     "computed kernel": (
         Around(lambda f, bn, x: (setattr(f, "kernel", nnx.Param(f.kernel[...] * 2)), bn(f(x)))[1]),
@@ -135,7 +135,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_would_be_wrong_is_not_folded_and_the_report_says_why(name):
+def test_a_fold_that_would_be_wrong_is_refused_with_a_reason(name):
     model, reason = REFUSALS[name]
     folded, x = bnjax.fold(model, None, inputs((5, 3))), inputs((5, 3))
     found = reasons(folded)
@@ -162,12 +162,12 @@ def test_the_folded_model_runs_under_jit_and_grad_and_exported_to_bytes():
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
-def test_other_variables_than_the_folded_ones_are_refused():
+def test_variables_other_than_the_folded_ones_are_refused():
     model = nnx.Sequential(nnx.Linear(3, 4, rngs=RNGS), nnx.BatchNorm(4, rngs=RNGS))
     folded = bnjax.fold(model, None, inputs((5, 3)))
     message = (
         r"^`variables` do not fit the model: missing \['params/layers/0/bias', "
-        r"'params/layers/0/kernel'\]\. Are they of another model\?$"
+        r"'params/layers/0/kernel'\]\. Are they another model's\?$"
     )
     with pytest.raises(ValueError, match=message):
         folded.apply({"params": {}}, inputs((5, 3)))
@@ -177,12 +177,12 @@ def test_other_variables_than_the_folded_ones_are_refused():
 
 
 def two_norms() -> tuple[Any, Any, jax.Array]:
-    """One batch norm that folds and one that does not, both told to train."""
+    """One batch norm that folds and one that does not, both in training mode."""
     norms = [nn.BatchNorm(use_running_average=False) for _ in range(2)]
     return prepare(nn.Sequential([nn.Dense(4), *norms]), (5, 3))
 
 
-def test_a_freeze_around_fold_holds_in_the_folded_model():
+def test_a_freeze_around_fold_is_active_in_the_folded_model():
     model, variables, x = two_norms()
     with bnjax.freeze("**"):
         expected = model.apply(variables, x)
@@ -191,7 +191,7 @@ def test_a_freeze_around_fold_holds_in_the_folded_model():
         np.testing.assert_allclose(apply(folded.variables, x), expected, atol=1e-5)
 
 
-def test_an_override_around_fold_holds_in_the_folded_model_and_inner_ones_win():
+def test_an_override_around_fold_is_active_in_the_folded_model_and_inner_ones_win():
     model, variables, x = two_norms()
     with bnjax.freeze("**"), bnjax.override("**", epsilon=3.0):
         folded = bnjax.fold(model, variables, x)

@@ -1,4 +1,4 @@
-"""Quantization-aware training of what folds, against torch.ao and against the folded model."""
+"""Quantization-aware training, compared to torch.ao and to the folded model."""
 
 import re
 from functools import partial
@@ -92,7 +92,7 @@ def gradients_of(layer: Any) -> Any:
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize(("use_bias", "groups"), [(False, 1), (True, 2)])
-def test_training_is_that_of_torch_and_the_frozen_model_that_of_fold(name, use_bias, groups):
+def test_training_matches_torch_and_the_frozen_model_matches_fold(name, use_bias, groups):
     torch.manual_seed(0)
     quantize, make = QUANTIZERS[name]
     layer, model = torch_layer(make, use_bias, groups), ConvBatchNorm(use_bias, groups)
@@ -126,7 +126,7 @@ def test_training_is_that_of_torch_and_the_frozen_model_that_of_fold(name, use_b
             **grads["bn"],
         }
         for key, gradient in gradients_of(layer).items():
-            if key != "conv bias":  # it is zero, but for rounding
+            if key != "conv bias":  # zero up to rounding
                 close(actual[key], gradient, 1e-4)
         optimizer.step()
         after = from_torch(layer)
@@ -146,7 +146,7 @@ def test_training_is_that_of_torch_and_the_frozen_model_that_of_fold(name, use_b
         assert np.abs(plain.apply(plain.variables, x) - expected).max() > 1e-2
 
 
-def test_the_identity_changes_no_bit_of_the_kernels():
+def test_an_identity_quantizer_leaves_the_kernels_unchanged():
     model, variables, x = prepare(nn.Sequential([nn.Dense(4), EVAL()]), (5, 3))
     folded = bnjax.fold(model, variables, x, quantize=identity)
     kernel = folded.fake_quantize(variables)["params"]["layers_0"]["kernel"]
@@ -189,7 +189,7 @@ class Branched(nn.Module):
         return nn.DenseGeneral((3, 2))(x)
 
 
-def test_in_evaluation_everything_that_folds_gives_what_the_folded_model_gives():
+def test_evaluation_matches_the_folded_model_for_everything_that_folds():
     model, variables, x = prepare(Branched(), (2, 6, 6, 3))
     folded = bnjax.fold(model, variables, x, quantize=fake)
     expected = folded.apply(folded.variables, x)
@@ -202,7 +202,7 @@ def test_in_evaluation_everything_that_folds_gives_what_the_folded_model_gives()
 
 
 class Summed(nn.Module):
-    """Branches without batch norms, beside a layer with one."""
+    """Branches without batch norms, next to a layer with one."""
 
     @nn.compact
     def __call__(self, x):
@@ -222,7 +222,7 @@ def test_merged_branches_are_quantized_as_one_kernel():
     close(model.apply(folded.fake_quantize(variables), x), expected)
 
 
-def test_other_variables_are_folded_again_under_jit_with_gradients():
+def test_refold_works_under_jit_and_has_gradients():
     model, variables, x = prepare(Branched(), (2, 6, 6, 3))
     folded, other = bnjax.fold(model, variables, x), trained(variables, seed=3)
     again = bnjax.fold(model, other, x).variables
@@ -239,7 +239,7 @@ def test_other_variables_are_folded_again_under_jit_with_gradients():
     jax.tree.map(partial(close, rtol=1e-3), actual["params"], expected["params"])
 
 
-def test_a_training_step_takes_the_model_with_a_quantizer():
+def test_a_training_step_works_with_a_quantizer():
     model, variables, x = prepare(Branched(), (8, 6, 6, 3))
     folded = bnjax.fold(model, variables, x, quantize=fake)
     state = init_state(Branched(train=True), optax.adam(1e-2), jax.random.key(0), x)
@@ -266,7 +266,7 @@ def test_a_training_step_takes_the_model_with_a_quantizer():
 # Mistakes
 
 
-def test_half_precision_kernels_stay_in_it():
+def test_half_precision_kernels_keep_their_dtype():
     dense = nn.Dense(4, param_dtype=jnp.bfloat16)
     model, variables, x = prepare(nn.Sequential([dense, EVAL()]), (5, 3))
     folded = bnjax.fold(model, variables, x, quantize=fake)
@@ -291,8 +291,8 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "no quantizer": (
         lambda: bnjax.fold(MODEL, VARIABLES, X).fake_quantize(VARIABLES),
         ValueError,
-        "The model must be folded with a quantizer to train for it, got none. Write "
-        "fold(model, variables, example_x, quantize=...).",
+        "The model must be folded with `quantize` to train for it, got None. Write fold(model, "
+        "variables, example_x, quantize=...).",
     ),
     "no function": (
         lambda: bnjax.fold(MODEL, VARIABLES, X, quantize=8),  # pyright: ignore[reportArgumentType]
@@ -302,26 +302,25 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "another shape": (
         lambda: bnjax.fold(MODEL, VARIABLES, X, quantize=jnp.ravel),
         ValueError,
-        "`quantize` must return an array of the shape of its kernel, (3, 4) at 'layers_0', got "
-        "(12,).",
+        "`quantize` must preserve the shape of the kernel, (3, 4) at 'layers_0', got (12,).",
     ),
     "folded variables": (
         lambda: (f := bnjax.fold(MODEL, VARIABLES, X, quantize=fake)).fake_quantize(f.variables),
         ValueError,
-        "`variables` must be those of the model before it was folded, but these are missing: "
+        "`variables` must be those of the unfolded model, but these are missing: "
         "['batch_stats/layers_1/var'].",
     ),
     "parameters alone": (
         lambda: bnjax.fold(MODEL, VARIABLES, X).refold(VARIABLES["params"]),
         ValueError,
-        "`variables` must be those of the model before it was folded, but these are missing: "
+        "`variables` must be those of the unfolded model, but these are missing: "
         "['batch_stats/layers_1/var', 'params/layers_0/kernel'].",
     ),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_gets_an_error_that_says_how_to_mend_it(name):
+def test_each_mistake_raises_an_error_with_a_repair(name):
     call, error, message = MISTAKES[name]
     with pytest.raises(error, match=rf"\A{re.escape(message)}\Z"):
         call()

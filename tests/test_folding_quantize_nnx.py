@@ -27,7 +27,7 @@ class Net(nnx.Module):
 
 
 class Quantized(nnx.Module):
-    """A model in training for a quantizer, as a model."""
+    """A module that calls a model with fake-quantized kernels."""
 
     def __init__(self, model: nnx.Module, folded: Any) -> None:
         self.model, self.folded = model, folded
@@ -70,7 +70,7 @@ def test_an_nnx_model_trains_in_place_and_shares_all_but_kernels():
     close(folded.apply(folded.refold(nnx.state(model)), x), again.apply(again.variables, x))
 
 
-def test_the_nnx_step_takes_a_module_around_the_model():
+def test_the_nnx_step_works_with_a_module_around_the_model():
     model, x = drawn_net(), inputs((8, 6, 6, 3))
     wrapped = Quantized(model, bnjax.fold(model, None, x, quantize=fake))
     wrapped.train()

@@ -1,4 +1,4 @@
-"""What fold leaves alone and says so, and what it refuses altogether."""
+"""What `fold` leaves as it is, with a reason, and what it refuses altogether."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick_compile
 
 
 class Around(nn.Module):
-    """A dense layer and a batch norm, in the hands of a function."""
+    """A dense layer and a batch norm, called by a function."""
 
     way: Callable[..., Any]
     layer: Callable[..., nn.Module] = partial(nn.Dense, 3)
@@ -27,7 +27,7 @@ class Around(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
-        # One that folds stands beside, so that something does.
+        # Another pair folds, so that `fold` does not raise.
         x = EVAL(name="other_bn")(nn.Dense(3, name="other")(x))
         return self.way(self.layer(name="layer"), self.norm(name="bn"), x)
 
@@ -96,7 +96,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         Around(lambda f, bn, x: bn(y := f(x)) + bn(y)),
         ONLY.format("'bn'"),
     ),
-    "another input of the batch norm": (Around(in_two), "'bn' is used for another input too"),
+    "another input of the batch norm": (Around(in_two), "'bn' is also used for another input"),
     "relu between": (
         Around(lambda f, bn, x: bn(nn.relu(f(x)))),
         "its output goes into max, not into a batch norm",
@@ -107,16 +107,16 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     ),
     "unused": (
         Around(lambda f, bn, x: bn(x) if f(x) is not None else x),
-        "its output goes into nothing, not into a batch norm",
+        "its output is not used",
     ),
-    "tied kernel": (Around(tied), "the kernel of 'layer' is used outside of it"),
-    "penalized scale": (Around(penalized), "the scale of 'bn' is used outside of it"),
+    "tied kernel": (Around(tied), "the kernel of 'layer' is used outside it"),
+    "penalized scale": (Around(penalized), "the scale of 'bn' is used outside it"),
     "scan": (Around(scanned), "inside a scan"),
     "cond": (Around(chosen), "inside a cond"),
     "vmap": (Around(mapped), "mapped by vmap"),
     "mask": (
         Around(masked),
-        "the batch norm is given a mask, which it does not need in evaluation",
+        "the batch norm is called with a mask, which it does not need in evaluation",
     ),
     "no statistics": (
         Around(
@@ -138,13 +138,13 @@ REFUSALS: dict[str, tuple[Any, str]] = {
             lambda f, bn, x: bn(f(x[:, None])),
             norm=partial(EVAL, axis=1),
         ),
-        "the batch norm is over axis 1 of its output, its channels are 2",
+        "the batch norm is over axis 1 of its output, but its channels are 2",
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_would_be_wrong_is_not_folded_and_the_report_says_why(name):
+def test_a_fold_that_would_be_wrong_is_refused_with_a_reason(name):
     model, reason = REFUSALS[name]
     model, variables, x = prepare(model, (5, 3))
     folded = bnjax.fold(model, variables, x)
@@ -163,7 +163,7 @@ PARAMS = VARIABLES["params"]
 OTHER = {**VARIABLES, "params": {"other": PARAMS["layers_0"]}}
 NARROW = {**VARIABLES, "params": jax.tree.map(lambda leaf: leaf[..., :2], PARAMS)}
 ALL = " Pass {'params': params, 'batch_stats': batch_stats}."
-NO_STATISTICS = "`variables` must be a dict with the collection `batch_stats`, as a model with "
+NO_STATISTICS = "`variables` must be a dict with the collection `batch_stats`, like those of "
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no model": (
         lambda: bnjax.fold(MODEL.apply, VARIABLES, X),  # pyright: ignore[reportArgumentType]
@@ -174,23 +174,23 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no statistics": (
         lambda: bnjax.fold(MODEL, {"params": PARAMS}, X),
         ValueError,
-        NO_STATISTICS + "batch norms has it, got ['params']." + ALL,
+        NO_STATISTICS + "any model with batch norms, got ['params']." + ALL,
     ),
     "parameters alone": (
         lambda: bnjax.fold(MODEL, PARAMS, X),
         ValueError,
-        NO_STATISTICS + "batch norms has it, got ['layers_0', 'layers_1']." + ALL,
+        NO_STATISTICS + "any model with batch norms, got ['layers_0', 'layers_1']." + ALL,
     ),
     "no dict": (
         lambda: bnjax.fold(MODEL, [PARAMS], X),  # pyright: ignore[reportArgumentType]
         ValueError,
-        NO_STATISTICS + "batch norms has it, got list." + ALL,
+        NO_STATISTICS + "any model with batch norms, got list." + ALL,
     ),
     "no batch norm": (
         lambda: bnjax.fold(nn.Dense(3), {"params": PARAMS["layers_0"]}, X),
         ValueError,
-        "`model` must call a batch norm, bnjax's or Flax's own, but calls none. If it has "
-        "one of another class, bnjax.register makes that known.",
+        "`model` must call a batch norm of bnjax or Flax, but calls none. If it has one of another "
+        "class, register that with bnjax.register.",
     ),
     "nothing to fold": (
         lambda: bnjax.fold(EVAL(), {c: t["layers_1"] for c, t in VARIABLES.items()}, X),
@@ -206,8 +206,8 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             apply_kwargs={"train": True},
         ),
         ValueError,
-        "`model` must be in evaluation, but the batch norm at 'stem_bn' is in training mode. Pass "
-        "what turns that off, as in `apply_kwargs={'train': False}`.",
+        "`model` must be in evaluation mode, but the batch norm at 'stem_bn' is in training mode. "
+        "Switch it, as with `apply_kwargs={'train': False}`.",
     ),
     "training by the mutable flag": (
         lambda: bnjax.fold(
@@ -217,45 +217,45 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             apply_kwargs={"mutable": ["batch_stats"]},
         ),
         ValueError,
-        "`model` must be in evaluation, but the batch norm at 'layers_1' is in training mode. Pass "
-        "what turns that off, as in `apply_kwargs={'train': False}`.",
+        "`model` must be in evaluation mode, but the batch norm at 'layers_1' is in training mode. "
+        "Switch it, as with `apply_kwargs={'train': False}`.",
     ),
     "NaN": (
         lambda: bnjax.fold(MODEL, VARIABLES, X * jnp.nan),
         ValueError,
-        "The outputs on `example_x` must stay the same, to 3.5e-04 of their scale 0, but folding "
-        "changed them by nan. Is there NaN or inf in them, or does a layer change its kernel "
-        "before using it, or a registered batch norm its scale?",
+        "Folding must preserve the outputs on `example_x` to 3.5e-04 of their scale 0, but changed "
+        "them by nan. Do they hold NaN or inf, or does a layer change its kernel, or a registered "
+        "batch norm its scale, before use?",
     ),
     "the old variables": (
         lambda: bnjax.fold(MODEL, VARIABLES, X).apply(VARIABLES, X),
         ValueError,
-        "`variables` must be those of the folded model, but hold the batch norms ['layers_1'], "
-        "which are folded. Pass `folded.variables`.",
+        "`variables` must be those of the folded model, but still hold the batch norms "
+        "['layers_1']. Pass `folded.variables`.",
     ),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_gets_an_error_that_says_how_to_mend_it(name):
+def test_each_mistake_raises_an_error_with_a_repair(name):
     call, error, message = MISTAKES[name]
     with pytest.raises(error, match=rf"(?m)\A{re.escape(message)}$"):
         call()
 
 
 @pytest.mark.parametrize("variables", [OTHER, NARROW], ids=["other names", "other shapes"])
-def test_variables_of_another_model_are_refused_with_what_flax_says(variables):
-    message = r"^`variables` do not fit the model, or the model an input of shape .*: "
+def test_variables_of_another_model_are_refused_with_flaxs_message(variables):
+    message = r"^`variables` or an input of shape .* do not fit the model: "
     message += r".*\"kernel\" in (scope )?.*\)$"
     with pytest.raises(ValueError, match=message):
         bnjax.fold(MODEL, variables, X)
 
 
-def test_a_layer_that_changes_its_kernel_unseen_is_caught_by_the_outputs():
+def test_a_layer_that_changes_its_kernel_before_use_is_caught_by_the_outputs():
     def squared(inputs: Any, kernel: Any, *arguments: Any, **options: Any) -> jax.Array:
         return jax.lax.dot_general(inputs, kernel**2, *arguments, **options)
 
     layer = nn.Dense(3, dot_general=squared)
-    message = r"^The outputs on `example_x` must stay the same, to 3\.5e-04 of their scale .*\?$"
+    message = r"^Folding must preserve the outputs on `example_x` to 3\.5e-04 of their scale .*\?$"
     with pytest.raises(ValueError, match=message):
         bnjax.fold(nn.Sequential([layer, EVAL()]), VARIABLES, X)

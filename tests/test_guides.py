@@ -1,4 +1,4 @@
-"""README and guides: blocks run and print what the page says; links, commands and limits hold."""
+"""README and guides: code blocks print what the page says; links and commands work."""
 
 import re
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import bnjax
+from bnjax.core.checks import warn_once
 from tests.support.pages import PAGES, ROOT, commands, rerun
 
 pytestmark = pytest.mark.quick_compile
@@ -27,13 +28,14 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 @each_page
-def test_a_page_runs_as_it_stands(page, tmp_path, monkeypatch):
+def test_code_blocks_print_what_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    warn_once.cache_clear()
     text = page.read_text()
     assert rerun(text, page.name) == text
 
 
-def test_a_wrong_page_is_seen(tmp_path, monkeypatch):
+def test_wrong_output_is_detected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrong = "```python\nprint(1)\n```\n```text\n2\n```\n"
     assert rerun(wrong, "page") == wrong.replace("2", "1")
@@ -52,7 +54,7 @@ def test_a_page_is_short_and_narrow(page):
 
 
 @each_page
-def test_links_lead_somewhere(page):
+def test_links_work(page):
     targets = [link for link in LINK.findall(page.read_text()) if "://" not in link]
     assert not {link for link in targets if not (page.parent / link).exists()}
 
@@ -63,7 +65,7 @@ def test_the_index_has_every_guide():
 
 
 def linked() -> dict[str, list[str]]:
-    """The guides that docstrings name, each with the files."""
+    """The guides that docstrings mention, with the files that mention them."""
     found: dict[str, list[str]] = {}
     for path, source in SOURCES.items():
         for line in GUIDE.findall(source):
@@ -77,7 +79,7 @@ def test_docstrings_name_guides_that_exist():
     assert not [guide for guide in linked() if not (ROOT / guide).exists()]
 
 
-def test_docstrings_lead_to_every_guide():
+def test_docstrings_mention_every_guide():
     # Who develops bnjax starts from the README.
     exempt = {INDEX.name, "contributing.md"}
     named = {Path(guide).name for guide in linked()}
@@ -85,7 +87,7 @@ def test_docstrings_lead_to_every_guide():
 
 
 def run_by(words: list[str]) -> Path | None:
-    """The source of the command, if it is ours."""
+    """The source of a command of this repository."""
     program, *rest = (word for word in words if "=" not in word)
     program = Path(program).name
     if program in ("python", "python3", "srun") and rest and rest[0].endswith(".py"):
@@ -100,7 +102,7 @@ def run_by(words: list[str]) -> Path | None:
 
 
 @each_page
-def test_commands_run_files_that_are_there_with_options_that_they_take(page):
+def test_commands_use_existing_files_and_options(page):
     for words in commands(page.read_text()):
         if source := run_by(words):
             assert source.exists(), f"{words} runs {source}"
@@ -109,7 +111,7 @@ def test_commands_run_files_that_are_there_with_options_that_they_take(page):
                 assert any(each in source.read_text() for each in wanted), (words, option)
 
 
-def test_a_command_is_found_with_its_file():
+def test_commands_are_found_with_their_files():
     cli, train = ROOT / "bnjax" / "cli.py", ROOT / "examples" / "train_digits.py"
     assert run_by(["bnjax", "inspect", "file"]) == run_by(["python", "-m", "bnjax"]) == cli
     assert run_by([".venv/bin/python", "examples/train_digits.py"]) == train
@@ -124,7 +126,7 @@ def test_a_command_is_found_with_its_file():
         ("test", ".venv-test/bin/python -m pytest -q -n 2"),
     ],
 )
-def test_the_readme_has_the_commands_that_set_themselves_up(mark, last):
+def test_the_readme_has_self_contained_commands(mark, last):
     marked = README.read_text().partition(f"<!-- command: {mark} -->\n")[2]
     block, *more = commands(marked.partition("\n```\n")[0] + "\n```\n")
     environment = last.partition("/")[0]

@@ -1,4 +1,4 @@
-"""The record of a training: its running statistics, and those of each batch."""
+"""Records of running statistics and batch statistics during training."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from bnjax.training import history, init_state, train_step
 pytestmark = pytest.mark.quick_compile
 
 
-def test_the_record_of_nnx_has_the_statistics_of_each_batch():
+def test_a_record_of_an_nnx_model_has_the_statistics_of_each_batch():
     norm = nnx.BatchNorm(3, momentum=0.75, rngs=nnx.Rngs(0))
     model = nnx.Sequential(norm, lambda x: x.sum(-1))
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
@@ -42,7 +42,7 @@ class Conventions(nn.Module):
         return x.sum(-1) + bnjax.BatchNorm1d(momentum=None, name="average")(x).sum(-1)
 
 
-def test_a_history_tells_the_statistics_of_a_batch_by_the_momentum_of_each_layer():
+def test_batch_statistics_are_recovered_with_the_momentum_of_each_layer():
     x = np.random.default_rng(0).normal(1, 2, (16, 4)).astype(np.float32)
     record: dict = {}
     step = history(train_step(lambda y, batch: y**2), record)

@@ -329,7 +329,7 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "evaluate_without_a_step": (
         lambda: evaluate(loss, start(), BATCHES),  # pyright: ignore[reportArgumentType]
         TypeError,
-        "`step` must be what eval_step returned: evaluate(eval_step(loss_fn), state, batches), got "
+        "`step` must come from eval_step, as in evaluate(eval_step(loss_fn), state, batches), got "
         "loss.",
     ),
     "three_values": (
@@ -346,7 +346,7 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
 }
 wrong: Any
 for wrong in (0, -1, 2.0, True):
-    message = f"`microbatches` must be an int of 1 or more, got {wrong!r}. 1 takes the "
+    message = f"`microbatches` must be an int of 1 or more, got {wrong!r}. Pass 1 to run the "
     message += "batch as a whole."
     call: Any = functools.partial(train_step, loss, microbatches=wrong)
     MISTAKES[f"microbatches_{wrong}"] = (call, ValueError, message)
@@ -384,9 +384,9 @@ def test_a_mask_and_a_model_that_reshapes_examples(number):
     size = 16 // number
     message = (
         f"The `mask` of the batch has {size} examples, but the input of the BatchNorm at 'bn' has "
-        f"shape ({2 * size}, 2): the model reshapes its examples. Hand it a mask of that shape, as "
-        "in norm(x, mask=...), and the batch one under another name; or, in training, take the "
-        "padding into the statistics with mask_statistics=False."
+        f"shape ({2 * size}, 2): the model reshapes its examples. Pass that layer its own mask, as "
+        f"in norm(x, mask=...), and rename that of the batch; or, in training, let the statistics "
+        f"include the padding with mask_statistics=False."
     )
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}(\n|$)"):
         train_step(lambda y, _: y**2, **how)(state, each)

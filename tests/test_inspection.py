@@ -1,4 +1,4 @@
-"""inspect on what people have: odd counters, frozen layers, negative and lost variances."""
+"""`inspect` on unusual checkpoints: odd counters, frozen layers, negative and missing variances."""
 
 import re
 from typing import Any
@@ -21,7 +21,7 @@ NEVER = "the statistics were never updated: all means are 0 and all variances 1"
 
 
 def layer(**changes: Any) -> dict[str, Any]:
-    """A trained batch norm of PyTorch; None takes an array out."""
+    """A trained PyTorch batch norm; None leaves out an array."""
     held = {
         "weight": TRAINED,
         "bias": TRAINED,
@@ -44,12 +44,12 @@ def layer(**changes: Any) -> dict[str, Any]:
         (None, None),
     ],
 )
-def test_counters_that_were_averaged_halved_or_lost_are_no_crash(counter, updates):
+def test_counters_may_be_averaged_non_finite_or_missing(counter, updates):
     (row,) = inspect(layer(num_batches_tracked=counter))
     assert (row.updates, row.problems, row.notes) == (updates, (), ())
 
 
-def test_a_counter_in_bfloat16_is_a_number(tmp_path):
+def test_counters_may_be_bfloat16(tmp_path):
     torch = pytest.importorskip("torch")
     tree = {k: torch.from_numpy(np.array(v)).bfloat16() for k, v in layer().items()}
     torch.save(tree, tmp_path / "m.pth")
@@ -58,9 +58,9 @@ def test_a_counter_in_bfloat16_is_a_number(tmp_path):
 
 
 FROZEN = (
-    "the statistics are 0 and 1, but scale and bias are trained and no batches were counted. That "
-    "is right for a frozen batch norm with its statistics folded into them (FrozenBatchNorm2d of "
-    "a Caffe2 backbone), and wrong if the statistics were lost"
+    "the statistics are 0 and 1, but scale and bias are trained and no batches were counted. This "
+    "is right for a frozen batch norm whose statistics are folded into scale and bias (the "
+    "FrozenBatchNorm2d of a Caffe2 backbone), and wrong if the statistics were lost"
 )
 
 
@@ -76,26 +76,27 @@ FROZEN = (
         ({"num_batches_tracked": None, "weight": None, "bias": None}, (NEVER,), ()),
     ],
 )
-def test_a_layer_that_is_frozen_by_design_is_not_called_untrained(changes, problems, notes):
+def test_a_layer_frozen_by_design_gets_a_note_instead_of_a_problem(changes, problems, notes):
     (row,) = inspect(layer(running_mean=ZEROS, running_var=ONES, **changes))
     assert (row.problems, row.notes) == (problems, notes)
 
 
-def test_a_layer_of_flax_at_its_start_may_be_frozen_or_lost():
+def test_initial_statistics_in_flax_may_be_frozen_or_lost():
     params = {"bn": {"scale": TRAINED, "bias": TRAINED}}
     tree = {"params": params, "batch_stats": {"bn": {"mean": ZEROS, "var": ONES}}}
     hint = ". Scale and bias are trained: were `batch_stats` lost, or is the layer frozen?"
     assert inspect(tree)[0].problems == (NEVER + hint,)
 
 
-def test_frozen_layers_are_one_note_and_no_failure(tmp_path):
+@pytest.mark.parametrize(("number", "names"), [(1, "0.bn"), (2, "0.bn and 1 other")])
+def test_frozen_layers_share_one_note_and_are_no_problem(tmp_path, number, names):
     frozen = layer(running_mean=ZEROS, running_var=ONES, num_batches_tracked=None)
-    tree = {f"{i}.{name}": array for i in range(3) for name, array in frozen.items()}
+    tree = {f"{i}.{name}": array for i in range(number) for name, array in frozen.items()}
     bnjax.save(tmp_path / "m.safetensors", tree)
     code, output = run("inspect", tmp_path / "m.safetensors")
     assert code == 0
-    assert f"note: 0.bn and 2 others: {FROZEN}\n" in output
-    assert output.endswith("verdict: fine (3 batch norms)\n")
+    assert f"note: {names}: {FROZEN}\n" in output
+    assert "verdict: fine" in output
 
 
 @pytest.mark.parametrize(
@@ -104,12 +105,12 @@ def test_frozen_layers_are_one_note_and_no_failure(tmp_path):
         (
             -5e-6,
             "2 running variances are negative, down to -5e-06, as if an eps was subtracted at "
-            "loading: add it back, or clip them to 0",
+            "loading: add it back, or clip at 0",
         ),
         (-0.5, "2 running variances are negative"),
     ],
 )
-def test_negative_variances_are_told_with_the_repair(lowest, problem):
+def test_negative_variances_are_reported_with_the_repair(lowest, problem):
     (row,) = inspect(layer(running_var=np.array([lowest, lowest / 2, 1, 2], "f")))
     assert row.problems == (problem,)
 
@@ -121,29 +122,29 @@ def test_negative_variances_are_told_with_the_repair(lowest, problem):
         ({"running_mean": None}, "the running mean is missing"),
     ],
 )
-def test_a_statistic_that_is_missing_is_called_missing(changes, problem):
+def test_a_missing_statistic_is_reported(changes, problem):
     (row,) = inspect(layer(**changes))
     assert row.problems == (problem,)
     (row,) = inspect({"params": {}, "batch_stats": {"bn": {"mean": TRAINED}}})
     assert (row.name, row.problems) == ("bn", ("the running variance is missing",))
 
 
-def test_names_with_slashes_in_them_are_those_of_modules():
+def test_names_with_slashes_are_split_into_modules():
     tree = {name.replace(".", "/"): array for name, array in layer().items()}
     (row,) = inspect({"net": tree})
     assert (row.name, row.updates, row.problems) == ("net/bn", 70_000, ())
 
 
-def test_a_shard_alone_says_that_it_is_one(tmp_path):
+def test_a_single_shard_gets_a_note(tmp_path):
     path = tmp_path / "model-00001-of-00002.safetensors"
     bnjax.save(path, {"bn.running_mean": TRAINED})
     code, output = run("inspect", path)
     assert code == 1
     assert "problem  bn: the running variance is missing\n" in output
-    assert "note: this is shard 1 of 2: give the folder, or its index, for all\n" in output
+    assert "note: this is shard 1 of 2; pass the folder or the index to inspect all\n" in output
 
 
-def test_a_part_of_a_checkpoint_is_inspected_alone(tmp_path):
+def test_key_selects_the_part_to_inspect(tmp_path):
     torch = pytest.importorskip("torch")
     tree = {k: torch.from_numpy(np.array(v)) for k, v in layer().items()}
     torch.save({"state_dict": tree, "state_dict_ema": tree}, tmp_path / "m.pth.tar")
@@ -156,7 +157,7 @@ def test_a_part_of_a_checkpoint_is_inspected_alone(tmp_path):
     assert (code, re.findall(r"^ (bn)", output, re.MULTILINE)) == (0, ["bn"])
 
 
-def test_the_parameter_groups_of_an_optimizer_are_no_model(tmp_path):
+def test_the_parameter_groups_of_an_optimizer_are_not_a_model(tmp_path):
     torch = pytest.importorskip("torch")
     model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4))
     optimizer = torch.optim.Adam(model.parameters())

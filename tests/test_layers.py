@@ -155,7 +155,7 @@ def test_the_nnx_drop_in_keeps_the_imaginary_part_of_the_mean():
 
 
 @pytest.mark.parametrize("kind", [bnjax.nnx.BatchNorm2d, bnjax.nnx.BatchNorm])
-def test_an_nnx_layer_whose_statistics_were_popped_says_so_until_they_are_back(kind):
+def test_an_nnx_layer_without_its_popped_statistics_is_an_error(kind):
     layer = kind(3, rngs=nnx.Rngs(0))
     x = jnp.ones((2, 2, 2, 3))
     layer.eval()

@@ -49,7 +49,7 @@ def initialize(layer: nn.Module, x: Any = X) -> Any:
 
 @each_case
 @pytest.mark.parametrize("mutable", [True, False], ids=["train", "eval"])
-def test_a_layer_gives_what_the_core_gives(rng, case, mutable):
+def test_a_layer_gives_the_same_as_the_core(rng, case, mutable):
     layer = case.layer(case.channels, axis=case.axis)
     params, stats, x, dy = (
         f(rng) for f in (case.params, case.batch_stats, case.values, case.values)

@@ -35,7 +35,7 @@ def x(rng):
     return jnp.asarray(rng.normal(1, 2, (16, 4)), jnp.float32)
 
 
-def test_a_layer_alone_has_its_scale_its_dead_channels_and_its_count(x):
+def test_variables_give_scale_dead_channels_and_count(x):
     variables = state_of(x).variables
     variables["params"]["torch"]["scale"] = jnp.array([1.0, -0.5, 0.0, 2.0])
     variables["batch_stats"]["torch"]["var"] = jnp.array([1.0, 0.0, 1.0, 1.0])
@@ -50,7 +50,7 @@ def test_a_layer_alone_has_its_scale_its_dead_channels_and_its_count(x):
     }
 
 
-def test_two_trees_are_compared_as_numpy_compares_them(x, rng):
+def test_comparing_two_trees_matches_numpy(x, rng):
     mean, other_mean = rng.normal(size=(2, 4))
     var, other_var = rng.uniform(0.5, 2, (2, 4))
 
@@ -75,12 +75,12 @@ def test_a_record_compares_the_running_statistics_with_the_last_batch(x):
     std = np.sqrt(np.asarray(running["var"], np.float64) + 1e-5)
     gap = ((batch.mean(0) - np.asarray(running["mean"])) / std)[:3]
     np.testing.assert_allclose(found["bn/flax/mean_gap"], np.sqrt((gap**2).mean()), rtol=1e-3)
-    # A cumulative average does not say what the last batch was.
+    # A cumulative average does not reveal the last batch.
     assert {name.split("/")[1] for name in found} == {"flax", "torch"}
     assert not {*found} & {*scalars(state)}
 
 
-def test_models_and_states_of_nnx_are_read(x):
+def test_nnx_models_and_states_are_accepted(x):
     norm = bnjax.nnx.BatchNorm1d(4, rngs=nnx.Rngs(0))
     model = nnx.Sequential(norm, nnx.BatchNorm(4, use_scale=False, rngs=nnx.Rngs(0)))
     exact = bnjax.recalibrate(model, None, [x])
@@ -92,7 +92,7 @@ def test_models_and_states_of_nnx_are_read(x):
     np.testing.assert_allclose(found["bn/layers/0/mean_gap"], expected, rtol=1e-4)
 
 
-def test_what_is_scanned_boxed_or_in_half_precision_is_read():
+def test_scanned_boxed_and_half_precision_variables_are_accepted():
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
@@ -107,7 +107,7 @@ def test_what_is_scanned_boxed_or_in_half_precision_is_read():
     assert scalars(half)["bn/BatchNorm1d_0/scale_min"] == 1
 
 
-def test_a_layer_with_nan_or_without_channels_shows_nan():
+def test_layers_with_nan_or_without_channels_give_nan():
     def tree(mean):
         return {"batch_stats": {"mean": mean, "var": np.ones_like(mean)}}
 
@@ -119,7 +119,7 @@ def test_a_layer_with_nan_or_without_channels_shows_nan():
     assert empty["bn/dead"] == 0
 
 
-def test_paths_choose_layers(x):
+def test_paths_select_layers(x):
     assert {*scalars(state_of(x), paths="flax")} == {"bn/flax/scale_min", "bn/flax/dead"}
 
 
@@ -149,18 +149,18 @@ WIDER = {"batch_stats": {"a": {"bn": {"mean": np.zeros(3), "var": np.ones(3)}}}}
             (TREE, WIDER),
             {},
             ValueError,
-            "`trained` and `other` must be of the same model, but the batch norm at 'a/bn' has 2 "
+            "`trained` and `other` must be from the same model, but the batch norm at 'a/bn' has 2 "
             "channels in one and 3 in the other.",
         ),
         (
             (TREE,),
             {"paths": "b/**"},
             ValueError,
-            "The pattern 'b/**' fits the path of no batch norm: there are ['a/bn']. `*` is a part "
-            "of one name, `**` any number of names, as in 'encoder/**'.",
+            "The pattern 'b/**' matches no batch norm: there are ['a/bn']. `*` matches part of one "
+            "name, `**` any number of names, as in 'encoder/**'.",
         ),
     ],
 )
-def test_what_can_not_be_logged_is_an_error(arguments, options, error, message):
+def test_invalid_arguments_are_errors(arguments, options, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         scalars(*arguments, **options)

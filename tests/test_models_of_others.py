@@ -38,7 +38,7 @@ class StartsAsIdentity(nn.Module):
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_scales_that_start_at_zero_are_not_dead(steps):
-    # Said "dead channels", "train anew", of a new residual network.
+    # The report said "dead channels" of a new residual network.
     net = StartsAsIdentity()
     state = init_state(net, optax.adam(1e-3), jax.random.key(9), BATCHES[0])
     step = train_step(lambda y, _: (y**2).sum(-1), apply_kwargs={"train": True})
@@ -47,7 +47,7 @@ def test_scales_that_start_at_zero_are_not_dead(steps):
     assert found(net, bnjax.recalibrate(net, state.variables, BATCHES)) == []
 
 
-def test_scales_of_zero_beside_others_are_dead():
+def test_scales_of_zero_among_others_are_dead():
     net = StartsAsIdentity()
     variables = bnjax.recalibrate(net, net.init(jax.random.key(0), BATCHES[0]), BATCHES)
     variables["params"]["last"]["scale"] = jnp.full(16, 0.01).at[:4].set(1e-6)
@@ -106,8 +106,8 @@ each_api = pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
 
 
 @each_api
-def test_a_layer_that_evaluates_while_the_model_trains_is_told_from_updates_thrown_away(trained):
-    # Said "`mutable` was not given", where other layers had been updated.
+def test_a_layer_left_in_evaluation_is_distinguished_from_updates_thrown_away(trained):
+    # The report said "`mutable` was not given", though other layers had been updated.
     (finding,) = found(*trained(0.9))
     assert (finding.kind, finding.layers) == ("left in evaluation", ("forgotten",))
     assert finding.cause.startswith("These layers evaluate while the model trains, ")
@@ -117,7 +117,7 @@ def test_a_layer_that_evaluates_while_the_model_trains_is_told_from_updates_thro
 
 @each_api
 def test_a_momentum_that_gives_new_batches_no_weight_is_named(trained):
-    # Said "`mutable` was not given", of statistics that no update could move.
+    # The report said "`mutable` was not given" of statistics that no update could move.
     (finding,) = found(*trained(1.0))
     assert finding.kind == "momentum moves nothing"
     assert finding.cause.startswith("With momentum=1.0 a new batch has no weight")
@@ -125,7 +125,7 @@ def test_a_momentum_that_gives_new_batches_no_weight_is_named(trained):
 
 
 @pytest.mark.parametrize("steps", [1, 8])
-def test_a_record_knows_which_layers_evaluate_while_the_model_trains(steps):
+def test_a_record_shows_which_layers_evaluate_while_the_model_trains(steps):
     net, record = Forgetful(), {}
     state = init_state(net, optax.sgd(1e-3), jax.random.key(1), BATCHES[0])
     step = train_step(lambda y, _: (y**2).sum(-1), apply_kwargs={"train": True}, donate=False)
@@ -137,7 +137,7 @@ def test_a_record_knows_which_layers_evaluate_while_the_model_trains(steps):
     assert ("Pass `history=`" in finding.cause) is (steps == 1)  # one line shows no movement
 
 
-def test_a_momentum_that_holds_statistics_of_other_data_is_named():
+def test_a_momentum_that_keeps_statistics_of_other_data_is_named():
     variables = trained_linen(0.9)[1]
     shifted = [5 * x + 3 for x in BATCHES]
     report = bnjax.diagnose(Forgetful(1.0), variables, shifted)
@@ -157,7 +157,7 @@ class DeadBlock(nn.Module):
 
 
 @pytest.mark.parametrize("steps", [0, 20])
-def test_scales_that_no_gradient_reaches_are_told_from_those_of_a_new_network(steps):
+def test_scales_without_gradient_are_distinguished_from_those_of_a_new_network(steps):
     net = DeadBlock()
     state = init_state(net, optax.adam(1e-2), jax.random.key(9), BATCHES[0])
     step = train_step(lambda y, _: (y**2).sum(-1), apply_kwargs={"train": True})
@@ -208,19 +208,19 @@ class WithItsOwnNnx(nnx.Module):
         return self.own(self.other(self.bn(self.dense(x))))
 
 
-def test_micro_batches_name_a_batch_norm_that_is_not_known_though_it_fails_in_them():
-    # Said that the carry of a scan must have equal types.
+def test_micro_batches_name_an_unknown_batch_norm_even_if_it_fails():
+    # The error said that the carry of a scan must have equal types.
     state = init_state(WithItsOwn(), optax.sgd(0.0), jax.random.key(0), BATCHES[0])
     loss = lambda y, _: (y**2).sum(-1)  # noqa: E731 - one line says it
     step = train_step(loss, apply_kwargs={"train": True}, microbatches=2)
-    message = "'own' (KeepsAxes) keep a mean and a variance, but are neither bnjax's nor Flax's"
+    message = "'own' (KeepsAxes) keep a mean and a variance, but are not batch norms of"
     with pytest.raises(ValueError, match=re.escape(message)):
         step(state, {"x": BATCHES[0]})
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])
-def test_fold_names_a_batch_norm_that_is_not_known_beside_those_that_it_folds(api):
-    # Had no line for it, as if it were none.
+def test_fold_names_an_unknown_batch_norm_next_to_those_that_it_folds(api):
+    # The report had no row for it.
     if api == "linen":
         net: Any = WithItsOwn()
         report = bnjax.fold(net, net.init(jax.random.key(0), BATCHES[0]), BATCHES[0]).report
@@ -228,7 +228,7 @@ def test_fold_names_a_batch_norm_that_is_not_known_beside_those_that_it_folds(ap
         report = bnjax.fold(WithItsOwnNnx(), None, BATCHES[0]).report
     reasons = {row.batch_norm: row.reason for row in report.rows if row.batch_norm}
     kind = "KeepsAxes" if api == "linen" else "OwnNnx"
-    why = f"bnjax.register({kind}, ...) tells what it does; {kind} is not known"
+    why = f"{kind} is not a known batch norm class: register it with bnjax.register({kind}, ...)"
     assert reasons == {"bn": None, "own": why}
 
 
@@ -257,7 +257,7 @@ def late() -> Any:
 
 
 @pytest.mark.parametrize("tool", ["recalibrate", "diagnose", "fold"])
-def test_a_tool_that_refused_a_model_takes_it_once_its_class_registered_class(tool):
+def test_a_tool_that_refused_a_model_accepts_it_once_its_class_is_registered(tool):
     # Refused it for as long as the model lived: what was traced before was kept.
     net, kind = late()
     variables = net.init(jax.random.key(0), BATCHES[0])

@@ -113,7 +113,7 @@ def test_a_deny_list_evaluates_and_warns_once_with_what_to_write(model, deny):
 
 @pytest.mark.parametrize("use_running_average", [True, False])
 @pytest.mark.parametrize("layer", [bnjax.BatchNorm1d(), bnjax.linen.BatchNorm(), nn.BatchNorm()])
-def test_a_mode_that_was_given_holds_under_a_deny_list(layer, use_running_average):
+def test_a_given_mode_is_followed_under_a_deny_list(layer, use_running_average):
     variables = layer.init(KEY, X, use_running_average=True)
     arguments = {"use_running_average": use_running_average}
     found = layer.apply(variables, X, **arguments, mutable=DENIED)
@@ -178,7 +178,7 @@ def test_a_linen_layer_in_an_nnx_model_must_be_told_the_mode(prepare, around):
         around(lambda model, x: model(x))(model, X)
 
 
-def test_a_linen_layer_in_an_nnx_model_does_what_it_is_told():
+def test_a_linen_layer_in_an_nnx_model_follows_its_mode():
     model: Any = bridge.lazy_init(Inside(nnx.Rngs(0)), X)
     params, stats = bnjax.init(3)
     y, stats = bnjax.batch_norm(params, stats, X, mutable=True)

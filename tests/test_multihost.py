@@ -1,4 +1,4 @@
-"""Several real processes: equal to one, and what happens when one of them is lost."""
+"""Training in several processes: results match one process, and lost processes are handled."""
 
 import os
 import signal
@@ -15,9 +15,7 @@ SETTINGS = ("--epochs", "3", "--batch-size", "256", "--timeout", "20")
 
 
 @pytest.mark.parametrize("library", ["linen", "nnx"])
-def test_a_lost_process_stops_the_run_and_resuming_gives_the_undisturbed_numbers(
-    tmp_path, monkeypatch, library
-):
+def test_a_lost_process_stops_the_run_which_resumes_exactly(tmp_path, monkeypatch, library):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     settings = (*SETTINGS, "--library", library)
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
@@ -27,7 +25,7 @@ def test_a_lost_process_stops_the_run_and_resuming_gives_the_undisturbed_numbers
     killed = time.monotonic()
     output, _ = process.communicate()
     assert process.returncode == 1, output
-    assert "A process of this run was lost. Start it again with --resume" in output
+    assert "This run lost a process. Start the run again with --resume" in output
     assert time.monotonic() - killed < 60  # it stops, where a collective could wait for ever
     code, output = run(TRAIN, "--processes", "2", "--out", broken, "--resume", *settings)
     assert code == 0, output
@@ -42,6 +40,6 @@ def test_a_lost_process_stops_the_run_and_resuming_gives_the_undisturbed_numbers
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """The child processes of a process."""
     listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in listed]

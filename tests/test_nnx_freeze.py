@@ -1,4 +1,4 @@
-"""Freezing the batch norms of nnx models: what stays, whatever the whole is told."""
+"""Freeze the batch norms of nnx models, whatever mode the model is set to."""
 
 import copy
 import pickle
@@ -54,7 +54,7 @@ def test_a_frozen_part_of_a_model_stays_frozen_whatever_the_whole_is_told(undo):
 
 
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
-def test_a_copy_of_a_frozen_model_is_as_frozen(make_copy):
+def test_a_copy_of_a_frozen_model_is_frozen(make_copy):
     model = net()
     bnjax.nnx.freeze(model, "encoder/**")
     again = make_copy(model)
@@ -65,7 +65,7 @@ def test_a_copy_of_a_frozen_model_is_as_frozen(make_copy):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_frozen_layer_gives_what_it_gave_in_evaluation_and_does_not_hear_the_call(kind):
+def test_a_frozen_layer_evaluates_whatever_the_call_says(kind):
     layer = make(kind)
     layer(X)
     layer.eval()
@@ -77,7 +77,7 @@ def test_a_frozen_layer_gives_what_it_gave_in_evaluation_and_does_not_hear_the_c
     assert isinstance(layer, kind)
 
 
-def test_training_inside_of_a_compiled_step_leaves_frozen_statistics_alone():
+def test_a_compiled_training_step_leaves_frozen_statistics_alone():
     model = net()
     bnjax.nnx.freeze(model, ["encoder/first", "*/layers/*"])
 
@@ -101,7 +101,7 @@ def test_freezing_adds_nothing_to_the_state():
     assert not moving(model)
 
 
-def test_freezing_twice_and_unfreezing_once_gives_the_mode_that_was_asked_for_last():
+def test_freezing_twice_and_unfreezing_once_restores_the_last_mode():
     model = net()
     types = [type(model.encoder.first), type(model.encoder.layers[1])]
     for _ in range(2):
@@ -114,7 +114,7 @@ def test_freezing_twice_and_unfreezing_once_gives_the_mode_that_was_asked_for_la
     assert moving(model) == ENCODER | DECODER | SHARED
 
 
-def test_the_batch_norm_of_a_subclass_is_frozen_beneath_its_own_arguments():
+def test_a_subclass_with_its_own_arguments_can_be_frozen():
     class Renamed(nnx.BatchNorm):
         def __call__(self, x, train):  # pyright: ignore[reportIncompatibleMethodOverride]
             return super().__call__(x, use_running_average=not train)
@@ -133,12 +133,12 @@ def test_a_module_that_knows_its_parent_can_be_frozen():
     assert moving(model) == (ENCODER | DECODER | SHARED) - {"encoder/first"}
 
 
-def test_freezing_with_a_pattern_that_fits_nothing_changes_nothing():
+def test_freezing_with_a_pattern_that_matches_nothing_changes_nothing():
     model = net()
     sentence = (
-        "The pattern 'encoder/bn*' fits the path of no batch norm: there are ['decoder/first', "
+        "The pattern 'encoder/bn*' matches no batch norm: there are ['decoder/first', "
         "'decoder/last', 'decoder/layers/1', 'encoder/first', 'encoder/last', 'encoder/layers/1']. "
-        "`*` is a part of one name, `**` any number of names, as in 'encoder/**'."
+        "`*` matches part of one name, `**` any number of names, as in 'encoder/**'."
     )
     for change in (bnjax.nnx.freeze, bnjax.nnx.unfreeze):
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
@@ -146,7 +146,7 @@ def test_freezing_with_a_pattern_that_fits_nothing_changes_nothing():
     assert moving(model) == ENCODER | DECODER | SHARED
 
 
-def test_the_layers_of_a_module_that_is_no_pytree_are_frozen():
+def test_the_layers_of_a_module_that_is_not_a_pytree_can_be_frozen():
     class Plain(nnx.Module, pytree=False):
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.bn = nnx.BatchNorm(3, rngs=rngs)

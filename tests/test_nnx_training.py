@@ -1,4 +1,4 @@
-"""Training steps for nnx models: against a step by hand, and against the linen step."""
+"""Training steps for nnx models, compared with steps by hand and with the linen step."""
 
 import re
 from typing import Any
@@ -56,7 +56,7 @@ def start(tx: Any = None, **fields: Any) -> tuple[Any, Any]:
 
 
 def arrays(*nodes: Any) -> Any:
-    """All arrays of models and optimizers, those of random streams as integers."""
+    """All arrays of models and optimizers, with random keys as integers."""
     leaves = jax.tree.leaves([nnx.state(node) for node in nodes])
     is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
     pairs = zip(leaves, is_key, strict=True)
@@ -64,7 +64,7 @@ def arrays(*nodes: Any) -> Any:
 
 
 @pytest.mark.parametrize("norm", [nnx.BatchNorm, bnjax.nnx.BatchNorm, bnjax.nnx.BatchNorm1d])
-def test_steps_are_those_written_by_hand(norm):
+def test_steps_match_those_written_by_hand(norm):
     @nnx.jit
     def by_hand(model, optimizer, batch):
         def loss(model):
@@ -83,7 +83,7 @@ def test_steps_are_those_written_by_hand(norm):
 @pytest.mark.parametrize("batches", [BATCHES, MASKED], ids=["all", "masked"])
 @pytest.mark.parametrize("on_mesh", [False, True], ids=["one device", "mesh"])
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_linen_and_nnx_give_the_same_numbers(microbatches, on_mesh, batches):
+def test_linen_and_nnx_agree(microbatches, on_mesh, batches):
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]) if on_mesh else None
     options: Any = {"microbatches": microbatches, "mesh": mesh}
     model, optimizer = start()
@@ -107,7 +107,7 @@ def test_linen_and_nnx_give_the_same_numbers(microbatches, on_mesh, batches):
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_rejected_step_leaves_everything_as_it_was(bad, microbatches):
+def test_a_rejected_step_changes_nothing(bad, microbatches):
     node = start(optax.adam(1e-2), dropout=0.5)
     step = bnjax.nnx.train_step(loss_fn, microbatches=microbatches)
     step(*node, BATCHES[0])
@@ -119,7 +119,7 @@ def test_a_rejected_step_leaves_everything_as_it_was(bad, microbatches):
     assert int(step.rejected) == 1
 
 
-def test_a_batch_without_an_example_that_counts_is_rejected():
+def test_a_batch_without_counted_examples_is_rejected():
     node = start(optax.adam(1e-2))
     before = arrays(*node)
     step = bnjax.nnx.train_step(loss_fn)
@@ -129,7 +129,7 @@ def test_a_batch_without_an_example_that_counts_is_rejected():
 
 
 @pytest.mark.parametrize("microbatches", [2, 4, 16])
-def test_micro_batches_leave_the_statistics_of_the_whole_batch(microbatches):
+def test_micro_batches_give_the_statistics_of_the_whole_batch(microbatches):
     whole, parts = start(norm=bnjax.nnx.BatchNorm), start(norm=bnjax.nnx.BatchNorm)
     double = {name: np.concatenate([BATCHES[0][name], BATCHES[1][name]]) for name in ("x", "y")}
     bnjax.nnx.train_step(loss_fn)(*whole, double)
@@ -157,7 +157,7 @@ def test_each_micro_batch_draws_its_own_random_numbers():
     assert int(streams.count[...]) == 6
 
 
-def test_what_is_frozen_stays_and_keeps_its_type():
+def test_frozen_modules_keep_their_values_and_types():
     model, optimizer = start(optax.adamw(1e-2, weight_decay=0.1))
     before = arrays(model.a, model.bn)
     step = bnjax.nnx.train_step(loss_fn, frozen=("a", "bn"))
@@ -166,11 +166,11 @@ def test_what_is_frozen_stays_and_keeps_its_type():
     chex.assert_trees_all_equal(arrays(model.a, model.bn), before)
     assert type(model.bn) is nnx.BatchNorm
     assert not np.array_equal(model.b.kernel[...], Net().b.kernel[...])
-    with pytest.raises(ValueError, match=r"^The pattern 'c' fits the path of no module"):
+    with pytest.raises(ValueError, match=r"^The pattern 'c' matches no module"):
         bnjax.nnx.train_step(loss_fn, frozen="c")(model, optimizer, BATCHES[0])
 
 
-def test_parameters_that_the_optimizer_leaves_out_stay():
+def test_parameters_outside_wrt_do_not_change():
     model, _ = start()
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.All(nnx.Param, nnx.PathContains("b")))
     before = arrays(model.a)
@@ -190,7 +190,7 @@ def test_parameters_that_the_optimizer_leaves_out_stay():
     }.items(),
     ids=lambda pair: pair[0],
 )
-def test_an_optimizer_gets_what_it_takes(tx):
+def test_optimizers_get_their_extra_arguments(tx):
     def loss(model, batch):
         return ((model(batch["x"]) - batch["y"]) ** 2).mean()
 
@@ -215,7 +215,7 @@ def test_an_optimizer_gets_what_it_takes(tx):
     chex.assert_trees_all_close(arrays(*found), arrays(*expected), rtol=1e-4, atol=1e-5)
 
 
-def test_an_overflow_lowers_the_scale_and_commits_nothing():
+def test_an_overflow_lowers_the_scale_and_rejects_the_step():
     node = start()
     step = bnjax.nnx.train_step(loss_fn, loss_scale=DynamicScale(scale=jnp.float32(2**10)))
     step(*node, BATCHES[0])
@@ -225,14 +225,14 @@ def test_an_overflow_lowers_the_scale_and_commits_nothing():
     assert (float(step.loss_scale.scale), int(step.rejected)) == (2**9, 1)
 
 
-def test_the_scale_changes_no_number():
+def test_a_loss_scale_does_not_change_results():
     scaled, plain = start(), start()
     bnjax.nnx.train_step(loss_fn, loss_scale=DynamicScale())(*scaled, BATCHES[0])
     bnjax.nnx.train_step(loss_fn)(*plain, BATCHES[0])
     chex.assert_trees_all_close(arrays(*scaled), arrays(*plain), rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_is_traced_once_for_each_mode_and_shape():
+def test_a_step_is_traced_once_per_shape():
     traced: Any = chex.assert_max_traces(loss_fn, n=2)
     step = bnjax.nnx.train_step(traced)
     node = start()
@@ -241,7 +241,7 @@ def test_a_step_is_traced_once_for_each_mode_and_shape():
     step(*start(), {name: leaf[:8] for name, leaf in BATCHES[0].items()})
 
 
-def test_the_mode_of_the_model_is_the_one_it_trains_in():
+def test_a_step_keeps_the_mode_of_the_model_and_warns_in_eval_mode():
     checks.warn_once.cache_clear()
     model, optimizer = start()
     model.eval()
@@ -253,7 +253,7 @@ def test_the_mode_of_the_model_is_the_one_it_trains_in():
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), before)
 
 
-def test_an_evaluation_changes_nothing_and_takes_the_model_as_after_eval():
+def test_evaluation_changes_nothing_and_runs_in_eval_mode():
     model, _ = start(dropout=0.5)
     before = arrays(model)
     step = bnjax.nnx.eval_step(loss_fn)
@@ -270,7 +270,7 @@ def test_an_evaluation_changes_nothing_and_takes_the_model_as_after_eval():
     {
         "linen model": (
             lambda: bnjax.nnx.train_step(loss_fn)(Linen(), None, {}),  # pyright: ignore
-            "`model` must be a flax.nnx.Module, got Linen. For a linen model use "
+            "`model` must be a flax.nnx.Module, got Linen. For linen models, use "
             "bnjax.training.train_step and eval_step.",
         ),
         "no optimizer": (
@@ -287,6 +287,6 @@ def test_an_evaluation_changes_nothing_and_takes_the_model_as_after_eval():
     }.values(),
     ids=["linen model", "no optimizer", "an nnx model in linen"],
 )
-def test_a_mistake_gets_an_error_that_says_what_to_write(call, message):
+def test_mistakes_raise_errors_that_say_what_to_write(call, message):
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         call()

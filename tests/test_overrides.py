@@ -1,4 +1,4 @@
-"""Settings by module path in models that others wrote, and the labels that go with them."""
+"""Override settings by module path in other people's models, and label their parameters."""
 
 import re
 from typing import Any
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.quick_compile
 
 
 class Block(nn.Module):
-    """Written for flax alone: a mode argument, a name of its own."""
+    """A block in plain Flax, with a mode argument and a named layer."""
 
     flax: bool = True
 
@@ -75,7 +75,7 @@ def x(rng):
 
 
 def moved(model, variables, x, apply=None) -> set[str]:
-    """The top-level names under which any statistic moved."""
+    """The top-level names below which any statistic changed."""
     apply = apply or (lambda v, x: model.apply(v, x, mutable=["batch_stats"]))
     stats = apply(variables, x)[1]["batch_stats"]
 
@@ -119,7 +119,7 @@ def test_the_inner_context_wins(x):
         assert moved(model, variables, x) == set()
 
 
-def test_any_field_can_be_overridden_and_is_put_back(x):
+def test_any_field_can_be_overridden_and_is_restored(x):
     model = SetupNet()
     variables = model.init(jax.random.key(0), x)
 
@@ -134,7 +134,7 @@ def test_any_field_can_be_overridden_and_is_put_back(x):
     np.testing.assert_array_equal(mean(), usual)
 
 
-def test_a_bound_module_is_put_back_when_the_model_raises(x):
+def test_a_bound_module_is_restored_when_the_model_raises(x):
     layer = bnjax.BatchNorm1d(5)
     with pytest.raises(ValueError, match="`num_features` is 5"), bnjax.override("**", momentum=0.3):
         layer.init(jax.random.key(0), x)
@@ -210,17 +210,17 @@ def test_globs(pattern, path, fits):
     assert matcher(pattern)(path) is fits
 
 
-def test_a_pattern_that_fits_nothing_lists_the_paths_there_are(x, monkeypatch):
+def test_a_pattern_that_matches_nothing_lists_the_existing_paths(x, monkeypatch):
     monkeypatch.setattr(frames, "_fitted", set())  # of other tests' programs
     model = SetupNet()
     variables = model.init(jax.random.key(0), x)
     there = "there are ['encoder_0/bn', 'encoder_1/bn', 'head/bn']"
-    hint = "`*` is a part of one name, `**` any number of names, as in 'encoder/**'."
-    message = f"The pattern 'encoder/**' fits the path of no batch norm: {there}. {hint}"
+    hint = "`*` matches part of one name, `**` any number of names, as in 'encoder/**'."
+    message = f"The pattern 'encoder/**' matches no batch norm: {there}. {hint}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"), bnjax.freeze("encoder/**"):
         moved(model, variables, x)
-    nothing = "none was called or given (of nnx models, bnjax.nnx.freeze freezes them)"
-    message = f"The pattern '**' fits the path of no batch norm: {nothing}. {hint}"
+    nothing = "none was called or given (for an nnx model, use bnjax.nnx.freeze)"
+    message = f"The pattern '**' matches no batch norm: {nothing}. {hint}"
     with (
         pytest.raises(ValueError, match=f"^{re.escape(message)}$"),
         bnjax.override("**", momentum=0.25),
@@ -229,7 +229,7 @@ def test_a_pattern_that_fits_nothing_lists_the_paths_there_are(x, monkeypatch):
     blocks, parts = ("encoder_0", "encoder_1", "head"), ("Dense_0", "bn")
     there = f"there are {[f'{block}/{part}' for block in blocks for part in parts]}"
     what = "no module with parameters"
-    message = f"The pattern 'tail/**' fits the path of {what}: {there}. {hint}"
+    message = f"The pattern 'tail/**' matches {what}: {there}. {hint}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.trainable_labels(variables["params"], frozen=("head/**", "tail/**"))
 
@@ -254,7 +254,7 @@ def test_an_unknown_field_is_an_error(x):
 
 
 @pytest.mark.parametrize(("kind", "momentum"), [(nn.BatchNorm, 0.02), (bnjax.BatchNorm1d, 0.98)])
-def test_a_momentum_of_the_other_convention_warns_in_an_override_too(kind, momentum):
+def test_a_momentum_from_the_other_convention_also_warns_in_an_override(kind, momentum):
     model = nn.Sequential([kind(use_running_average=True)])
     x = jnp.ones((4, 3))
     variables = model.init(jax.random.key(0), x)
@@ -296,13 +296,13 @@ def test_a_debiased_momentum_is_in_the_convention_of_each_layer():
     ("momentum", "needed"),
     [(None, "['count']"), ("pooled", "['values', 'values_low', 'mean_low', 'var_low']")],
 )
-def test_a_momentum_that_needs_more_than_a_layer_keeps_is_refused(momentum, needed):
+def test_a_momentum_that_needs_missing_statistics_is_refused(momentum, needed):
     model, x = nn.Sequential([nn.BatchNorm(use_running_average=False)]), jnp.ones((4, 3))
     variables = model.init(jax.random.key(0), x)
     message = (
         f"override(momentum={momentum!r}) needs {needed} in the `batch_stats` of the batch norm at "
-        f"'layers_0', which has ['mean', 'var']. Give momentum={momentum!r} to a layer of bnjax's "
-        "when it is made."
+        f"'layers_0', which has ['mean', 'var']. Construct a bnjax layer with "
+        f"momentum={momentum!r} instead."
     )
     override = bnjax.override("**", momentum=momentum)
     with pytest.raises(ValueError, match=re.escape(message)), override:

@@ -1,4 +1,4 @@
-"""The pictures of README and guides are those of their numbers and of the code that draws them."""
+"""The pictures in README and guides match their numbers and the code that draws them."""
 
 import json
 import re
@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", *sorted((EXAMPLES / "guides").glob("*.md"))]
 
 @pytest.fixture(scope="module")
 def drawing():
-    """The module that draws; the examples find each other by name."""
+    """The module that draws the pictures; the examples import each other by name."""
     before = list(sys.path)
     sys.path[:0] = [str(EXAMPLES / "pictures"), str(EXAMPLES)]
     import drawing
@@ -31,7 +31,7 @@ def test_no_picture_is_stale(drawing):
             assert picture.info[drawing.KEY] == drawing.fingerprint(name), f"{name}: {again}"
 
 
-def test_other_numbers_or_other_code_make_another_fingerprint(drawing, monkeypatch, tmp_path):
+def test_fingerprints_change_with_numbers_and_code(drawing, monkeypatch, tmp_path):
     before = drawing.fingerprint("statistics")
     data = json.loads(drawing.source("statistics").read_text())
     monkeypatch.setattr(drawing, "HERE", tmp_path)
@@ -43,7 +43,7 @@ def test_other_numbers_or_other_code_make_another_fingerprint(drawing, monkeypat
     assert drawing.fingerprint("statistics") != before
 
 
-def test_each_picture_can_be_drawn_again_and_fits_a_page(drawing, monkeypatch, tmp_path):
+def test_all_pictures_can_be_drawn_and_fit_a_page(drawing, monkeypatch, tmp_path):
     assert {path.stem for path in drawing.HERE.glob("*.png")} == {*drawing.PICTURES}
     monkeypatch.setattr(drawing, "picture", lambda name: tmp_path / f"{name}.png")
     for name in drawing.PICTURES:
@@ -55,6 +55,6 @@ def test_each_picture_can_be_drawn_again_and_fits_a_page(drawing, monkeypatch, t
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_shows_pictures_that_are_there(page):
+def test_pictures_on_pages_exist(page):
     for link in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", page.read_text()):
         assert (page.parent / link).is_file(), link

@@ -1,4 +1,4 @@
-"""Which moments normalize: each policy against its formula in float64, however it is called."""
+"""Each policy against its formula in float64, in every kind of call."""
 
 import functools
 from typing import Any
@@ -41,7 +41,7 @@ def run(params: Any, stats: Any, x: Any, cotangent: Any, **settings: Any) -> Out
 
 
 def moved(case: Case, stats: Any, x: Any, mask: Any = None, **settings: Any) -> Any:
-    """The statistics after a batch, which no policy has a say in."""
+    """The statistics after a batch, which do not depend on the policy."""
     wanted = oracle.batch_norm({}, stats, x, x, mutable=True, axis=case.axis, mask=mask, **settings)
     return wanted.batch_stats
 
@@ -54,7 +54,7 @@ def assert_is(found: Outcome, wanted: Outcome, rtol: float = 3e-6, **statistics:
 @each_row
 @each_mode
 @each_case
-def test_output_gradients_and_statistics_are_those_of_the_formula(case, row, mutable):
+def test_output_gradients_and_statistics_match_the_formula(case, row, mutable):
     held = arrays(case)
     found = run(*held, mutable=mutable, axis=case.axis, using=row.policy, correction=0)
     choice, size = (row.train if mutable else row.evaluate), 1 if row.per_example else None
@@ -79,7 +79,7 @@ MASKS = {
 @each_mode
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("case", [NC, NCHW], ids=lambda case: case.name)
-def test_a_mask_takes_values_out_of_what_normalizes(case, mask, row, mutable):
+def test_masked_values_do_not_affect_normalization(case, mask, row, mutable):
     held, mask = arrays(case), mask(case)
     settings = {"mutable": mutable, "axis": case.axis, "using": row.policy, "correction": 0}
     found = run(*held, mask=mask, **settings)
@@ -87,7 +87,7 @@ def test_a_mask_takes_values_out_of_what_normalizes(case, mask, row, mutable):
     wanted = normalized(*held, choice, axis=case.axis, mask=mask, size=size)
     after = moved(case, held[1], held[2], mask, correction=0) if mutable else held[1]
     assert_is(found, wanted, 2e-5, **after)
-    # What stands under the mask reaches neither another output nor any gradient.
+    # Masked values affect neither other outputs nor any gradient.
     wild = np.where(mask, held[2], np.float32(np.nan))
     quiet = np.where(mask, held[3], np.float32(0))
     of_nan, of_numbers = (run(*held[:2], x, quiet, mask=mask, **settings) for x in (wild, held[2]))
@@ -98,7 +98,7 @@ def test_a_mask_takes_values_out_of_what_normalizes(case, mask, row, mutable):
 
 @each_row
 @pytest.mark.parametrize("size", [1, 3, 4, 8, 100])
-def test_virtual_batches_choose_each_for_itself_against_the_one_running_statistic(row, size):
+def test_each_virtual_batch_chooses_separately_with_shared_running_statistics(row, size):
     case = Case("NLC", (8, 6, 5), -1, bnjax.BatchNorm1d)
     held = arrays(case)
     settings = {"mutable": True, "using": row.policy, "correction": 0}
@@ -110,13 +110,13 @@ def test_virtual_batches_choose_each_for_itself_against_the_one_running_statisti
 
 
 @each_row
-def test_virtual_batches_of_few_that_count(row):
+def test_virtual_batches_with_few_counted_examples(row):
     held, mask = arrays(NC), np.ones(NC.shape, bool)
-    mask[:3] = mask[4, 1] = mask[5, 3:] = False  # the first group has nothing
+    mask[:3] = mask[4, 1] = mask[5, 3:] = False  # the first group is empty
     settings = {"mutable": True, "using": row.policy, "correction": 0, "virtual_batch_size": 3}
     found = run(*held, mask=mask, **settings)
     wanted = normalized(*held, row.train, mask=mask, size=1 if row.per_example else 3)
-    last = np.arange(8) >= 3  # what a group without values gives, is told below
+    last = np.arange(8) >= 3  # the output of the empty group only has to be finite
     y, dx = (np.where(last[:, None], getattr(found, name), 0) for name in ("y", "dx"))
     wanted_y, wanted_dx = (np.where(last[:, None], part, 0) for part in (wanted.y, wanted.dx))
     assert_close((y, dx), (wanted_y, wanted_dx), rtol=5e-5)
@@ -125,7 +125,7 @@ def test_virtual_batches_of_few_that_count(row):
 
 @each_row
 @each_mode
-def test_a_batch_of_nothing_gives_numbers_and_moves_nothing(row, mutable):
+def test_a_fully_masked_batch_has_finite_outputs_and_updates_nothing(row, mutable):
     held = arrays(NC)
     settings = {"mutable": mutable, "using": row.policy}
     found = run(*held, mask=np.zeros((8, 1), bool), **settings)
@@ -150,7 +150,7 @@ def test_several_feature_axes(row):
     assert_close(found, shapes, rtol=1e-5)
 
 
-def test_an_example_is_normalized_alike_in_any_company():
+def test_an_example_is_normalized_the_same_in_any_batch():
     held = arrays(NHWC)
     using = Example(0.3)
     for mutable in (True, False):
@@ -234,7 +234,7 @@ def test_a_constant_channel_has_output_scale_d_plus_bias_and_finite_gradients(va
 
 @each_row
 @pytest.mark.parametrize("eps", [1e-3, 1e-5, 1.0])
-def test_a_variance_near_eps_costs_nothing(row, eps):
+def test_a_variance_near_eps_loses_no_precision(row, eps):
     params, stats, x, cotangent = arrays(Case("rows", (64, 5), -1, bnjax.BatchNorm1d))
     width = np.sqrt(eps) * np.array([0.1, 0.5, 0.8, 1.0, 2.0])
     x = (x * width).astype(np.float32)
@@ -259,7 +259,7 @@ def test_a_blend_is_the_statistics_of_the_pooled_data(mean, prior):
     held = {"mean": m.astype(np.float32), "var": v.astype(np.float32)}
     exact = {"mean": held["mean"].astype(np.float64), "var": held["var"].astype(np.float64)}
     y, _ = bnjax.batch_norm({}, held, x, mutable=False, using=Blend(prior=prior))
-    # The old data with the float32 mean that was kept of them.
+    # The old data, with the float32 mean that was kept.
     pooled = np.concatenate([old.astype(np.float64) + (exact["mean"] - m), x])
     pooled_mean, pooled_var = oracle.measure(pooled, (0, 1))
     wanted = (x.astype(np.float64) - pooled_mean) / np.sqrt(pooled_var + 1e-5)
@@ -281,7 +281,7 @@ def test_a_blend_is_the_merge_of_moments():
     assert_close(found, wanted, rtol=2e-6)
 
 
-def test_the_ends_of_a_blend_are_the_batch_and_the_running_statistics():
+def test_the_extremes_of_a_blend_are_the_batch_and_the_running_statistics():
     params, stats, x, cotangent = arrays(NHWC)
 
     def of(using: Any) -> Outcome:
@@ -294,7 +294,7 @@ def test_the_ends_of_a_blend_are_the_batch_and_the_running_statistics():
     assert_close(of(Example(0)), of(Running()), rtol=1e-6)
 
 
-def test_the_oracle_of_policies_gives_its_own_finite_differences():
+def test_the_oracle_of_policies_matches_its_finite_differences():
     params, stats, x, cotangent = (jax.tree.map(np.float64, each) for each in arrays(NC))
     tangent = np.random.default_rng(9).standard_normal(x.shape)
     mask = np.random.default_rng(8).random(x.shape) < 0.8
@@ -314,7 +314,7 @@ def test_the_oracle_of_policies_gives_its_own_finite_differences():
 @each_row
 @pytest.mark.parametrize("mask", [None, *MASKS.values()], ids=["all", *MASKS])
 @pytest.mark.parametrize("case", [NC, NCHW], ids=lambda case: case.name)
-def test_each_bank_chooses_for_the_examples_that_are_its_own(case, mask, row):
+def test_each_bank_chooses_for_its_own_examples(case, mask, row):
     params, stats, x, cotangent = arrays(case)
     others = case.batch_stats(np.random.default_rng(7))
     both = {name: np.stack([stats[name], others[name]]) for name in stats}

@@ -1,4 +1,4 @@
-"""What a policy costs: nothing where there is none, and next to nothing where there is one."""
+"""A policy costs next to nothing, and no policy costs nothing."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ from tests.support.ways import CORE
 pytestmark = pytest.mark.quick_compile
 
 
-def kept(using: Any, dtype: Any, size: int | None = None) -> list[tuple]:
-    """Shapes and dtypes of what a gradient keeps of the forward pass, beside the arguments."""
+def kept(using: Any, dtype: Any, size: int | None = None) -> list[int]:
+    """The sizes in bytes of the large arrays that a forward pass keeps for its gradient."""
     case = Case("images", (16, 8, 8, 6), -1, bnjax.BatchNorm2d)
     rng = np.random.default_rng(0)
     params, stats = case.params(rng), case.batch_stats(rng)
@@ -34,7 +34,7 @@ def kept(using: Any, dtype: Any, size: int | None = None) -> list[tuple]:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("size", [None, 4])
-def test_renorm_keeps_no_more_between_the_passes(dtype, size):
+def test_renorm_keeps_no_more_for_the_backward_pass(dtype, size):
     plain = kept(None, dtype, size)
     assert plain  # the input of sin, and of the layer
     assert kept(Renorm(1.5, 0.25), dtype, size) == plain
@@ -50,7 +50,7 @@ def text(using: Any, mutable: bool) -> str:
 
 
 @pytest.mark.parametrize("mutable", [True, False])
-def test_without_a_policy_a_program_has_nothing_of_one(mutable):
+def test_without_a_policy_the_program_is_that_of_batch_norm(mutable):
     assert text(None, mutable) == text("left out", mutable)
     # In evaluation renorm is batch norm, and so is its program.
     assert (text(Renorm(), mutable) == text(None, mutable)) == (not mutable)

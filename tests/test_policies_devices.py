@@ -1,4 +1,4 @@
-"""Policies over devices: the pooled moments decide, and no device says more than without one."""
+"""Policies over devices use the pooled moments, and send no more messages than batch norm."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ TALKING = tuple(way for way in WAYS if way.name != "vmap")
 
 @each_of(WAYS)
 @each_row
-def test_all_devices_agree_on_what_one_gives_for_the_whole_batch(way, row):
+def test_all_devices_match_one_device_with_the_whole_batch(way, row):
     data = make(rates=None if row.per_example else (0, 0.3, 1, 1, 0.6, 1, 0.1, 1))
     step = differentiated(core(way.axis_name, using=row.policy, correction=0))
     found = spread(way, way.compile(step), data)
@@ -45,7 +45,7 @@ def test_all_devices_agree_on_what_one_gives_for_the_whole_batch(way, row):
 
 @each_of(ONE_AXIS_WAYS + JIT_WAYS)
 @pytest.mark.parametrize("using", [Blend(prior=20), Running(updated=True)], ids=repr)
-def test_test_data_that_are_spread_are_pooled_in_evaluation_too(way, using):
+def test_sharded_test_data_are_pooled_in_evaluation_too(way, using):
     data = make(rates=None)
     settings = {"using": using, "mutable": False}
     found = spread(way, way.compile(forward(core(way.axis_name, **settings))), data)
@@ -95,7 +95,7 @@ def test_layers_of_both_conventions(way, kind):
 @each_of(TALKING)
 @pytest.mark.parametrize("using", [Renorm(), Renorm.paper()], ids=repr)
 @pytest.mark.parametrize("masked", [False, True])
-def test_renorm_says_what_batch_norm_says(way, using, masked):
+def test_renorm_sends_the_same_messages_as_batch_norm(way, using, masked):
     data = make() if masked else make(rates=None)
     if using.counts:
         data = data._replace(batch_stats={**data.batch_stats, "count": np.int32(0)})

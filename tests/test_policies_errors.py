@@ -1,4 +1,4 @@
-"""What the library says to each mistake with policies and momenta, word by word."""
+"""The whole error message for each mistake with policies and momenta."""
 
 import re
 
@@ -64,7 +64,7 @@ SETTLED = optax.constant_schedule(0.1)
 
 
 class Net(nn.Module):
-    """Written for Flax."""
+    """A model in plain Flax."""
 
     @nn.compact
     def __call__(self, x):
@@ -198,19 +198,19 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_the_error_that_says_how_to_mend_it(mistake):
+def test_each_mistake_raises_an_error_with_a_repair(mistake):
     with pytest.raises(mistake.error, match=r"(?m)\A" + re.escape(mistake.message) + "$"):
         mistake.call()
 
 
-def test_a_policy_that_needs_one_value_is_content_with_one():
+def test_a_policy_that_needs_only_one_value_accepts_one():
     one = jnp.ones((1, 3))
     for using in (Batch(), Blend(prior=1), Running(), Example(0.5)):
         y, _ = bnjax.batch_norm(PARAMS, STATS, one, mutable=False, using=using)
         assert jnp.isfinite(y).all()
 
 
-def test_old_statistics_with_the_count_that_an_error_tells_of_are_taken():
+def test_old_statistics_work_with_the_count_that_the_error_names():
     stats = {**VARIABLES["batch_stats"], "count": jnp.zeros((), jnp.int32)}
     _, after = bnjax.batch_norm(PARAMS, stats, NC, mutable=True, using=Renorm.paper())
     assert int(after["count"]) == 1

@@ -1,4 +1,4 @@
-"""Policies in layers, and by an override in anybody's model: linen and nnx, bnjax's and Flax's."""
+"""Policies in layers, and by an override in any model: linen and nnx, bnjax's and Flax's."""
 
 import functools
 from contextlib import nullcontext
@@ -69,7 +69,7 @@ LINEN: dict[str, Any] = {
 
 
 class Net(nn.Module):
-    """A layer below a name."""
+    """A model with a named layer."""
 
     kind: str
     using: Any = None
@@ -87,7 +87,7 @@ def arrays(seed: int = 0) -> tuple[Any, Any, Any]:
 
 
 def expected(using: Any, mutable: bool, flax: bool, x: Any = None) -> tuple[Any, Any]:
-    """What the core gives, with the running variance of the convention."""
+    """The results of the core, with the convention's running variance."""
     params, stats, own = arrays()
     x = own if x is None else x
     settings = {"mutable": mutable, "using": using, "correction": 1 - flax}
@@ -117,18 +117,18 @@ def test_a_linen_layer_has_a_policy_as_a_field(kind, using, mutable):
 @each_policy
 @each_mode
 @pytest.mark.parametrize("kind", LINEN)
-def test_an_override_gives_a_policy_to_the_layers_of_any_linen_model(kind, using, mutable):
+def test_an_override_sets_a_policy_in_any_linen_model(kind, using, mutable):
     with bnjax.override("norm", using=using):
         y, stats = applied(Net(kind), mutable)
     y = y - 1 if kind == "subclass of registered" else y
     assert_close((y, stats), expected(using, mutable, kind != "torch"), rtol=3e-6)
-    # And no longer than it holds.
+    # Only while it is active.
     y, stats = applied(Net(kind), mutable)
     y = y - 1 if kind == "subclass of registered" else y
     assert_close((y, stats), expected(None, mutable, kind != "torch"), rtol=3e-6)
 
 
-def test_an_override_takes_a_policy_away():
+def test_an_override_removes_a_policy():
     with bnjax.override("**", using=None):
         found = applied(Net("torch", Renorm(1.5, 0.25)), True)
     assert_close(found, expected(None, True, False), rtol=2e-6)
@@ -173,7 +173,7 @@ def test_an_nnx_layer_has_a_policy_as_an_attribute(kind, using, mutable):
 @each_policy
 @each_mode
 @pytest.mark.parametrize("kind", NNX)
-def test_an_override_gives_a_policy_to_the_layers_of_any_nnx_model(kind, using, mutable):
+def test_an_override_sets_a_policy_in_any_nnx_model(kind, using, mutable):
     model = NnxNet(kind)
     with bnjax.nnx.override(model, "norm", using=using):
         y, stats = called(model, mutable)
@@ -187,7 +187,7 @@ def test_an_override_gives_a_policy_to_the_layers_of_any_nnx_model(kind, using, 
 
 @each_policy
 @each_mode
-def test_an_override_gives_a_policy_to_a_registered_nnx_layer(using, mutable):
+def test_an_override_sets_a_policy_in_a_registered_nnx_layer(using, mutable):
     params, stats, x = arrays()
     layer = Told(6, 0.9)
     for name, value in {**params, **stats}.items():
@@ -276,7 +276,7 @@ def test_a_rejected_step_does_not_advance_the_count():
     assert_close(state.batch_stats, without.batch_stats)
 
 
-def test_in_a_step_of_training_a_layer_of_flax_goes_by_the_number_of_the_step():
+def test_in_a_training_step_a_flax_layer_follows_the_step_number():
     def limit(count: Any) -> Any:
         return jnp.where(count < 2, 1.0, 1.1)
 
@@ -325,7 +325,7 @@ def test_recalibrate_and_fold_treat_renorm_as_batch_norm(using):
     assert_close(y, model.apply(new, BATCH["x"]), rtol=1e-5)
 
 
-def test_micro_batches_of_renorm_take_the_limits_of_one_step():
+def test_micro_batches_of_renorm_use_the_limits_of_one_step():
     model = Critic(Renorm.crossq(2))
     state = init_state(model, optax.sgd(0.01), KEY, BATCH["x"])
     options = {"apply_kwargs": {"train": True}, "donate": False}
@@ -336,7 +336,7 @@ def test_micro_batches_of_renorm_take_the_limits_of_one_step():
         assert int(state.batch_stats["norm"]["count"]) == number
 
 
-def test_a_step_of_evaluation_takes_a_policy_by_override():
+def test_an_eval_step_takes_a_policy_from_an_override():
     state = run_steps(Critic(), [BATCH] * 3)
     step = eval_step(squared, apply_kwargs={"train": False})
     with bnjax.override("norm", using=Batch()):

@@ -1,4 +1,4 @@
-"""Renormalization and running statistics beside other packages: equal where those are right.
+"""Renormalization and running statistics, equal to those of other packages where these are right.
 
 `python -m tests.test_policies_peers` prints how far each is off, as a table.
 """
@@ -58,7 +58,7 @@ def exact(width: float = 2.0, limits: tuple[float, float] = (3.0, 5.0)) -> Any:
 
 
 def of_sbx(width: float = 2.0, steps: int = 100_000) -> tuple[Any, Any]:
-    """The same of sbx, after so many steps."""
+    """The same with sbx, after this many steps."""
     layer = peers.sbx()(use_running_average=False)
     params, stats, x, cotangent = arrays(width)
     state = {**stats, "r_max": 3, "d_max": 5, "steps": steps}
@@ -98,7 +98,7 @@ def sbx_in_evaluation() -> float:
 
 
 def keras_layer(clipping: dict[str, float], masked: bool = False) -> tuple[Any, Any, Any]:
-    """Output and gradient of Keras' layer whose deviation is that of the running variance."""
+    """Output and gradient of Keras' layer, with the deviation from the running variance."""
     keras = peers.keras()
     params, stats, x, cotangent = arrays()
     layer = keras.layers.BatchNormalization(epsilon=EPS, renorm=True, renorm_clipping=clipping)
@@ -197,7 +197,7 @@ def brax_over_devices() -> float:
 
 
 class Agrees:
-    """A comparison that must come out below a bound."""
+    """A comparison whose result must be below a bound."""
 
     def __init__(self, peer: str, what: str, check: Callable[[], float], bound: float) -> None:
         self.peer, self.what, self.check, self.bound = peer, what, check, bound
@@ -222,7 +222,7 @@ def test_a_peer_agrees_where_it_is_right(row):
 
 
 def test_sbx_loses_eps_where_the_variance_is_near_it():
-    # It normalizes with `v / r^2 + eps`, where `(v + eps) / r^2` is meant.
+    # It normalizes with `v / r^2 + eps` instead of `(v + eps) / r^2`.
     width = 0.03  # a variance of 1.7 eps
     (y, dx), _ = of_sbx(width)
     (wanted, exact_dx), (found, _) = exact(width), ours(width)
@@ -233,7 +233,7 @@ def test_sbx_loses_eps_where_the_variance_is_near_it():
 
 @pytest.mark.parametrize("steps", [0, 100_000])
 def test_sbx_has_no_gradient_in_a_constant_channel(steps):
-    # 0 * inf through sqrt(v), in the warm-up too.
+    # 0 * inf through sqrt(v), even in the warm-up.
     layer = peers.sbx()(use_running_average=False)
     params, stats, x, _ = arrays()
     x = x.at[:, 2].set(1.0)
@@ -249,7 +249,7 @@ def test_sbx_has_no_gradient_in_a_constant_channel(steps):
     assert np.isfinite(found).all()
 
 
-def test_a_state_of_sbx_comes_over_by_the_name_of_its_count():
+def test_a_state_of_sbx_loads_after_renaming_its_count():
     theirs = peers.sbx()(use_running_average=False, warmup_steps=3)
     params, _, x, _ = arrays(100.0)
     variables: Any = theirs.init(KEY, x) | {"params": params}
@@ -292,7 +292,7 @@ def test_brax_truncates_weights_that_are_fractions():
     assert int(of_brax(xs, halves).count.lo) == 16 * 50
 
 
-def test_brax_stands_still_after_many_values():
+def test_brax_stalls_after_many_values():
     statistics = peers.brax()
     many, level = 2**24, 1e4
     xs = jnp.asarray(np.random.default_rng(0).normal(level + 3, 1, (4096, 64, 1)), jnp.float32)

@@ -43,7 +43,7 @@ def call(using: Any, params: Any, stats: Any, x: Any, **settings: Any) -> Any:
 
 
 def reference(policy: Any, params: Any, stats: Any, x: Any) -> tuple[Any, Any]:
-    """The formulas as one would write them first, for JAX to differentiate."""
+    """The formulas in their simplest form, for JAX to differentiate."""
     reduced, kind = tuple(range(x.ndim - 1)), policy
     stop = jax.lax.stop_gradient
     mean, r, d, m, v = jnp.mean(x, reduced), 1.0, 0.0, stats["mean"], stats["var"]
@@ -70,13 +70,13 @@ def reference(policy: Any, params: Any, stats: Any, x: Any) -> tuple[Any, Any]:
 
 
 def loss(apply: Any, using: Any, stats: Any, params: Any, x: Any) -> jax.Array:
-    """A number that is not linear in the output."""
+    """A nonlinear function of the output."""
     y, _ = apply(using, params, stats, x)
     return jnp.sum(jnp.sin(jnp.real(y)) * jnp.cos(jnp.arange(y.size)).reshape(y.shape))
 
 
 def derivatives(f: Any, at: Any, along: Any) -> Any:
-    """Of first and second order, forward and reverse."""
+    """Derivatives of first and second order, forward and reverse."""
 
     def dot(*at: Any) -> Any:
         return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.grad(f, (0, 1))(*at), along)))
@@ -92,7 +92,7 @@ def derivatives(f: Any, at: Any, along: Any) -> Any:
 @each_policy
 @pytest.mark.parametrize("case", [NC, NHWC], ids=lambda case: case.name)
 @pytest.mark.usefixtures("x64")
-def test_derivatives_of_first_and_second_order_are_those_of_the_formula(case, using):
+def test_derivatives_of_first_and_second_order_match_the_formula(case, using):
     (params, stats, x), (dparams, _, dx) = (arrays(case, seed, np.float64) for seed in (0, 1))
     found, wanted = (
         jax.jit(functools.partial(derivatives, functools.partial(loss, apply, using, stats)))(
@@ -105,7 +105,7 @@ def test_derivatives_of_first_and_second_order_are_those_of_the_formula(case, us
 
 
 @each_policy
-def test_vmap_scan_and_remat_give_what_plain_calls_give(using):
+def test_vmap_scan_and_remat_match_plain_calls(using):
     many = [arrays(NC, seed) for seed in range(3)]
     params, stats, _ = many[0]
     xs = jnp.stack([x for _, _, x in many])
@@ -242,7 +242,7 @@ def test_presets_have_the_limits_of_their_papers(using, table):
         np.testing.assert_allclose((at.r_max, at.d_max), limits, atol=1e-3)
 
 
-def test_limits_go_by_the_saved_count_of_training_steps():
+def test_limits_follow_the_saved_count_of_training_steps():
     using = Renorm(optax.linear_schedule(1.0, 3.0, 2), lambda count: 2.5 * count)
     assert using.counts
     params, stats = bnjax.init(5, using=using)

@@ -1,4 +1,4 @@
-"""Population statistics of the layers of a model: exact, pure, and of all data alike."""
+"""Population statistics of a linen model: exact, pure, and pooled over all data."""
 
 import re
 from typing import Any, assert_type
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick_compile
 
 
 class Residual(nn.Module):
-    """As others write it, with flax alone: a mode flag, dropout, remat, a layer used twice."""
+    """A model in plain Flax: a mode flag, dropout, remat, a layer used twice."""
 
     norm: type[nn.Module] = nn.BatchNorm
 
@@ -96,7 +96,7 @@ def test_sequential_gives_each_layer_the_statistics_of_what_it_will_see(model, b
 
 
 def test_without_sequential_deep_layers_have_what_they_saw_in_training(batches):
-    # With one batch as all the data, evaluation becomes what training is.
+    # If a single batch is all the data, evaluation equals training.
     model = nn.Sequential([bnjax.BatchNorm1d(), nn.Dense(5), nn.relu, bnjax.BatchNorm1d()])
     variables = model.init(jax.random.key(0), batches[0])
     trained, _ = model.apply(variables, batches[0], mutable=["batch_stats"])
@@ -134,7 +134,7 @@ def test_masked_examples_do_not_count(batches):
     chex.assert_trees_all_close(new, expected, rtol=2e-5, atol=1e-5)
 
 
-def test_chosen_layers_alone_are_recalibrated(batches):
+def test_only_chosen_layers_are_recalibrated(batches):
     model = Residual()
     variables = model.init(jax.random.key(0), batches[0])
     new = bnjax.recalibrate(model, variables, batches, paths="s*")["batch_stats"]
@@ -184,8 +184,8 @@ class Normalized(nn.Module):
 
 BATCH = np.ones((4, 3), np.float32) * np.arange(4)[:, None]
 NO_BATCH = (
-    "`batches` must hold at least one batch, got none. An iterator that was used before is empty: "
-    "pass a list, or create it again."
+    "`batches` must hold at least one batch, got none. An iterator can be used only once: pass a "
+    "list, or create it again."
 )
 
 
@@ -196,18 +196,19 @@ NO_BATCH = (
         ({"batches": [], "sequential": True}, NO_BATCH),
         (
             {"batches": iter([BATCH]), "sequential": True},
-            "`batches` must be iterable once for each layer, got a list_iterator, which is empty "
-            "after its first use. Pass a list, or use sequential=False.",
+            "`batches` must be iterable once per layer, got a list_iterator, which can be used "
+            "only once. Pass a list, or use sequential=False.",
         ),
         (
             {"variables": {"params": {}}},
-            "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
-            "norms has it, got ['params']. Pass {'params': params, 'batch_stats': batch_stats}.",
+            "`variables` must be a dict with the collection `batch_stats`, like those of any model "
+            "with batch norms, got ['params']. Pass {'params': params, 'batch_stats': "
+            "batch_stats}.",
         ),
         (
             {"batches": [BATCH * np.nan]},
-            "These layers saw no finite mean and variance: BatchNorm_0 (3 channels). Is there NaN "
-            "or inf in the batches or the parameters, or a mask without True?",
+            "These layers saw no finite mean and variance: BatchNorm_0 (3 channels). Do the "
+            "batches or parameters hold NaN or inf, or is a mask all False?",
         ),
     ],
 )
@@ -222,7 +223,7 @@ def test_variables_of_another_model_are_an_error():
     model = Residual()
     variables = model.init(jax.random.key(0), BATCH)
     other = {"params": {}, "batch_stats": variables["batch_stats"]}
-    message = r"^`variables` do not fit the model, or the model an input of shape .*: "
+    message = r"^`variables` or an input of shape .* do not fit the model: "
     with pytest.raises(ValueError, match=message + "Tried to access "):
         bnjax.recalibrate(model, other, [BATCH])
 
@@ -240,7 +241,7 @@ def test_the_devices_of_the_training_are_not_needed(kind, sequential):
     np.testing.assert_allclose(found["batch_stats"]["mean"], x.mean(0), rtol=1e-6)
 
 
-def test_modules_that_are_called_mean_and_var_are_no_batch_norm():
+def test_modules_named_mean_and_var_are_not_batch_norms():
     class Head(nn.Module):
         @nn.compact
         def __call__(self, x):

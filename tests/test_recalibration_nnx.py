@@ -1,4 +1,4 @@
-"""Population statistics of the layers of an nnx model, which stays as it is."""
+"""Population statistics of an nnx model, which is not modified."""
 
 import re
 from typing import Any, assert_type
@@ -133,7 +133,7 @@ def test_shards_that_the_model_maps_itself_are_pooled(rng):
 
 
 @pytest.mark.parametrize("ways", ["jit", "scan"])
-def test_layers_inside_of_transformations_are_measured(batches, ways):
+def test_layers_inside_transformations_are_measured(batches, ways):
     class Loop(nnx.Module):
         def __init__(self) -> None:
             self.bn = nnx.vmap(lambda rngs: nnx.BatchNorm(3, rngs=rngs))(nnx.Rngs(0).split(2))
@@ -177,7 +177,7 @@ def test_nothing_changes_when_the_iterator_fails(batches, sequential):
 
 
 @pytest.mark.parametrize("references", [False, True])
-def test_the_model_stays_as_it_is_and_all_but_the_statistics_is_the_same(batches, references):
+def test_the_model_is_unchanged_and_only_statistics_differ(batches, references):
     with nnx.var_defaults(ref=references):
         model = Branches(nnx.Rngs(0))
     model(batches[0])
@@ -194,7 +194,7 @@ def test_the_model_stays_as_it_is_and_all_but_the_statistics_is_the_same(batches
     chex.assert_trees_all_equal(held(model), before)
 
 
-def test_chosen_layers_alone_are_recalibrated_a_shared_one_by_any_of_its_names(batches):
+def test_only_chosen_layers_are_recalibrated_a_shared_one_by_any_of_its_paths(batches):
     model = Branches(nnx.Rngs(0))
     before = held(model)
     new = updated(model, bnjax.recalibrate(model, None, batches, paths="t*"))
@@ -210,7 +210,7 @@ def test_a_frozen_layer_is_recalibrated_and_stays_frozen(batches):
     assert layer.use_running_average is True
 
 
-def test_a_layer_with_arguments_of_its_own_is_measured(batches):
+def test_a_layer_with_extra_arguments_is_measured(batches):
     class Renamed(nnx.BatchNorm):
         def __call__(self, x, train):  # pyright: ignore[reportIncompatibleMethodOverride]
             return super().__call__(x, use_running_average=not train)
@@ -220,7 +220,7 @@ def test_a_layer_with_arguments_of_its_own_is_measured(batches):
     assert_population(updated(layer, new), np.concatenate(batches).astype(np.float64))
 
 
-def test_a_part_of_the_state_such_as_averaged_parameters_goes_in_and_comes_out(batches):
+def test_a_partial_state_such_as_averaged_parameters_replaces_the_models(batches):
     model = Branches(nnx.Rngs(0))
     averaged = jax.tree.map(lambda leaf: leaf * 2, nnx.state(model, nnx.Param))
     new = updated(model, bnjax.recalibrate(model, averaged, batches))
@@ -233,27 +233,26 @@ MISTAKES = {
     "a number": (
         lambda model: bnjax.recalibrate(model, 3, []),
         TypeError,
-        "`variables` of an nnx model must be an nnx.State, as `nnx.state(model)` gives it, or None "
-        "for those that the model has, got int.",
+        "`variables` of an nnx model must be an nnx.State, such as `nnx.state(model)`, or None for "
+        "the model's own, got int.",
     ),
     "a dict of another model": (
         lambda model: bnjax.recalibrate(model.first, {"bias": np.zeros(3)}, []),
         ValueError,
-        "`variables` do not fit the model: missing ['mean', 'scale', 'var']. Are they of another "
-        "model?",
+        "`variables` do not fit the model: missing ['mean', 'scale', 'var']. Are they another "
+        "model's?",
     ),
     "another model": (
         lambda model: bnjax.recalibrate(model, nnx.state(make(num_features=6)), []),
         ValueError,
-        "`variables` do not fit the model: unknown ['bias', 'mean', 'scale', 'var']. Are they of "
-        "another model?",
+        "`variables` do not fit the model: unknown ['bias', 'mean', 'scale', 'var']. Are they "
+        "another model's?",
     ),
     "another shape": (
         lambda model: bnjax.recalibrate(model.first, nnx.state(make(num_features=6)), []),
         ValueError,
-        "`variables` do not fit the model: of another shape ['bias (6,) not (3,)', "
-        "'mean (6,) not (3,)', 'scale (6,) not (3,)', 'var (6,) not (3,)']. Are they of another "
-        "model?",
+        "`variables` do not fit the model: of another shape ['bias (6,) not (3,)', 'mean (6,) not "
+        "(3,)', 'scale (6,) not (3,)', 'var (6,) not (3,)']. Are they another model's?",
     ),
     "no model": (
         lambda model: bnjax.recalibrate(model.__call__, None, []),
@@ -264,33 +263,32 @@ MISTAKES = {
     "no statistics": (
         lambda model: bnjax.recalibrate(model.dense, None, []),
         ValueError,
-        "`model` must call a batch norm, bnjax's or Flax's own, but calls none. If it has "
-        "one of another class, bnjax.register makes that known.",
+        "`model` must call a batch norm of bnjax or Flax, but calls none. If it has one of another "
+        "class, register that with bnjax.register.",
     ),
     "no batch": (
         lambda model: bnjax.recalibrate(model, None, []),
         ValueError,
-        "`batches` must hold at least one batch, got none. An iterator that was used before is "
-        "empty: pass a list, or create it again.",
+        "`batches` must hold at least one batch, got none. An iterator can be used only once: pass "
+        "a list, or create it again.",
     ),
     "no such layer": (
         lambda model: bnjax.recalibrate(model, None, [], paths="bn"),
         ValueError,
-        "The pattern 'bn' fits the path of no batch norm: there are ['first', 'norms/0', "
-        "'norms/1', 'twice']. `*` is a part of one name, `**` any number of names, as in "
-        "'encoder/**'.",
+        "The pattern 'bn' matches no batch norm: there are ['first', 'norms/0', 'norms/1', "
+        "'twice']. `*` matches part of one name, `**` any number of names, as in 'encoder/**'.",
     ),
     "NaN": (
         lambda model: bnjax.recalibrate(model.first, None, [jnp.full((2, 3), jnp.nan)]),
         ValueError,
-        "These layers saw no finite mean and variance: the top of the model (3 channels). Is there "
-        "NaN or inf in the batches or the parameters, or a mask without True?",
+        "These layers saw no finite mean and variance: the top of the model (3 channels). Do the "
+        "batches or parameters hold NaN or inf, or is a mask all False?",
     ),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_gets_an_error_that_says_how_to_mend_it(name):
+def test_each_mistake_raises_an_error_with_a_repair(name):
     call, error, message = MISTAKES[name]
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         call(Branches(nnx.Rngs(0)))

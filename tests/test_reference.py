@@ -1,4 +1,4 @@
-"""The pages of the reference have all public names; that they build is for `.ci/run`."""
+"""The reference pages list all public names; `.ci/run` builds them."""
 
 import re
 
@@ -10,13 +10,13 @@ from examples import reference
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The pages as they are written, before they are built."""
+    """The pages before they are built."""
     folder = tmp_path_factory.mktemp("reference")
     menu = reference.write(folder)
     return folder, menu
 
 
-def test_each_public_name_has_a_place(pages):
+def test_each_public_name_is_documented(pages):
     folder, _ = pages
     for module in reference.MODULES:
         text = (folder / "pages" / "reference" / f"{module}.md").read_text()
@@ -25,7 +25,7 @@ def test_each_public_name_has_a_place(pages):
     assert "bnjax.nnx.train_step" in reference.public("bnjax.nnx")
 
 
-def test_each_module_that_is_public_has_a_page():
+def test_each_public_module_has_a_page():
     shown = {name.rpartition(".")[2] for name in reference.MODULES} - {"bnjax"}
     assert shown == {name for name in bnjax.__all__ if name not in _names("bnjax")}
 
@@ -34,7 +34,7 @@ def _names(module: str) -> set[str]:
     return {name.rpartition(".")[2] for name in reference.public(module)}
 
 
-def test_examples_in_docstrings_are_fenced_and_nothing_else_changes(pages):
+def test_only_examples_in_docstrings_are_fenced(pages):
     folder, _ = pages
     source = (folder / "source" / "bnjax" / "training" / "averaging.py").read_text()
     assert "    ```pycon\n    >>> import bnjax\n" in source
@@ -42,7 +42,7 @@ def test_examples_in_docstrings_are_fenced_and_nothing_else_changes(pages):
     compile(source, "averaging.py", "exec")
 
 
-def test_the_menu_has_each_guide_and_each_page_that_it_names_is_there(pages):
+def test_the_menu_lists_all_guides_and_only_existing_pages(pages):
     folder, menu = pages
     first, guides, parts = menu
     guides = guides["Guides"]
@@ -55,7 +55,7 @@ def test_the_menu_has_each_guide_and_each_page_that_it_names_is_there(pages):
     assert all((folder / "pages" / page).is_file() for page in listed)
 
 
-def test_a_call_is_shown_with_its_defaults():
+def test_signatures_show_defaults():
     text = (reference._entry("bnjax.masks.trainable_labels"), reference._entry("bnjax.BatchNorm1d"))
     assert "trainable_labels(params, frozen)" in text[0]
     assert "BatchNorm1d(num_features=None, eps=1e-05, momentum=0.1, affine=True," in text[1]

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.quick_compile
 
 
 @each_case
-def test_a_frozen_stranger_evaluates_while_the_model_trains(case):
+def test_a_frozen_registered_layer_evaluates_while_the_model_trains(case):
     net, variables = start(case)
     variables = trained(net, variables, BATCHES[1])[1]
     wanted = net.apply(variables, *(BATCHES[0][name] for name in INPUTS))
@@ -43,7 +43,7 @@ def test_a_frozen_stranger_evaluates_while_the_model_trains(case):
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "configured"])
-def test_the_momentum_of_a_stranger_is_overridden_in_its_own_convention(name):
+def test_the_momentum_of_a_registered_layer_is_overridden_in_its_own_convention(name):
     net, variables = start(CASES[name])
     with bnjax.override("norm", momentum=0.75):
         after = trained(net, variables, BATCHES[0])[1]
@@ -53,7 +53,7 @@ def test_the_momentum_of_a_stranger_is_overridden_in_its_own_convention(name):
 
 @each_case
 @pytest.mark.parametrize("how", ["parallel", "sequential", "mesh"])
-def test_a_stranger_is_recalibrated(case, how):
+def test_a_registered_layer_is_recalibrated(case, how):
     net, variables = start(case)
     options: dict[str, Any] = {"sequential": {"sequential": True}}.get(how, {})
     if how == "mesh":
@@ -65,7 +65,7 @@ def test_a_stranger_is_recalibrated(case, how):
 
 
 @each_case
-def test_a_diagnosis_of_strangers_tells_stale_statistics_from_fresh_ones(case):
+def test_a_diagnosis_of_registered_layers_distinguishes_stale_from_fresh_statistics(case):
     net, variables = start(case)
     fresh = bnjax.recalibrate(net, variables, BATCHES, inputs=INPUTS)
     report = bnjax.diagnose(net, fresh, BATCHES, inputs=INPUTS)
@@ -79,7 +79,7 @@ def test_a_diagnosis_of_strangers_tells_stale_statistics_from_fresh_ones(case):
 
 
 @pytest.mark.parametrize("name", ["copied", "copied_told_in_call", "renorm"])
-def test_a_stranger_is_folded(name):
+def test_a_registered_layer_is_folded(name):
     net, variables = start(CASES[name])
     fresh = bnjax.recalibrate(net, variables, BATCHES, inputs=INPUTS)
     fresh["params"]["norm"] = {"scale": jnp.arange(1.0, 5), "bias": jnp.arange(4.0)}
@@ -92,15 +92,18 @@ def test_a_stranger_is_folded(name):
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("masked", "it returns more than an array"), ("configured", "the batch norm is given a mask")],
+    [
+        ("masked", "it returns more than an array"),
+        ("configured", "the batch norm is called with a mask"),
+    ],
 )
-def test_a_stranger_that_does_more_is_not_folded_and_the_reason_is_said(name, why):
+def test_a_registered_layer_that_does_more_is_not_folded_with_a_reason(name, why):
     net, variables = start(CASES[name])
     with pytest.raises(ValueError, match=rf"(?s)must have a batch norm that can be folded.*{why}"):
         bnjax.fold(net, variables, BATCHES[0], inputs=INPUTS)
 
 
-def test_a_stranger_with_another_arithmetic_is_not_folded_wrongly():
+def test_a_registered_class_with_another_formula_is_not_folded():
     bnjax.register(strangers.Whitened, {"use_bias": False})
     net, variables = start(
         Case(
@@ -109,7 +112,7 @@ def test_a_stranger_with_another_arithmetic_is_not_folded_wrongly():
             lambda x, _, train: strangers.Whitened(name="norm")(x, not train),
         )
     )
-    with pytest.raises(ValueError, match="The outputs on `example_x` must stay the same"):
+    with pytest.raises(ValueError, match="Folding must preserve the outputs on `example_x`"):
         bnjax.fold(net, variables, BATCHES[0], inputs=INPUTS)
 
 
@@ -119,7 +122,7 @@ def loss(outputs, _):
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "renorm"])
 @pytest.mark.parametrize("number", [2, 12])
-def test_micro_batches_leave_a_stranger_the_statistics_of_the_whole_batch(name, number):
+def test_micro_batches_give_a_registered_layer_the_statistics_of_the_whole_batch(name, number):
     case = CASES[name]
     net, _ = start(case)
     state = init_state(net, optax.sgd(0.1), jax.random.key(0), BATCHES[0], inputs=INPUTS)
@@ -134,7 +137,7 @@ def test_micro_batches_leave_a_stranger_the_statistics_of_the_whole_batch(name, 
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_statistics_that_get_more_axes_go_on_over_several_steps(number):
+def test_statistics_with_more_axes_are_updated_over_several_steps(number):
     net, _ = start(CASES["configured"])
     state = init_state(net, optax.sgd(0.0), jax.random.key(0), BATCHES[0], inputs=INPUTS)
     how: Any = {"inputs": INPUTS, "apply_kwargs": {"train": True}}
@@ -148,13 +151,13 @@ def test_statistics_that_get_more_axes_go_on_over_several_steps(number):
     assert bnjax.diagnose(net, fresh, BATCHES, inputs=INPUTS).healthy
 
 
-def test_what_a_stranger_keeps_beside_mean_and_variance_forbids_micro_batches():
+def test_extra_statistics_of_a_registered_class_forbid_micro_batches():
     net, _ = start(CASES["renorm"])
     state = init_state(net, optax.sgd(0.1), jax.random.key(0), BATCHES[0], inputs=INPUTS)
     step = train_step(loss, inputs=INPUTS, apply_kwargs={"train": True}, microbatches=2)
     message = (
-        "Beside its mean and variance the Renorm at 'norm' keeps ['steps'], of which it is not "
-        "known what they are after micro-batches. Train with microbatches=1."
+        "The Renorm at 'norm' must keep only a mean and a variance, but also keeps ['steps'], "
+        "which can't be pooled over micro-batches. Train with microbatches=1."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         step(state, BATCHES[0])
@@ -194,22 +197,22 @@ class OfFlax(nn.BatchNorm):
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm, OfFlax, nnx.BatchNorm, bnjax.BatchNorm1d])
-def test_a_class_that_is_known_is_not_registered(kind):
-    message = f"{kind.__name__} is known already, by a class that it inherits from: it needs "
-    message += "no registration."
+def test_a_known_class_is_not_registered(kind):
+    message = f"`kind` must be an unknown class, but {kind.__name__} inherits from a known one. "
+    message += "It needs no registration."
     with error(ValueError, message):
         bnjax.register(kind)
 
 
-def test_a_subclass_that_does_not_call_a_known_class_registered_class():
+def test_a_subclass_that_does_not_call_its_known_base_can_be_registered():
     bnjax.register(kind := type("Anew", (strangers.Rewritten,), {}))
     assert registered_class(kind(True))
 
 
-def test_facts_of_other_names_are_refused():
+def test_facts_with_unknown_names_are_refused():
     message = (
-        "`facts` go by the names of flax.linen.BatchNorm, x, use_running_average, momentum, axis, "
-        "epsilon, mask, axis_name, axis_index_groups, use_scale, use_bias, got ['eps']."
+        "`facts` must use the names of flax.linen.BatchNorm, x, use_running_average, momentum, "
+        "axis, epsilon, mask, axis_name, axis_index_groups, use_scale, use_bias, got ['eps']."
     )
     with error(TypeError, message):
         bnjax.register(norm_class(momentum=float), {"eps": "epsilon"})
@@ -228,7 +231,7 @@ def test_facts_of_other_names_are_refused():
         ),
     ],
 )
-def test_facts_that_a_class_does_not_tell_are_asked_for(fields, facts, missing, name):
+def test_facts_that_a_class_does_not_show_are_required(fields, facts, missing, name):
     message = (
         f"Fresh has no argument {missing!r}, only ['x', 'train'], and no such field, only "
         f'{[*fields]}. Say where its {name} is: bnjax.register(Fresh, {{"{name}": ...}}).'
@@ -239,8 +242,8 @@ def test_facts_that_a_class_does_not_tell_are_asked_for(fields, facts, missing, 
 
 def needs_a_name(name: str, kind: str, got: str) -> str:
     return re.escape(
-        f"The {name} of the {kind} at 'norm' must be changed here, so bnjax.register needs the "
-        f"name of an argument or a field that sets it, got {got}."
+        f"To change the {name} of the {kind} at 'norm', bnjax.register needs the name of an "
+        f"argument or a field that sets it, got {got}."
     )
 
 
@@ -254,7 +257,7 @@ def test_a_momentum_in_a_config_can_be_read_but_not_overridden():
 @pytest.mark.parametrize(
     ("name", "kind", "got"), [("copied", "Copied", "'mask'"), ("masked", "Masked", "<function")]
 )
-def test_a_stranger_that_takes_no_mask_can_not_leave_padding_out(name, kind, got):
+def test_a_registered_layer_without_a_mask_cannot_leave_padding_out(name, kind, got):
     net, _ = start(CASES[name])
     state = init_state(net, optax.sgd(0.1), jax.random.key(0), BATCHES[0], inputs=INPUTS)
     masked = BATCHES[0] | {"mask": np.arange(24) < 20}
@@ -311,7 +314,7 @@ def unknown(kind: Any) -> Case:
 
 
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
-def test_each_tool_names_a_class_that_is_not_registered(tool):
+def test_every_tool_names_an_unregistered_class(tool):
     names_the_class(*start(unknown(strangers.Stranger)), tool, "Stranger")
 
 

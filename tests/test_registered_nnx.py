@@ -24,7 +24,7 @@ def switch(model: NetNnx, train: bool) -> None:
 
 
 @each_case_nnx
-def test_a_frozen_stranger_of_nnx_stays_as_it_is(case):
+def test_a_frozen_registered_nnx_layer_is_unchanged(case):
     model = NetNnx(case)
     switch(model, False)
     wanted = model(BATCHES[0]["x"])
@@ -44,7 +44,7 @@ def params_of(model: Any) -> Any:
 @each_case_nnx
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_stranger_of_nnx_is_recalibrated(case, sequential, training):
+def test_a_registered_nnx_layer_is_recalibrated(case, sequential, training):
     model = NetNnx(case)
     switch(model, training)
     inputs: Any = (lambda each: {"x": each["x"], "train": training}) if sequential else "x"
@@ -56,7 +56,7 @@ def test_a_stranger_of_nnx_is_recalibrated(case, sequential, training):
 
 
 @each_case_nnx
-def test_a_diagnosis_of_strangers_of_nnx_tells_stale_statistics_from_fresh_ones(case):
+def test_a_diagnosis_of_registered_nnx_layers_distinguishes_stale_from_fresh_statistics(case):
     model = NetNnx(case)
     switch(model, False)
     nnx.update(model, bnjax.recalibrate(model, None, BATCHES))
@@ -67,7 +67,7 @@ def test_a_diagnosis_of_strangers_of_nnx_tells_stale_statistics_from_fresh_ones(
 
 
 @each_case_nnx
-def test_a_stranger_of_nnx_is_folded(case):
+def test_a_registered_nnx_layer_is_folded(case):
     model = NetNnx(case)
     switch(model, False)
     nnx.update(model, bnjax.recalibrate(model, None, BATCHES))
@@ -78,7 +78,7 @@ def test_a_stranger_of_nnx_is_folded(case):
 
 
 @pytest.mark.parametrize("tool", ["recalibrate", "diagnose", "fold"])
-def test_each_tool_names_a_class_of_nnx_that_is_not_registered(tool):
+def test_every_tool_names_an_unregistered_nnx_class(tool):
     model = NetNnx(Case(strangers.Unknown, {}, lambda norm, x, train: norm(x)))
     x = BATCHES[0]["x"]
     call: Any = {

@@ -122,7 +122,7 @@ def test_variables_alone_are_the_same_object():
     assert variables_of_model(Net(), variables) is variables
 
 
-def test_of_lookahead_it_is_the_slow_parameters():
+def test_lookahead_gives_the_slow_parameters():
     state = trained(optax.lookahead(optax.sgd(0.1), 5, 0.5))
     fast = jax.tree.map(lambda leaf: leaf + 1, state.params.fast)
     state = state.replace(params=optax.LookaheadParams(fast, state.params.slow))
@@ -132,12 +132,13 @@ def test_of_lookahead_it_is_the_slow_parameters():
         chex.assert_trees_all_equal(variables_in(tree)["params"], state.params.slow)
 
 
-def test_several_models_and_those_of_pytorch_are_told():
+def test_several_models_or_a_pytorch_model_are_an_error():
     variables = trained().variables
-    message = "`variables` hold those of several models, at ['ema', 'model']: pass one of them."
+    message = "`variables` must be those of one model, but hold several, at ['ema', 'model']. "
+    message += "Pass one of them."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bnjax.diagnose(Net(), {"ema": variables, "model": variables}, [X])
-    message = "`variables` are the state dict of a PyTorch model. Convert them before, by "
+    message = "`variables` must be those of a Flax model, got the state dict of a PyTorch model. "
     state_dict = {"bn.running_mean": np.zeros(3), "bn.running_var": np.ones(3)}
     for tree in (state_dict, {"state_dict": state_dict}):
         with pytest.raises(ValueError, match=f"^{message}"):
@@ -145,7 +146,7 @@ def test_several_models_and_those_of_pytorch_are_told():
 
 
 @pytest.mark.parametrize("form", ["model", "dict", "tuple", "loaded"])
-def test_an_nnx_state_is_found_beside_its_optimizer(tmp_path, form):
+def test_an_nnx_state_is_found_next_to_its_optimizer(tmp_path, form):
     model, other = WithDropout(nnx.Rngs(0)), WithDropout(nnx.Rngs(1))
     optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
     bnjax.save(tmp_path / "m.msgpack", {"optimizer": optimizer, "net": model, "epoch": 1})
@@ -161,7 +162,7 @@ def test_an_nnx_state_is_found_beside_its_optimizer(tmp_path, form):
     )
     other.eval()
     assert bnjax.diagnose(other, saved, [X]).findings[0].kind == "never updated"
-    message = re.escape("hold those of several models, at ['a', 'b']: pass one of them.")
+    message = re.escape("hold several, at ['a', 'b']. Pass one of them.")
     with pytest.raises(ValueError, match=message):
         bnjax.diagnose(other, {"a": nnx.state(model), "b": nnx.state(model)}, [X])
 
@@ -170,7 +171,7 @@ def statistics(state: nnx.State) -> Any:
     return nnx.to_pure_dict(nnx.filter_state(state, nnx.BatchStat))
 
 
-def test_flax_states_of_users_are_taken():
+def test_flax_train_states_are_accepted():
     from flax.training import train_state
 
     class State(train_state.TrainState):

@@ -1,4 +1,4 @@
-"""Trainings on disk: what was saved comes back bit for bit, into a state like it."""
+"""Saving and resuming training: states survive a round trip bit for bit, with `like`."""
 
 import re
 from typing import Any
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 class Averaged(TrainState):
-    """A state with fields of a user: one with a default, one that nothing saves."""
+    """A user's state with extra fields: one with a default, and one that is not saved."""
 
     noise: Any = None
     name: str = struct.field(default="", pytree_node=False)
@@ -56,7 +56,7 @@ def trained(seed: int, kind: str = "threefry2x32") -> TrainState:
 
 
 def bits(tree: Any) -> list[tuple]:
-    """Dtype, shape and bytes of all leaves; of typed keys with their kind."""
+    """Dtype, shape and bytes of all leaves, including the kind of typed keys."""
 
     def one(leaf: Any) -> tuple:
         is_key = jnp.issubdtype(getattr(leaf, "dtype", np.dtype(int)), jax.dtypes.prng_key)
@@ -72,7 +72,7 @@ def state() -> TrainState:
 
 
 @PATHS
-def test_a_linen_training_comes_back_bit_for_bit(tmp_path, state, suffix):
+def test_a_linen_state_survives_a_round_trip_bit_for_bit(tmp_path, state, suffix):
     pytest.importorskip(NEEDS[suffix])
     path = tmp_path / f"state{suffix}"
     bnjax.save(path, state)
@@ -85,7 +85,7 @@ def test_a_linen_training_comes_back_bit_for_bit(tmp_path, state, suffix):
         assert leaf.sharding == new.sharding
 
 
-def test_a_restored_training_goes_on_as_if_it_had_not_stopped(tmp_path, state):
+def test_training_resumes_exactly(tmp_path, state):
     step = train_step(lambda y, batch: y, donate=False)
     bnjax.save(tmp_path / "state.msgpack", state)
     found = bnjax.load(tmp_path / "state.msgpack", like=linen_state(1))
@@ -93,7 +93,7 @@ def test_a_restored_training_goes_on_as_if_it_had_not_stopped(tmp_path, state):
 
 
 @pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
-def test_keys_of_other_kinds_come_back(tmp_path, kind):
+def test_random_keys_of_other_kinds_survive_a_round_trip(tmp_path, kind):
     state = linen_state(0, kind)
     bnjax.save(tmp_path / "state.msgpack", state)
     found = bnjax.load(tmp_path / "state.msgpack", like=linen_state(1, kind))
@@ -105,7 +105,7 @@ def test_keys_of_other_kinds_come_back(tmp_path, kind):
         bnjax.load(tmp_path / "state.msgpack", like=linen_state(1))
 
 
-def test_flax_itself_saves_a_state_with_typed_keys(state):
+def test_flax_serializes_a_state_with_typed_keys(state):
     found: Any = serialization.from_bytes(linen_state(1), serialization.to_bytes(state))
     assert bits(found) == bits(state)
     assert type(found) is Averaged
@@ -121,7 +121,7 @@ def nnx_training(seed: int, *, steps: int = 0) -> tuple[WithDropout, nnx.Optimiz
 
 
 @PATHS
-def test_an_nnx_training_comes_back_bit_for_bit(tmp_path, suffix):
+def test_an_nnx_model_and_optimizer_survive_a_round_trip_bit_for_bit(tmp_path, suffix):
     pytest.importorskip(NEEDS[suffix])
     model, optimizer = nnx_training(0, steps=2)
     path = tmp_path / f"training{suffix}"
@@ -140,7 +140,7 @@ def test_an_nnx_training_comes_back_bit_for_bit(tmp_path, suffix):
     assert bits(nnx.state(new_model)) == bits(nnx.state(model))
 
 
-def test_states_of_nnx_come_back_as_states(tmp_path):
+def test_nnx_states_load_as_states(tmp_path):
     model, optimizer = nnx_training(0, steps=1)
     tree = {"model": nnx.state(model), "optimizer": nnx.state(optimizer), "epoch": 3}
     bnjax.save(tmp_path / "training.msgpack", tree)
@@ -152,7 +152,7 @@ def test_states_of_nnx_come_back_as_states(tmp_path):
     assert bits(found["optimizer"]) == bits(tree["optimizer"])
 
 
-def test_without_like_it_is_plain_dicts_of_numpy(tmp_path, state):
+def test_without_like_a_state_loads_as_dicts_of_numpy_arrays(tmp_path, state):
     bnjax.save(tmp_path / "state.msgpack", state)
     found = bnjax.load(tmp_path / "state.msgpack")
     np.testing.assert_array_equal(found["rng"], jax.random.key_data(state.rng))
@@ -163,7 +163,7 @@ def test_without_like_it_is_plain_dicts_of_numpy(tmp_path, state):
     assert {type(leaf) for leaf in jax.tree.leaves(found)} == {np.ndarray}
 
 
-def test_like_gives_dtypes_and_shardings(tmp_path):
+def test_like_sets_dtypes_and_shardings(tmp_path):
     bnjax.save(tmp_path / "m.msgpack", {"w": np.arange(8.0, dtype="f"), "n": np.arange(3)})
     mesh = jax.make_mesh((8,), ("data",))
     split = NamedSharding(mesh, P("data"))
@@ -179,7 +179,7 @@ def test_like_gives_dtypes_and_shardings(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".msgpack", ".safetensors", ""])
-def test_what_does_not_fit_is_named(tmp_path, suffix):
+def test_a_mismatch_with_like_is_an_error_that_names_everything(tmp_path, suffix):
     path = tmp_path / f"m{suffix}"
     bnjax.save(path, {"a": np.ones(2), "b": {"c": np.ones((2, 3)), "d": np.ones(1)}})
     like = {"a": np.ones(2, int), "b": {"c": np.ones((3, 2))}, "e": [np.ones(4)]}
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_named(tmp_path, suffix):
         bnjax.load(path, like={"a": "text"})
 
 
-def test_boxed_parameters_keep_their_boxes(tmp_path):
+def test_like_keeps_boxes(tmp_path):
     init = nn.with_partitioning(nn.initializers.ones, (None, "x"))
     variables = nn.Dense(2, kernel_init=init).init(jax.random.key(0), X)
     bnjax.save(tmp_path / "m.msgpack", jax.tree.map(lambda leaf: leaf + 1, variables))
@@ -203,7 +203,7 @@ def test_boxed_parameters_keep_their_boxes(tmp_path):
     assert found["params"]["kernel"].names == (None, "x")
 
 
-def test_the_newest_step_of_a_manager_is_loaded(tmp_path, state, capfd):
+def test_a_manager_folder_loads_its_newest_step(tmp_path, state, capfd):
     import orbax.checkpoint as ocp
 
     with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
@@ -221,7 +221,7 @@ def test_the_newest_step_of_a_manager_is_loaded(tmp_path, state, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_folder_without_one_checkpoint_is_told(tmp_path):
+def test_a_folder_with_several_checkpoints_or_none_is_an_error(tmp_path):
     for name in ("a", "b"):
         bnjax.save(tmp_path / f"{name}.msgpack", {"w": np.ones(2)})
     message = f"the folder is not a checkpoint itself. It holds {tmp_path}/a.msgpack, "
@@ -232,14 +232,14 @@ def test_a_folder_without_one_checkpoint_is_told(tmp_path):
         bnjax.load(tmp_path / "empty")
 
 
-def test_the_newest_of_flaxs_old_files_is_loaded(tmp_path, state):
+def test_a_folder_of_legacy_flax_files_loads_the_newest(tmp_path, state):
     for number, each in ((9, linen_state(2)), (10, state)):
         (tmp_path / f"checkpoint_{number}").write_bytes(serialization.to_bytes(each))
     assert bits(bnjax.load(tmp_path, like=linen_state(1))) == bits(state)
     assert int(bnjax.load(tmp_path / "checkpoint_9")["step"]) == 0
 
 
-def test_what_others_keep_beside_the_weights_has_any_name(tmp_path):
+def test_names_besides_those_of_arrays_are_checked_when_saving_but_not_when_loading(tmp_path):
     held = {"w": np.ones(2), "vocabulary": {".": 1, "": 3}, "best": {"./a//b.ckpt": np.ones(())}}
     (tmp_path / "m.msgpack").write_bytes(serialization.msgpack_serialize(held))
     chex.assert_trees_all_equal(bnjax.load(tmp_path / "m.msgpack"), held)
@@ -247,7 +247,7 @@ def test_what_others_keep_beside_the_weights_has_any_name(tmp_path):
         bnjax.save(tmp_path / "other.msgpack", held)
 
 
-def test_a_replaced_file_keeps_its_permissions_and_a_link_stays_one(tmp_path):
+def test_replacing_a_file_keeps_permissions_and_symlinks(tmp_path):
     target, link = tmp_path / "target.msgpack", tmp_path / f"{'m' * 240}.msgpack"
     bnjax.save(target, {"w": np.ones(2)})
     target.chmod(0o600)
@@ -259,7 +259,7 @@ def test_a_replaced_file_keeps_its_permissions_and_a_link_stays_one(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", NEEDS)
-def test_empty_collections_and_arrays_come_back(tmp_path, suffix):
+def test_empty_collections_and_arrays_survive_a_round_trip(tmp_path, suffix):
     pytest.importorskip(NEEDS[suffix])
     tree = {
         "params": {},
@@ -275,7 +275,7 @@ def test_empty_collections_and_arrays_come_back(tmp_path, suffix):
         chex.assert_trees_all_equal(bnjax.load(tmp_path / f"{name}{suffix}"), tree)
 
 
-def test_a_save_to_orbax_that_fails_removes_what_is_its_own_alone(tmp_path, monkeypatch):
+def test_a_failed_orbax_save_removes_only_its_own_files(tmp_path, monkeypatch):
     import orbax.checkpoint as ocp
 
     def full(self, path, *_, **__):

@@ -112,7 +112,8 @@ def test_reprs_are_a_line(reports):
     average = Average(params, jax.numpy.int32(7), decay=None)
     assert repr(average) == "Average(count=7, decay=None)"
     assert re.fullmatch(
-        r"Folded\(Report\(3 layers folded; largest output difference \S+, of outputs up to \S+\)\)",
+        r"Folded\(Report\(3 layers folded; largest output difference \S+, for outputs up to "
+        r"\S+\)\)",
         repr(folded),
     )
 

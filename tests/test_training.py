@@ -1,4 +1,4 @@
-"""The train state, its steps, and the commit of an accepted step."""
+"""The train state, training and evaluation steps, and commits."""
 
 import re
 from typing import Any
@@ -40,7 +40,7 @@ def make(rng, size=16, **fields) -> tuple[TrainState, dict[str, np.ndarray]]:
     return state, {"x": x, "y": x.sum(1)}
 
 
-def test_training_lowers_the_loss_and_moves_the_statistics(rng):
+def test_training_lowers_the_loss_and_updates_the_statistics(rng):
     state, batch = make(rng)
     before = jax.device_get(state.batch_stats)
     step = train_step(squared_error)
@@ -56,8 +56,8 @@ def test_training_lowers_the_loss_and_moves_the_statistics(rng):
     assert (int(state.step), int(state.rejected)) == (101, 0)
 
 
-@pytest.mark.parametrize(("microbatches", "traces"), [(1, 1), (4, 2)])  # once for shapes alone
-def test_steps_and_evaluations_are_traced_once_for_each_shape(rng, microbatches, traces):
+@pytest.mark.parametrize(("microbatches", "traces"), [(1, 1), (4, 2)])  # once for the shapes
+def test_steps_are_traced_once_per_shape(rng, microbatches, traces):
     state, batch = make(rng)
     loss_fn: Any = chex.assert_max_traces(squared_error, n=traces)
     step = train_step(loss_fn, microbatches=microbatches)
@@ -71,7 +71,7 @@ def test_steps_and_evaluations_are_traced_once_for_each_shape(rng, microbatches,
         evaluate(test, state, ragged)
 
 
-def test_a_step_equals_the_same_by_hand(rng):
+def test_a_step_matches_one_written_by_hand(rng):
     state, batch = make(rng)
 
     def objective(params):
@@ -87,7 +87,7 @@ def test_a_step_equals_the_same_by_hand(rng):
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e38])
-def test_a_rejected_step_leaves_everything_as_it_was_and_is_counted(rng, poison):
+def test_a_rejected_step_changes_only_its_count(rng, poison):
     state, batch = make(rng)
     step = train_step(squared_error, donate=False)
     state, _ = step(state, batch)
@@ -103,7 +103,7 @@ def test_a_rejected_step_leaves_everything_as_it_was_and_is_counted(rng, poison)
     chex.assert_trees_all_equal(again.params, step(state, batch)[0].params)
 
 
-def test_commit_takes_all_or_nothing(rng):
+def test_commit_keeps_all_or_nothing(rng):
     state, _ = make(rng)
     proposed = state.replace(
         params=jax.tree.map(jnp.ones_like, state.params),
@@ -116,7 +116,7 @@ def test_commit_takes_all_or_nothing(rng):
     )
 
 
-def test_the_state_is_donated_unless_told_otherwise(rng):
+def test_the_state_is_donated_by_default(rng):
     state, batch = make(rng)
     train_step(squared_error, donate=False)(state, batch)
     assert not jax.tree.leaves(state.params)[0].is_deleted()
@@ -124,7 +124,7 @@ def test_the_state_is_donated_unless_told_otherwise(rng):
     assert jax.tree.leaves(state.params)[0].is_deleted()
 
 
-def test_evaluation_counts_each_example_once_and_moves_nothing(rng):
+def test_evaluation_counts_each_example_once_and_updates_nothing(rng):
     state, batch = make(rng, size=10)
     before = jax.device_get(state.batch_stats)
     step = eval_step(squared_error)
@@ -145,7 +145,7 @@ def test_masked_examples_do_not_count_in_the_training_loss(rng):
     assert metrics["loss"] < 1e3
 
 
-def test_a_mean_loss_and_a_model_without_batch_norm_do_too(rng):
+def test_a_mean_loss_and_a_model_without_batch_norm_work(rng):
     state, batch = make(rng, norm=False)
     assert state.batch_stats == {}
     assert "batch_stats" not in state.variables
@@ -164,28 +164,28 @@ def test_dropout_differs_between_steps_and_repeats_with_the_step_number(rng):
     assert evaluate(means, state, [batch]) == evaluate(means, state, [batch])
 
 
-def test_an_empty_iterator_of_batches_is_an_error(rng):
+def test_evaluating_no_batches_is_an_error(rng):
     state, _ = make(rng)
     message = (
-        "`batches` must hold at least one example that counts, got none. An iterator that was "
-        "used before is empty: pass a list, or create it again."
+        "`batches` must hold at least one example that counts, got none. An iterator can be used "
+        "only once: pass a list, or create it again."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         evaluate(eval_step(squared_error), state, [])
 
 
-def test_a_loss_of_a_wrong_shape_is_an_error(rng):
+def test_a_loss_of_the_wrong_shape_is_an_error(rng):
     state, batch = make(rng)
     message = (
-        "`loss_fn` must give `loss` as a mean of shape () or with one entry for each example, "
-        "(16,), got shape (16, 1). Take the mean over the other axes."
+        "`loss_fn` must return `loss` as a mean, of shape (), or per example, of shape (16,), got "
+        "shape (16, 1). Take the mean over the other axes."
     )
-    # JAX adds a note of its own to what is raised while it traces.
+    # JAX adds its own note to errors raised during tracing.
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}(\n|$)"):
         eval_step(lambda outputs, batch: outputs[:, None])(state, batch)
 
 
-def test_no_weight_decay_on_scales_and_biases_of_any_layer():
+def test_decay_mask_excludes_scales_and_biases_of_all_layers():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -203,7 +203,7 @@ def test_no_weight_decay_on_scales_and_biases_of_any_layer():
     assert optax.adamw(1e-3, mask=bnjax.decay_mask).init(params) is not None
 
 
-NO_EXAMPLE = {
+NO_EXAMPLES = {
     "empty": {"x": np.zeros((0, 4), np.float32), "y": np.zeros(0, np.float32)},
     "masked": {
         "x": np.ones((4, 4), np.float32),
@@ -213,8 +213,8 @@ NO_EXAMPLE = {
 }
 
 
-@pytest.mark.parametrize("batch", NO_EXAMPLE.values(), ids=NO_EXAMPLE)
-def test_a_batch_without_an_example_that_counts_is_rejected(rng, batch):
+@pytest.mark.parametrize("batch", NO_EXAMPLES.values(), ids=NO_EXAMPLES)
+def test_a_batch_without_counted_examples_is_rejected(rng, batch):
     state, _ = make(rng)
     after, metrics = train_step(squared_error, donate=False)(state, batch)
     assert not metrics["accepted"]
@@ -235,35 +235,35 @@ def with_mode() -> TrainState:
     return init_state(WithMode(), optax.sgd(0.1), jax.random.key(0), jnp.ones((2, 4)), train=False)
 
 
-MISSING = "The model is called with its inputs and with `apply_kwargs`, but WithMode.__call__() "
+MISSING = "The model is called with its inputs and `apply_kwargs`, but WithMode.__call__() "
 MISSING += "missing 1 required positional argument: 'train'. "
 X = {"x": np.ones((4, 4), np.float32), "y": np.ones(4, np.float32)}
 MISTAKES = {
     "a batch as input": (
         lambda: init_state(Net(), optax.sgd(0.1), jax.random.key(0), X),
-        "`x` must be an input of the model, got a batch with `x` in it: write init_state(model, "
-        'tx, key, batch["x"]), or init_state(model, tx, key, batch, inputs="x").',
+        "`x` must be an input of the model, got a batch that contains `x`: write "
+        'init_state(model, tx, key, batch["x"]), or init_state(model, tx, key, batch, inputs="x").',
     ),
     "init without a mode": (
         lambda: init_state(WithMode(), optax.sgd(0.1), jax.random.key(0), X["x"]),
-        MISSING + "Write what else it takes, as in init_state(model, tx, key, x, train=False).",
+        MISSING + "Pass its other arguments, as in init_state(model, tx, key, x, train=False).",
     ),
     "a step without a mode": (
         lambda: train_step(squared_error)(with_mode(), X),
-        MISSING + "Give what it trains with, as in train_step(loss_fn, apply_kwargs={'train': "
+        MISSING + "Pass its training arguments, as in train_step(loss_fn, apply_kwargs={'train': "
         "True}).",
     ),
     "an evaluation without a mode": (
         lambda: eval_step(squared_error)(with_mode(), X),
-        MISSING + "Give what it evaluates with, as in eval_step(loss_fn, apply_kwargs={'train': "
+        MISSING + "Pass its evaluation arguments, as in eval_step(loss_fn, apply_kwargs={'train': "
         "False}).",
     ),
     "mutable": (
         lambda: train_step(squared_error, apply_kwargs={"mutable": ["batch_stats"]}),
-        "`apply_kwargs` must leave `mutable` out: a training step keeps the updates of all "
+        "`apply_kwargs` must not contain `mutable`: a training step keeps the updates of all "
         "collections.",
     ),
-    "no function": (
+    "a number as loss function": (
         lambda: train_step(3),  # pyright: ignore[reportArgumentType]
         "`loss_fn` must be a function, loss_fn(outputs, batch), got int.",
     ),
@@ -278,6 +278,6 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("call", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_an_error_that_says_what_to_write(call, message):
+def test_mistakes_raise_errors_that_say_what_to_write(call, message):
     with pytest.raises(TypeError, match=rf"^{re.escape(message)}(\n|$)"):
         call()

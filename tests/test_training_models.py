@@ -1,4 +1,4 @@
-"""Training models and optimizers of every kind: each step is the one that is written by hand."""
+"""Training with all kinds of models and optimizers, compared with steps written by hand."""
 
 import re
 import warnings
@@ -46,7 +46,7 @@ def same(found: Any, wanted: Any) -> None:
 
 
 class Net(nn.Module):
-    """A batch norm of Flax's between two layers."""
+    """A Flax batch norm between two layers."""
 
     width: int = 4
     dtype: Any = None
@@ -62,7 +62,7 @@ class Net(nn.Module):
 
 
 def by_hand(net: Any, params: Any, others: Any, **rngs: Any) -> tuple[Any, Any, Any, Any]:
-    """The loss, its gradients, what the model has moved, and the function."""
+    """The loss, its gradients, the updated collections, and the loss function."""
 
     def objective(params):
         y, moved = net.apply(
@@ -114,7 +114,7 @@ def test_models_train_without_parameters_or_batch_norms(net, number):
         ("params", False, 2),
     ],
 )
-def test_each_step_and_micro_batch_draws_anew_and_collections_go_along(stream, named, number):
+def test_each_step_and_micro_batch_draws_new_numbers_and_updates_collections(stream, named, number):
     rngs = {"rngs": {stream: jax.random.key(5)}} if named else {}
     how: Any = {"apply_kwargs": {"train": True} | rngs, "microbatches": number, "donate": False}
     state, step = start(Noisy(stream)), train_step(loss, **how)
@@ -133,7 +133,7 @@ def test_each_step_and_micro_batch_draws_anew_and_collections_go_along(stream, n
 
 
 @pytest.mark.parametrize("net", [Codebook(), Spectral()], ids=["codebook", "spectral"])
-def test_what_else_a_model_keeps_is_carried_and_what_it_sows_is_not(net):
+def test_other_collections_are_carried_along_but_sown_ones_are_not(net):
     state = start(net)
     tree = jax.tree.structure(state)
     assert sorted(state.collections) == (["codebook"] if net == Codebook() else [])
@@ -149,13 +149,15 @@ def test_what_else_a_model_keeps_is_carried_and_what_it_sows_is_not(net):
     same((refused.batch_stats, refused.collections), (after.batch_stats, after.collections))
     parts, metrics = train_step(loss, microbatches=2, **TRAIN)(state, BATCH)
     assert metrics["accepted"]
-    if net == Codebook():  # each micro-batch moves a spectral norm, and so the next one's kernel
+    if (
+        net == Codebook()
+    ):  # each micro-batch updates a spectral norm, which changes the kernel for the next
         close(parts.batch_stats["bn"], after.batch_stats["bn"])
     assert np.isfinite(evaluate(eval_step(loss), parts, [BATCH])["loss"])
 
 
 class Sharded(nn.Module):
-    """A model whose variables say over which axes they are split."""
+    """A model with partitioned variables."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -168,7 +170,7 @@ class Sharded(nn.Module):
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("kind", [unfreeze, freeze])
 @pytest.mark.parametrize("net", [Sharded(), Net()], ids=["partitioned", "plain"])
-def test_variables_stay_of_the_kind_that_they_are(net, kind, number):
+def test_variables_keep_their_container_types(net, kind, number):
     state = start(net)
     state = state.replace(
         params=kind(state.params),
@@ -192,7 +194,7 @@ def test_a_batch_norm_without_parameters_is_frozen():
 
 
 class Averaged(TrainState):
-    """A state with an average of its parameters, and how often that was taken."""
+    """A state with an average of its parameters and the number of updates."""
 
     ema: Any
     taken: Any = 0
@@ -203,7 +205,7 @@ class Averaged(TrainState):
         return new.replace(ema=ema, taken=self.taken + 1)
 
 
-def test_a_rejected_step_leaves_the_fields_of_a_subclass():
+def test_a_rejected_step_does_not_change_the_fields_of_a_subclass():
     plain = start(Net())
     held = {k: getattr(plain, k) for k in ("params", "batch_stats", "rng", "rejected", "apply_fn")}
     state = Averaged.create(**held, tx=optax.sgd(0.1), ema=plain.params)
@@ -240,7 +242,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_gets_what_it_asks_for_and_its_update_is_the_plain_one(name):
+def test_optimizers_get_their_extra_arguments_and_match_plain_updates(name):
     net, tx, state = Net(), OPTIMIZERS[name], start(Net(), OPTIMIZERS[name])
     own, stats, slow = state.params, state.batch_stats, name == "lookahead"
     opt, update = tx.init(own), optax.with_extra_args_support(tx).update
@@ -264,7 +266,7 @@ def test_an_optimizer_gets_what_it_asks_for_and_its_update_is_the_plain_one(name
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_an_overflow_in_float16_commits_nothing_and_halves_the_scale(number):
+def test_a_float16_overflow_rejects_the_step_and_halves_the_scale(number):
     net = Net(dtype=jnp.float16)
     state = start(net, loss_scale=DynamicScale(growth_interval=1, scale=1024.0))
     step = train_step(loss, microbatches=number, **TRAIN)
@@ -273,7 +275,7 @@ def test_an_overflow_in_float16_commits_nothing_and_halves_the_scale(number):
     assert metrics["accepted"]
     close((scaled.params, scaled.batch_stats), (plain.params, plain.batch_stats), 2e-3)
     scaled, _ = step(scaled, BATCH)
-    assert float(scaled.loss_scale.scale) == 2048  # it was fine twice
+    assert float(scaled.loss_scale.scale) == 2048  # two accepted steps
     huge = scaled.replace(loss_scale=DynamicScale(scale=2.0**24))
     after, metrics = step(huge, BATCH)
     assert not metrics["accepted"]
@@ -283,7 +285,7 @@ def test_an_overflow_in_float16_commits_nothing_and_halves_the_scale(number):
     assert (float(after.loss_scale.scale), int(after.rejected)) == (2.0**23, 1)
 
 
-def test_gradients_of_half_precision_add_up_in_single():
+def test_half_precision_gradients_accumulate_in_float32():
     net = nn.Dense(1, use_bias=False, param_dtype=jnp.bfloat16)
     state = init_state(net, optax.sgd(1.0), jax.random.key(0), np.ones((512, 1), np.float32))
     state = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
@@ -294,7 +296,7 @@ def test_gradients_of_half_precision_add_up_in_single():
     assert float(after.params["kernel"][0, 0]) == 1  # 256 + 1 is 256 in bfloat16
 
 
-def test_a_state_that_was_donated_says_so_and_its_variables_stay():
+def test_a_donated_state_is_an_error_but_its_variables_remain():
     state = start(Net())
     kept = state.variables
     wanted = jax.device_get(kept)
@@ -302,8 +304,8 @@ def test_a_state_that_was_donated_says_so_and_its_variables_stay():
     same(kept, wanted)
     message = (
         "This state was passed to an earlier step, which reused its memory, so its arrays are "
-        "gone. Continue with the state that the step returned: state, metrics = step(state, "
-        "batch); or keep it with train_step(..., donate=False)."
+        "deleted. Use the state that the step returned, state, metrics = step(state, batch); or "
+        "keep this one with train_step(..., donate=False)."
     )
     for step in (train_step(loss), eval_step(loss)):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -313,7 +315,7 @@ def test_a_state_that_was_donated_says_so_and_its_variables_stay():
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("devices", [None, 4])
-def test_an_axis_name_pools_all_devices_without_being_mapped(devices, number):
+def test_an_axis_name_needs_no_mapped_axis(devices, number):
     mesh = None if devices is None else jax.make_mesh((devices,), ("data",))
     step = train_step(loss, mesh=mesh, microbatches=number, **TRAIN)
     after, metrics = step(start(Net(axis_name="batch")), BATCH)
@@ -341,12 +343,12 @@ def warned(**options: Any) -> list[str]:
     return [str(each.message) for each in found]
 
 
-def test_a_training_whose_statistics_never_move_is_warned_of_once():
+def test_a_step_that_updates_no_statistics_warns_once():
     checks.warn_once.cache_clear()
     assert warned() == [
         "This training step updates no running statistics: the batch norm at 'bn' runs in "
-        "evaluation mode. Pass what makes the model train, such as apply_kwargs={'train': True}, "
-        "or call model.train() of an nnx model; to freeze them, pass frozen='**'."
+        "evaluation mode. Pass training arguments, such as apply_kwargs={'train': True}, or call "
+        "model.train() on an nnx model; to freeze all statistics, pass frozen='**'."
     ]
     assert warned() == []
     checks.warn_once.cache_clear()
@@ -363,10 +365,10 @@ class Tower(nn.Module):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_frozen_encoder_keeps_its_parameters_statistics_and_mode(number):
+def test_a_frozen_encoder_keeps_parameters_statistics_and_mode(number):
     state, free = start(Tower(), optax.adamw(0.1, weight_decay=0.1)), ("encoder", "decoder")
     step = train_step(loss, microbatches=number, **TRAIN)
-    state, _ = step(state, BATCH)  # from now on the optimizer has a momentum
+    state, _ = step(state, BATCH)  # gives the optimizer some momentum
     frozen = train_step(loss, microbatches=number, frozen="encoder/**", **TRAIN)
     after, metrics = frozen(state, BATCH)
     held, moved = ((after.params[n], after.batch_stats[n]) for n in free)
@@ -382,7 +384,7 @@ def test_a_frozen_encoder_keeps_its_parameters_statistics_and_mode(number):
         close(metrics["loss"], loss(y, BATCH).mean())
 
 
-def test_lookahead_keeps_what_is_frozen_in_both_of_its_sets():
+def test_lookahead_freezes_fast_and_slow_parameters():
     state = start(Tower(), optax.lookahead(optax.adamw(0.1, weight_decay=0.1), 2, 0.5))
     before, step = state, train_step(loss, frozen="encoder/**", **TRAIN)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Every tool meets every kind of layer: subclasses, lifted ones, shared ones, in linen and nnx."""
+"""Every tool handles every kind of layer: subclasses, lifted and shared ones, linen and nnx."""
 
 import re
 from collections.abc import Callable
@@ -43,10 +43,10 @@ class Activated(bnjax.linen.BatchNorm):
 
 
 class Shifted(bnjax.BatchNorm1d):
-    """Something before the layer, and another result than an array."""
+    """A subclass that shifts its input and returns more than an array."""
 
     def __call__(self, x, train, shift=2.0):  # pyright: ignore[reportIncompatibleMethodOverride]
-        del train  # as PyTorch's layers do, it trains where its statistics are mutable
+        del train  # a layer with PyTorch's fields trains if its statistics are mutable
         return super().__call__(x - shift), x
 
 
@@ -72,7 +72,7 @@ class Scanned(nn.Module):
 
 
 class Mapped(nn.Module):
-    """One layer for both halves of the examples, with an axis name of its own."""
+    """One layer for both halves of the examples, with its own axis name."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -169,7 +169,7 @@ def test_micro_batches_move_the_statistics_as_the_whole_batch_does(kind):
 
 
 @each_kind
-def test_diagnose_finds_nothing_where_nothing_is_wrong_and_says_where_it_is(kind):
+def test_diagnose_finds_nothing_in_a_healthy_layer_and_reports_its_path(kind):
     net, variables = trained(kind)
     right = bnjax.recalibrate(net, variables, PARTS)
     parts = [jnp.asarray(X), jnp.asarray(X[::-1])]
@@ -186,7 +186,7 @@ class Folding(nn.Module):
 
 
 @pytest.mark.parametrize("norm", [ByTrain, NotCompact, Activated])
-def test_a_subclass_is_folded_with_what_it_does_around_the_layer(norm):
+def test_a_subclass_is_folded_with_the_code_around_its_layer(norm):
     net: Any = Folding(norm)
     variables = bnjax.recalibrate(net, net.init(jax.random.key(0), X), PARTS)
     folded = bnjax.fold(net, variables, X)
@@ -203,7 +203,7 @@ class Spectral(nn.Module):
         return bnjax.BatchNorm1d(name="bn")(nn.SpectralNorm(nn.Dense(3))(x, update_stats=moving))
 
 
-def test_what_others_keep_beside_the_layers_stays_as_it_is():
+def test_other_variables_next_to_the_layers_stay_unchanged():
     net = Spectral()
     variables = net.init(jax.random.key(0), X)
     new = bnjax.recalibrate(net, variables, PARTS)
@@ -214,7 +214,7 @@ def test_what_others_keep_beside_the_layers_stays_as_it_is():
 
 
 class Twice(nn.Module):
-    """A shared layer, one that is called only when asked for, and values that are sown."""
+    """A shared layer, one that is called only on request, and sown values."""
 
     @nn.compact
     def __call__(self, x, both=True):
@@ -226,12 +226,12 @@ class Twice(nn.Module):
         return x
 
 
-def test_a_layer_that_fits_the_paths_and_is_not_called_is_named():
+def test_a_layer_that_matches_the_paths_but_is_not_called_is_named():
     net = Twice()
     variables = net.init(jax.random.key(0), X)
     message = (
-        "All batch norms that fit `paths` are measured, but ['extra'] were not called: pass what "
-        "turns them on in `apply_kwargs`. Or name the others in `paths`."
+        "All batch norms that match `paths` must be measured, but ['extra'] were not called: pass "
+        "what enables them in `apply_kwargs`. Or name only the others in `paths`."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         bnjax.recalibrate(net, variables, PARTS, apply_kwargs={"both": False})
@@ -260,7 +260,7 @@ def test_frozen_dicts_come_back_as_frozen_dicts():
 
 
 class Copied(nn.Module):
-    """A batch norm of somebody's own, in Flax's names."""
+    """Somebody else's batch norm, with Flax's names."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -284,7 +284,7 @@ STRANGER = stranger("own", "Copied")
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_batch_norm_that_is_not_known_is_named_by_each_tool(known):
+def test_every_tool_names_an_unknown_batch_norm(known):
     net = Beside(known)
     variables = net.init(jax.random.key(0), X)
     state = init_state(net, optax.sgd(0.0), jax.random.key(0), X)
@@ -312,11 +312,11 @@ def test_a_batch_norm_that_is_not_known_is_named_by_each_tool(known):
             bnjax.diagnose(net, variables, PARTS)
 
 
-def test_statistics_that_are_not_stacked_are_not_merged():
+def test_merging_requires_stacked_statistics():
     _, variables = trained("flax")
     message = (
-        "`batch_stats` must hold several sets, stacked along axis 0, but the mean at 'layer' has "
-        "shape (3,). One set needs no merging."
+        "`batch_stats` must be stacked along axis 0, but the mean at 'layer' has shape (3,). A "
+        "single set needs no merging."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         bnjax.merge_batch_stats(variables["batch_stats"])

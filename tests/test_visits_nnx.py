@@ -1,4 +1,4 @@
-"""Every tool meets the layers of nnx models, whatever wraps them and was done to them before."""
+"""Every tool handles the layers of nnx models, whatever wraps them and was done to them before."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.quick_compile
 
 
 class OwnForm(nnx.BatchNorm):
-    """More arguments, a pair as result, and the base class called by its name."""
+    """A subclass with more arguments and results, which calls its base class by name."""
 
     def __call__(self, x, shift=0.0, *, train=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         running = None if train is None else not train
@@ -78,7 +78,7 @@ NORMS = {
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
-def test_every_tool_meets_the_layers_of_an_nnx_model_whatever_was_done_to_it(before, norm, capsys):
+def test_every_tool_handles_nnx_layers_whatever_was_done_before(before, norm, capsys):
     model = before(NnxNet(norm))
     h = X.astype(np.float64) @ np.asarray(model.dense.kernel[...], np.float64) - 2
     state = bnjax.recalibrate(model, None, PARTS)
@@ -123,7 +123,7 @@ class WithOwn(nnx.Module):
         return self.own(self.bn(x))
 
 
-def test_an_nnx_batch_norm_that_is_not_known_is_named():
+def test_an_unknown_nnx_batch_norm_is_named():
     model = WithOwn()
     with pytest.raises(ValueError, match=re.escape(stranger("own", "OwnNorm"))):
         bnjax.recalibrate(model, None, PARTS)

@@ -12,7 +12,7 @@ UNWANTED = object()  # returned for a leaf to leave out
 
 
 class ContentError(Exception):
-    """A sentence on what is wrong with the contents."""
+    """The contents are invalid; the message says how, to follow "Cannot read ... as ...:"."""
 
 
 class Node(NamedTuple):

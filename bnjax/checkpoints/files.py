@@ -19,13 +19,13 @@ def load(
     The format is detected from the content, not the name: safetensors; files by `torch.save`
     (`.pth`, `.pt`, `.bin`, `.ckpt`, `.pth.tar`), which need torch and are read with
     `torch.load(weights_only=True)`; Flax's msgpack; orbax folders; and Hugging Face's sharded files
-    with an index. No code from the file is run, and nothing is written.
+    with an index. Nothing is written, and no code from the file runs.
 
     Guide: examples/guides/checkpoints.md
 
     Args:
         path: the file or folder. A folder may also contain a single checkpoint, the steps of one
-            run, of which the newest is loaded, or a Hugging Face model.
+            run (the newest is loaded), or a Hugging Face model.
         like: a tree like the one that was saved, with any values, such as a new `TrainState` or
             nnx's `(model, optimizer)`: sets the structure, dtypes and shardings. Arrays may be
             `jax.ShapeDtypeStruct`. It is not changed.
@@ -78,8 +78,8 @@ def load(
 def save(path: str | Path, tree: Any) -> None:
     """Save a checkpoint atomically.
 
-    If the process is killed meanwhile, a file at `path` stays as it was, perhaps with a hidden
-    `.tmp` beside it.
+    If the process is killed during the save, an existing file at `path` stays as it was; a hidden
+    `.tmp` may remain beside it.
 
     Guide: examples/guides/checkpoints.md
 
@@ -91,8 +91,8 @@ def save(path: str | Path, tree: Any) -> None:
             data; functions and other static fields, as in a `TrainState`, are not saved.
 
     Raises:
-        ValueError: an unknown suffix, a leaf that is not an array of numbers, an array that is
-            partly on another process, or a name or dtype that would not survive the round trip.
+        ValueError: the suffix is unknown, a leaf is not an array of numbers, an array is partly on
+            another process, or a name or dtype would not survive the round trip.
         FileExistsError: the folder exists.
         FileNotFoundError: the folder to save in does not exist.
         TypeError: `path` is not a path.

@@ -7,9 +7,9 @@ from bnjax.checkpoints.contents import ContentError
 from bnjax.checkpoints.formats import is_read
 from bnjax.checkpoints.formats.orbax import is_orbax, is_step
 
-# What orbax's managers usually call the state that they save beside records and data iterators.
+# The usual names for the state in orbax checkpoints that also hold records or data iterators.
 _ITEMS = ("default", "state", "pytree")
-# Models in a Hugging Face folder, beside optimizer and tokenizer; the first one found is used.
+# Model files in a Hugging Face folder, which has other files too; the first one found is used.
 _HUB = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 
 

@@ -22,10 +22,10 @@ def converted_like(tree: dict[str, Any], template: dict[str, Any], options: dict
     """
     flax, other = map(_is_flax, (tree, template))
     if flax == other:
-        naming = "Flax's (such as `kernel` and `scale`)" if flax else "PyTorch's"
+        names = "Flax names, such as `kernel` and `scale`" if flax else "PyTorch names"
         raise ValueError(
-            f"Both files have {naming} naming, so --like changes nothing: leave it out. Of a "
-            "nested checkpoint, save the state dict or the variables alone."
+            f"Both files have {names}, so --like changes nothing: leave it out. From a nested "
+            "checkpoint, save only the state dict or the variables."
         )
     if other:
         return from_torch(tree, None, _as_variables(template), **options)

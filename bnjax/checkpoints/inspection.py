@@ -8,19 +8,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bnjax._words import number_of
 from bnjax.checkpoints import contents
 from bnjax.checkpoints.tensors import SHARED, as_numpy
 from bnjax.models.variables import variables_in
 
-# Other channels have a standard deviation of about 1; below this one, they carry next to nothing.
+# The output of a channel usually has a standard deviation of about 1; below this, it carries
+# almost no information.
 NEARLY_DEAD = 1e-2
 _EPS = 1e-5
 # Variances between this and 0 are negative because an eps was subtracted at loading.
 _EPS_SUBTRACTED = -1e-3
 _FROZEN = (
-    "the statistics are 0 and 1, but scale and bias are trained and no batches were counted. That "
-    "is right for a frozen batch norm with its statistics folded into them (FrozenBatchNorm2d of "
-    "a Caffe2 backbone), and wrong if the statistics were lost"
+    "the statistics are 0 and 1, but scale and bias are trained and no batches were counted. This "
+    "is right for a frozen batch norm whose statistics are folded into scale and bias (the "
+    "FrozenBatchNorm2d of a Caffe2 backbone), and wrong if the statistics were lost"
 )
 
 _NAMES = {
@@ -48,11 +50,11 @@ class Layer(NamedTuple):
     var: Range
     updates: int | None  # number of batches counted; None if it has no counter
     dead: int  # channels with constant output, because scale or variance is 0
-    # Others whose output has a standard deviation, scale * sqrt(var / (var + eps)), below 0.01.
+    # Other channels whose output has a standard deviation, scale * sqrt(var / (var + eps)), < 0.01.
     nearly_dead: int
-    not_finite: int  # values that are NaN or infinite, in parameters and statistics
-    problems: tuple[str, ...]  # what is wrong with it, in words
-    notes: tuple[str, ...] = ()  # what is unusual, but may be intended
+    not_finite: int  # NaN or infinite values in parameters and statistics
+    problems: tuple[str, ...]  # descriptions of what is wrong
+    notes: tuple[str, ...] = ()  # descriptions of what is unusual but may be intended
 
 
 def inspect(tree: Any) -> list[Layer]:
@@ -95,7 +97,7 @@ def problems(layers: Sequence[Layer]) -> list[str]:
     if not layers:
         return [
             "no batch norm has running statistics: were they saved? Flax keeps them in the "
-            "collection `batch_stats`, beside `params`"
+            "collection `batch_stats`, not in `params`"
         ]
     return [f"{layer.name or 'top'}: {problem}" for layer in layers for problem in layer.problems]
 
@@ -106,10 +108,13 @@ def notes(layers: Sequence[Layer]) -> list[str]:
     for layer in layers:
         for note in layer.notes:
             found[note].append(layer.name or "top")
-    return [
-        f"{names[0]}{f' and {len(names) - 1} others' if names[1:] else ''}: {note}"
-        for note, names in found.items()
-    ]
+    return [f"{_first_of(names)}: {note}" for note, names in found.items()]
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """The first name, and the number of others."""
+    first, *others = names
+    return f"{first} and {number_of(len(others), 'other')}" if others else first
 
 
 def _opened(tree: Any) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def _arrays(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, np.nda
     """The arrays that may belong to a batch norm.
 
     Yields:
-        The name of the module, that of the array, the array, and whether it must be a statistic.
+        The module's name, the array's name, the array, and whether it must be a statistic.
     """
     if isinstance(tree, Mapping):
         for key, value in tree.items():
@@ -151,7 +156,7 @@ def _is_number(dtype: np.dtype) -> bool:
 
 
 def _layer(name: str, arrays: Mapping[str, np.ndarray], leaves: set[str]) -> Layer:
-    """The row of a batch norm, which has at least one of the running statistics."""
+    """The row of a batch norm with at least one running statistic."""
     values = {
         leaf: array.astype(np.float64)
         for leaf, array in arrays.items()
@@ -163,13 +168,13 @@ def _layer(name: str, arrays: Mapping[str, np.ndarray], leaves: set[str]) -> Lay
     dead, nearly_dead = _quiet(values) if fits else (0, 0)
     updates = _updates(arrays.get("count"))
     problems = [
-        f"{number} values of the {_WORDS[leaf]} are NaN or infinite"
+        f"{number_of(number, 'value')} of the {_WORDS[leaf]} {_are(number)} NaN or infinite"
         for leaf, number in not_finite.items()
         if number
     ]
-    problems += _misfits(values, shapes) if not fits else []
+    problems += _mismatches(values, shapes) if not fits else []
     problems += _negative(values.get("var"))
-    unmoved, frozen = _unmoved(values, leaves) if fits else ([], [])
+    unmoved, frozen = _never_updated(values, leaves) if fits else ([], [])
     problems += unmoved
     if fits and dead and dead == values["mean"].size:
         problems.append("all channels are dead: their output does not vary")
@@ -196,7 +201,11 @@ def _updates(count: np.ndarray | None) -> int | None:
     return round(number) if np.isfinite(number) else None
 
 
-def _misfits(values: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> list[str]:
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
+
+
+def _mismatches(values: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> list[str]:
     missing = [_WORDS[leaf] for leaf in ("mean", "var") if leaf not in values]
     if missing and len(set(shapes.values())) == 1:
         return [f"the {word} is missing" for word in missing]
@@ -207,17 +216,19 @@ def _negative(var: np.ndarray | None) -> list[str]:
     if var is None or not (number := int((var < 0).sum())):
         return []
     lowest = float(var[var < 0].min())
-    start = f"{number} running variances are negative"
+    start = f"{number_of(number, 'running variance')} {_are(number)} negative"
     if lowest < _EPS_SUBTRACTED:
         return [start]
     return [
         f"{start}, down to {lowest:.2g}, as if an eps was subtracted at loading: add it back, or "
-        f"clip them to 0"
+        "clip at 0"
     ]
 
 
-def _unmoved(values: Mapping[str, np.ndarray], leaves: set[str]) -> tuple[list[str], list[str]]:
-    """Problems and notes, if the statistics are those of a new layer."""
+def _never_updated(
+    values: Mapping[str, np.ndarray], leaves: set[str]
+) -> tuple[list[str], list[str]]:
+    """Problems and notes if the statistics are still at their initial values."""
     mean, var = values["mean"], values["var"]
     if not mean.size or mean.any() or not (var == 1).all():
         return [], []
@@ -232,7 +243,7 @@ def _unmoved(values: Mapping[str, np.ndarray], leaves: set[str]) -> tuple[list[s
 
 
 def _quiet(values: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """How many channels are dead, and how many nearly so."""
+    """The number of dead channels, and of nearly dead ones."""
     var = values["var"]
     with np.errstate(invalid="ignore", divide="ignore"):
         std = np.abs(values.get("scale", 1.0)) * np.sqrt(var / (var + _EPS))

@@ -22,6 +22,7 @@ Bank = Any  # an int, or int32, () or (N,)
 _FEW = 16  # up to this many banks, sums by comparison are fast
 _MANY = 64  # from this many examples on, they are summed in blocks
 _BLOCK = 8  # examples in a block, which XLA unrolls
+_MOST = 2**28  # banks times examples, for which a pair of them fits into an int32
 _CHUNK = 256
 _PARTS = 8
 
@@ -129,7 +130,7 @@ def _by_place(bank: jax.Array, *values: jax.Array, banks: int, devices: int) -> 
     if devices > 1 and banks <= _FEW:
         return _by_comparison(bank, *values, banks=banks)
     size = bank.shape[0]
-    if not isinstance(size, int) or size < _MANY or size * banks > np.iinfo(np.int32).max:
+    if not isinstance(size, int) or size < _MANY or banks * (size + _BLOCK * banks) > _MOST:
         return [_added(each, bank, banks) for each in values]
     places, valid, owner = _blocks(bank, banks)
     # XLA gathers the rows as it sums, without writing an array in this order.
@@ -141,16 +142,16 @@ def _blocks(bank: jax.Array, banks: int) -> tuple[jax.Array, jax.Array, jax.Arra
     """Blocks of eight examples of a bank: their indices, which are valid, and each block's bank."""
     size = bank.shape[0]
     known = jnp.where(is_there(bank, banks), bank, banks)
-    order = jnp.sort(known * size + jnp.arange(size)) % size
     counts = jnp.sum(known == jnp.arange(banks)[:, None], 1)
-    starts, blocks = jnp.cumsum(counts) - counts, -(-counts // _BLOCK)
-    ends = jnp.cumsum(blocks)
-    number = jnp.arange(-(-size // _BLOCK) + banks)[:, None]
-    owner = jnp.sum(number >= ends, 1)
-    some = jnp.minimum(owner, banks - 1)[:, None]
-    rank = (number - (ends - blocks)[some]) * _BLOCK + np.arange(_BLOCK)
-    valid = (rank < counts[some]) & (owner[:, None] < banks)
-    return order[jnp.clip(starts[some] + rank, 0, size - 1)], valid, owner
+    # Fill the last block of each bank, and the last of all.
+    places = np.arange(-(-size // _BLOCK) * _BLOCK + banks * _BLOCK, dtype=np.int32)
+    number, rank = np.divmod(places[size:] - size, _BLOCK)
+    fill = jnp.where(rank < -counts[np.minimum(number, banks - 1)] % _BLOCK, number, banks)
+    keys = jnp.concatenate([known, fill.astype(known.dtype)])
+    bits = len(places).bit_length()
+    order = jnp.sort((keys << bits) + places).reshape(-1, _BLOCK)
+    places = order & ((1 << bits) - 1)  # cheap, because XLA repeats it for each value
+    return places, places < size, order[:, 0] >> bits
 
 
 def _added(values: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
@@ -200,14 +201,9 @@ _totals = compat.linear("totals_of_banks", _by_comparison, on_cpu=_by_place)
 compat.each_others_transpose(_to_examples, _totals, _batched)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=2)
 def merged(each: Moments, bank: jax.Array, banks: int) -> Moments:
     """Merge the moments of examples, along the first axis, into those of each bank."""
-    return _merged(each, bank, banks)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _merged(each: Moments, bank: jax.Array, banks: int) -> Moments:
     origin, count = each.origin, _count_of_each(each, bank)
     if not origin.size:
         zeros = (jnp.zeros((banks, *part.shape[1:]), part.dtype) for part in (origin, each.m2))
@@ -221,27 +217,6 @@ def _merged(each: Moments, bank: jax.Array, banks: int) -> Moments:
     offset = offset / jnp.maximum(total, 1)
     m2 = jnp.maximum(m2 - total * abs2(offset), 0)
     return Moments(total, jnp.where(total > 0, near, 0), offset, m2)
-
-
-@merged.defjvp
-def _merged_jvp(banks, primals, tangents):  # pyright: ignore[reportUnusedFunction]
-    (each, bank), (d_each, _) = primals, tangents
-    found = merged(each, bank, banks)
-    d_offset, d_m2 = _tangent(each, bank, found, d_each.origin + d_each.offset, d_each.m2, banks)
-    zeros = jnp.zeros_like(found.count), jnp.zeros_like(found.origin)
-    return found, Moments(*zeros, d_offset, d_m2)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=5)
-def _tangent(each: Moments, bank, found: Moments, d_mean, d_m2, banks: int):
-    count = _count_of_each(each, bank)
-    origin, offset = to_examples([found.origin, found.offset], bank)
-    from_mean = (each.origin - origin) + each.offset - offset
-    # sum(count * from_mean) is 0, so the tangent of the offset adds nothing to m2.
-    d_m2 = d_m2 + 2 * count * jnp.real(jnp.conj(from_mean) * d_mean)
-    parts = [jnp.where(count > 0, part, 0) for part in (count * d_mean, d_m2)]
-    d_sum, d_m2 = totals(parts, bank, banks)
-    return d_sum / jnp.maximum(found.count, 1), d_m2
 
 
 def _count_of_each(each: Moments, bank: jax.Array) -> jax.Array:

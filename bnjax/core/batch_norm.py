@@ -13,9 +13,9 @@ from bnjax.core.affine import normalize
 from bnjax.core.banks import Bank
 from bnjax.core.choosing import applied, choose
 from bnjax.core.devices import AxisName, Groups, names, pool, table
-from bnjax.core.measuring import moments_of
-from bnjax.core.moments import working_dtype
-from bnjax.core.policies import Policy
+from bnjax.core.measuring import shared
+from bnjax.core.moments import Moments, working_dtype
+from bnjax.core.policies import Affine, Policy
 from bnjax.core.running import pooled_from, update
 from bnjax.core.settings import Momentum, Settings, at, counts
 from bnjax.core.sharding import on_auto_axes
@@ -213,12 +213,19 @@ def _steps(
     stats, learned = bank_rows.held(batch_stats, params, bank, settings.banks)
     moved = stats
     if settings.measures:
-        batch = sharing.merged(moments_of(sharing.parts, sharing.near(stats.get("mean"))))
+        batch = shared(sharing, stats.get("mean"))
         if settings.axis_name is not None and sharing.group is None:
             batch = pool(batch, settings.axis_name, settings.axis_index_groups)
         if settings.moves:
             moved = update(stats, batch, sharing.group, settings)
     chosen, first = choose(batch, stats, moved, sharing, settings)
-    parts, origin, factor, shift = applied(chosen, first, learned, given, sharing, settings)
-    y = partition.join(normalize(parts, origin, factor, shift, settings.dtype), parts, x.shape)
-    return y, bank_rows.put(batch_stats, bank, moved)
+
+    def normalized(chosen: Moments, first: Affine, learned: Params, given: Params) -> jax.Array:
+        parts, origin, factor, shift = applied(chosen, first, learned, given, sharing, settings)
+        return partition.join(
+            normalize(parts, origin, factor, shift, settings.dtype), parts, x.shape
+        )
+
+    if sharing.bank is not None:  # the rows of each example may be as large as x: not kept
+        normalized = jax.checkpoint(normalized, prevent_cse=True)
+    return normalized(chosen, first, learned, given), bank_rows.put(batch_stats, bank, moved)

@@ -7,8 +7,9 @@ import math
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from bnjax.core import compat, origins
+from bnjax.core import banks, compat, origins
 from bnjax.core.moments import Axes, Moments, deviations, kept, where, working_dtype
 from bnjax.core.partition import Parts, Sharing, whole
 from bnjax.core.sums import sums
@@ -42,8 +43,15 @@ def measure(
         return moments_of(parts)
     sharing = Sharing(parts, banks=banks)
     bank = jnp.broadcast_to(jnp.asarray(bank, jnp.int32), x.shape[sharing.batch])
-    sharing = dataclasses.replace(sharing, bank=bank)
-    return sharing.merged(moments_of(sharing.parts))
+    return shared(dataclasses.replace(sharing, bank=bank))
+
+
+def shared(sharing: Sharing, running: jax.Array | None = None) -> Moments:
+    """The moments that examples share: of all of them, of virtual batches, or of banks."""
+    if sharing.bank is None:
+        return moments_of(sharing.parts, sharing.near(running))
+    find = _of_banks.fun if compat.plain.value else _of_banks
+    return find(sharing.parts, sharing.bank, sharing.banks)
 
 
 def moments_of(parts: Parts, running: jax.Array | None = None) -> Moments:
@@ -102,6 +110,45 @@ def _centred_jvp(primals, tangents):  # pyright: ignore[reportUnusedFunction]
     n, dx = jnp.maximum(count, 1), tangents[0].wide
     d_offset, d_var = _tangent(parts.x, parts.mask, n, origin, offset, dx, parts.reduced)
     return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _of_banks(parts: Parts, bank: jax.Array, number: int) -> Moments:
+    """The moments of each bank, merged from those of its examples.
+
+    Its derivative is that of `_centred`, by bank, so nothing of each example is kept for it.
+    """
+    batch = _batch(parts)
+    first = jax.tree.map(lambda a: jnp.moveaxis(a, batch, 0) if a.ndim else a, moments_of(parts))
+    return banks.merged(first, bank, number)
+
+
+@_of_banks.defjvp
+def _of_banks_jvp(number, primals, tangents):  # pyright: ignore[reportUnusedFunction]
+    parts, bank = primals
+    found = jax.tree.map(kept, _of_banks(parts, bank, number))
+    d_offset, d_m2 = _tangent_of_banks(parts, bank, found, tangents[0].wide, number)
+    zeros = jnp.zeros_like(found.count), jnp.zeros_like(found.origin)
+    return found, Moments(*zeros, d_offset, d_m2)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=4)
+def _tangent_of_banks(parts: Parts, bank, found: Moments, dx, number: int):
+    x, mask, reduced, batch = parts.x, parts.mask, parts.reduced, _batch(parts)
+    # The barrier, because XLA would write rows that it shares with the output: as large as x.
+    rows = banks.to_examples(lax.optimization_barrier([found.origin, found.offset]), bank)
+    origin, offset = (jnp.moveaxis(each, 0, batch) for each in rows)
+    dx = where(mask, dx)
+    from_mean = where(mask, deviations(x, origin, reduced) - jnp.expand_dims(offset, reduced))
+    each = sums((dx, jnp.real(jnp.conj(from_mean) * dx)), reduced)
+    d_sum, d_squares = banks.totals([jnp.moveaxis(a, batch, 0) for a in each], bank, number)
+    return d_sum / jnp.maximum(found.count, 1), 2 * d_squares
+
+
+def _batch(parts: Parts) -> int:
+    """The axis of the examples, each of which is a part."""
+    assert parts.group is not None, "partition.apart"
+    return parts.group
 
 
 # With checkpoint, the backward pass keeps x itself rather than a float32 copy of its deviations.

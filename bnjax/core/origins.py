@@ -61,8 +61,7 @@ def centred(
     if apart and (mask is not None or not known):
         return _from_mean(x, mask, n, reduced)
     if apart:
-        small = math.prod(x.shape[axis] for axis in reduced) < 8 * 27
-        return _from_typical(x, n, reduced, 9 if small else 27)
+        return _from_typical(x, n, reduced, _nine)
     if running is None:
         running = jnp.zeros([x.shape[a] for a in range(x.ndim) if a not in reduced])
     origin = lax.stop_gradient(jnp.where(jnp.isfinite(running), running, 0))
@@ -86,18 +85,12 @@ def centred(
     return lax.platform_dependent(x, n, origin, cpu=on_cpu, default=from_running, **gpu)
 
 
-def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes, some: int = 27) -> Centred:
-    """From a median of 27 values, or of 9.
+def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes, chosen: Any = None) -> Centred:
+    """From a median of 27 values, or of those that `chosen` returns.
 
-    Rare outliers do not affect the median. The positions visit each axis in a different order, so
-    no example, row or column contributes more than a few.
+    Rare outliers do not affect the median.
     """
-    steps, apart = np.arange(some), 10 if some == 27 else 4
-    places: list[Any] = [slice(None)] * x.ndim
-    for order, axis in enumerate(reduced):
-        places[axis] = (2 * (apart**order * steps % some) + 1) * x.shape[axis] // (2 * some)
-    values = jnp.moveaxis(x[tuple(places)], reduced[0] * _together(reduced), 0)
-    middle = values.astype(working_dtype(x.dtype))
+    middle = (chosen or _twenty_seven)(x, reduced).astype(working_dtype(x.dtype))
     while middle.shape[0] > 3:
         middle = _median_of_3(middle)
     # A matrix product, because XLA would recompute a plain sum for each value of x.
@@ -107,6 +100,41 @@ def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes, some: int = 27) -> 
     x, origin = lax.optimization_barrier((x, origin))
     offset, var = _around(origin, x, None, n, reduced)
     return origin, offset, jnp.maximum(var, 0)
+
+
+def _twenty_seven(x: jax.Array, reduced: Axes) -> jax.Array:
+    """27 values of each channel, in one gather."""
+    places: list[Any] = [slice(None)] * x.ndim
+    for axis, place in _places(x, reduced, 27, 10).items():
+        places[axis] = place
+    return jnp.moveaxis(x[tuple(places)], reduced[0] * _together(reduced), 0)
+
+
+def _nine(x: jax.Array, reduced: Axes) -> jax.Array:
+    """Three medians of three values of each channel, in slices: faster for many parts."""
+    places = _places(x, reduced, 9, 4)
+
+    def value(number: int) -> jax.Array:
+        start, size = [0] * x.ndim, list(x.shape)
+        for axis, place in places.items():
+            start[axis], size[axis] = int(place[number]), 1
+        end = [a + b for a, b in zip(start, size, strict=True)]
+        return lax.squeeze(lax.slice(x, start, end), reduced)
+
+    values = [value(number) for number in range(9)]
+    return jnp.stack([_median(*values[third::3]) for third in range(3)])
+
+
+def _places(x: jax.Array, reduced: Axes, some: int, stride: int) -> dict[int, np.ndarray]:
+    """Indices of `some` values along each axis.
+
+    They visit each axis in a different order, so no example, row or column contributes more than a
+    few.
+    """
+    return {
+        axis: (2 * (stride**order * np.arange(some) % some) + 1) * x.shape[axis] // (2 * some)
+        for order, axis in enumerate(reduced)
+    }
 
 
 def _together(axes: Axes) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax.core import banks
-from bnjax.core.moments import Axes, Moments, other_axes, working_dtype
+from bnjax.core.moments import Axes, other_axes, working_dtype
 from bnjax.core.settings import Settings
 
 
@@ -65,25 +65,25 @@ class Parts:
         return jnp.squeeze(some, self.reduced)
 
 
-def whole(x: jax.Array, mask: jax.Array | None, axes: Axes, group: int | None = None) -> Parts:
+def whole(x: jax.Array, mask: jax.Array | None, axes: Axes) -> Parts:
     """A single part: all values of a channel share statistics."""
-    return Parts(x, x.astype(working_dtype(x.dtype)), mask, axes, group)
+    return Parts(x, x.astype(working_dtype(x.dtype)), mask, axes)
 
 
-def apart(x: jax.Array, mask: jax.Array | None, axes: Axes) -> Parts:
+def apart(parts: Parts) -> Parts:
     """Each example has its own statistics; the values keep their shape."""
-    batch = other_axes(x.ndim, axes)[0]
-    return whole(x, mask, tuple(sorted([batch, *axes])), batch)
+    batch = parts.reduced[0]
+    return dataclasses.replace(parts, axes=tuple(sorted([batch, *parts.axes])), group=batch)
 
 
-def virtual(x: jax.Array, mask: jax.Array | None, axes: Axes, size: int) -> Parts:
+def virtual(parts: Parts, size: int) -> Parts:
     """Virtual batches: groups of `size` examples share statistics (Hoffer et al. 2017).
 
     The batch axis becomes two, (groups, size), the first of which is an additional feature axis.
     A smaller last group is padded and masked.
     """
-    batch = other_axes(x.ndim, axes)[0]
-    n = x.shape[batch]
+    shape, ndim, batch, mask = parts.x.shape, parts.x.ndim, parts.reduced[0], parts.mask
+    n = shape[batch]
     known = isinstance(n, int)  # False for symbolic shapes
     size = min(size, max(n, 1)) if known else size
     groups = (n + size - 1) // size
@@ -91,15 +91,15 @@ def virtual(x: jax.Array, mask: jax.Array | None, axes: Axes, size: int) -> Part
 
     def divide(array: jax.Array) -> jax.Array:
         if ragged:
-            fill = [(0, groups * size - n if a == batch else 0, 0) for a in range(x.ndim)]
+            fill = [(0, groups * size - n if a == batch else 0, 0) for a in range(ndim)]
             array = lax.pad(array, jnp.zeros((), array.dtype), fill)
         return array.reshape(*array.shape[:batch], groups, size, *array.shape[batch + 1 :])
 
     if mask is not None or ragged:
-        mask = jnp.ones([1] * x.ndim, bool) if mask is None else mask
-        mask = jnp.broadcast_to(mask, (*mask.shape[:batch], n, *mask.shape[batch + 1 :]))
-    axes = tuple(sorted([batch, *(a + (a > batch) for a in axes)]))
-    return whole(divide(x), None if mask is None else divide(mask), axes, batch)
+        mask = jnp.ones([1] * ndim, bool) if mask is None else mask
+        mask = divide(jnp.broadcast_to(mask, (*mask.shape[:batch], n, *mask.shape[batch + 1 :])))
+    axes = tuple(sorted([batch, *(a + (a > batch) for a in parts.axes)]))
+    return Parts(divide(parts.x), divide(parts.wide), mask, axes, batch)
 
 
 def join(y: jax.Array, parts: Parts, shape: Axes) -> jax.Array:
@@ -132,15 +132,12 @@ class Sharing:
         """The values, divided as for measuring."""
         if self.bank is not None:
             return self.each
-        whole = self.whole
-        if self.size is None:
-            return whole
-        return virtual(whole.x, whole.mask, whole.axes, self.size)
+        return self.whole if self.size is None else virtual(self.whole, self.size)
 
     @functools.cached_property
     def each(self) -> Parts:
         """The values, with each example as a part."""
-        return apart(self.whole.x, self.whole.mask, self.whole.axes)
+        return apart(self.whole)
 
     def _by_channel(self, mask: jax.Array) -> jax.Array:
         """1 for each example with a value that counts, in each channel; the batch axis first."""
@@ -169,13 +166,6 @@ class Sharing:
     def near(self, running: jax.Array | None) -> jax.Array | None:
         """The running mean, if it is a good guess of the means of the parts."""
         return running if self.group is None and self.bank is None else None
-
-    def merged(self, moments: Moments) -> Moments:
-        """Merge the moments of the parts into those that examples share."""
-        if self.bank is None:
-            return moments
-        first = jax.tree.map(lambda a: jnp.moveaxis(a, self.batch, 0) if a.ndim else a, moments)
-        return banks.merged(first, self.bank, self.banks)
 
     def beside(self, values: jax.Array) -> jax.Array:
         """Reshape running statistics or parameters to broadcast against shared moments."""

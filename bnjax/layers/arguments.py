@@ -102,7 +102,7 @@ def _mode(name: str) -> str:
 
 def _hint(kind: type, name: str, known: list[str]) -> str:
     if name == "rngs":
-        return f"It is a linen layer; for nnx there is bnjax.nnx.{kind.__name__}."
+        return f"It is a linen layer; in nnx, use bnjax.nnx.{kind.__name__}."
     if name in _MODES and "use_running_average" in known:
         return f"Did you mean {_mode(name)[:-1]}?"
     meant = [each for each in _MEANT.get(name, ()) if each in known]

@@ -89,7 +89,7 @@ def _place(layer: Any) -> str:
 _Layer.__call__ = arguments.checked(_Layer.__call__, _place)
 
 
-# Functions, not methods, because `nn.tabulate` calls each method of a module by itself.
+# Functions, not methods, because `nn.tabulate` calls each method of a module separately.
 def _normalize(
     layer: Any, x: jax.Array, at_call: bool | None, mask: Any, given: dict[str, Any]
 ) -> jax.Array:

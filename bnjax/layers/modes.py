@@ -1,4 +1,4 @@
-"""Infer the mode of a layer that was given none from `mutable`, and from who passed it."""
+"""Infer the mode of a layer without one from `mutable`, and from where that was passed."""
 
 import sys
 from types import CodeType, FrameType

@@ -1,9 +1,9 @@
-"""The moments of every batch norm in a model, pooled over several forward passes.
+"""Accumulate the moments of every batch norm in a model over several forward passes.
 
-The running statistics of a model are a decaying average that moves once per forward pass. To get
-exact statistics over many passes (micro-batches, a data set), the layers accumulate their moments
-instead. The moments live in the collection `batch_stats`, as one leaf of the mean's shape for each
-part and call, so `nn.remat`, `nn.scan` and `nn.vmap` carry them along with the statistics.
+Running statistics are decaying averages that are updated once per forward pass. For exact
+statistics over many passes (micro-batches, a data set), layers accumulate moments instead. These
+live in `batch_stats`, one leaf of the mean's shape for each part and call, so `nn.remat`, `nn.scan`
+and `nn.vmap` carry them along with the statistics.
 """
 
 import contextlib
@@ -34,13 +34,13 @@ _CALLS = "seen_calls"  # how many times the layer was called in this forward pas
 
 @contextlib.contextmanager
 def accumulating() -> Iterator[dict[Path, Facts]]:
-    """A context in which batch norms in training accumulate moments and keep their statistics.
+    """A context in which training batch norms accumulate moments, not update their statistics.
 
     The statistics of the model must come from `begin` and be mutable.
 
     Yields:
-        A dict that maps, after a model was traced, the path of each measured layer to its facts, in
-        the order of first calls.
+        The facts of each measured layer by path, in the order of first calls; filled while the
+        model is traced.
 
     Raises:
         ValueError: an unknown module keeps a mean and a variance.
@@ -57,12 +57,12 @@ def accumulating() -> Iterator[dict[Path, Facts]]:
     with visiting(norm) as strangers:
         try:
             yield measured
-        finally:  # after a failure, too, as they may have caused it
+        finally:  # even after a failure, which they may have caused
             checks.none_unknown(strangers)
 
 
 def run_and_add(visit: Visit, **how: Any) -> Any:
-    """Run a call and accumulate the moments of its input; the statistics stay as they were.
+    """Run a call and accumulate the moments of its input; leave the statistics unchanged.
 
     Args:
         visit: the call.
@@ -75,9 +75,10 @@ def run_and_add(visit: Visit, **how: Any) -> Any:
 
 
 def begin(batch_stats: Any, calls: Mapping[Path, int] | None = None) -> Any:
-    """The statistics of a model with empty moments beside each mean.
+    """Add empty moments to the statistics of each batch norm.
 
-    Given the counts of `rehearse`, each call of a layer has its own; otherwise calls are pooled.
+    With the counts from `rehearse`, each call of a layer gets its own moments; without, all calls
+    are pooled.
     """
 
     def add_room(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,8 +97,8 @@ def rehearse(
 ) -> tuple[dict[Path, int], Any]:
     """Count the calls of each layer in one forward pass; also return the shapes of its results.
 
-    A loop calls many times what is traced once. So the pass is traced on shapes, everything that
-    the counters do not depend on is removed, and what remains is run.
+    A loop traces its body once but runs it many times. So trace the pass on shapes, remove
+    everything that the counters do not depend on, and run the rest.
 
     Args:
         forward: `forward(accumulated)` returns the new statistics and other results.
@@ -122,7 +123,7 @@ def rehearse(
 
 
 def _with_call(stats: dict[str, Any], visit: Visit) -> dict[str, Any]:
-    """A layer's statistics with the moments of one more input added."""
+    """Add the moments of one more input to a layer's statistics."""
     x, mask = jnp.asarray(visit.x), visit.mask
     mask = None if mask is None else checks.mask(jnp.asarray(mask, bool), x.shape)
     add = functools.partial(_add, axes=visit.axes, devices=visit.devices)
@@ -162,7 +163,7 @@ def _parts(moments: Moments) -> tuple[jax.Array, ...]:
 
 
 def next_pass(accumulated: Any) -> Any:
-    """Reset the counters of calls, before another forward pass."""
+    """Reset the call counters before another forward pass."""
 
     def rewind(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
         return {**stats, _CALLS: jnp.zeros_like(stats[_CALLS])}
@@ -178,7 +179,7 @@ def finish(accumulated: Any, measured: Mapping[Path, Facts]) -> Any:
         if path not in measured:
             return kept
         new, does = kept, measured[path]
-        for call in _by_call(stats):  # each moves the statistics, as in a plain forward pass
+        for call in _by_call(stats):  # each updates the statistics, as in a plain forward pass
             new = move(new, call, does.momentum, does.correction)
         return {name: new[name].astype(value.dtype) for name, value in kept.items()}
 
@@ -186,7 +187,7 @@ def finish(accumulated: Any, measured: Mapping[Path, Facts]) -> Any:
 
 
 def population(accumulated: Any, measured: Collection[Path]) -> dict[Path, Moments]:
-    """The moments of everything that each measured layer has seen since `begin`."""
+    """The pooled moments of everything that each measured layer has seen since `begin`."""
     layers = layers_of(accumulated)
     return {path: functools.reduce(merge, _by_call(layers[path])) for path in measured}
 
@@ -196,6 +197,6 @@ def _kept(stats: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_call(stats: Mapping[str, Any]) -> list[Moments]:
-    """The moments of a layer's first call over all forward passes, of its second, and so on."""
+    """The moments of each call of a layer, in call order, pooled over the forward passes."""
     calls = range(_calls(stats))
     return [Moments(*(stats[name] for name in _names(call))) for call in calls]

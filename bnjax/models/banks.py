@@ -180,7 +180,7 @@ def select_bank(
 
 
 def with_own_affine(variables: Any) -> Any:
-    """Turn shared scales and biases with additions for each bank into one of each per bank."""
+    """Replace shared scales and biases plus each bank's addition by one scale and bias per bank."""
 
     def own(path: str, arrays: Arrays) -> Arrays:
         new = {name: value for name, value in arrays.items() if not name.startswith("bank_")}

@@ -1,4 +1,4 @@
-"""Batches: how a model is called with them, which examples count, how they are sharded."""
+"""How to call a model with a batch, which of its examples count, and how to shard it."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ Inputs = str | Sequence[str] | Mapping[str, str] | Callable[[Any], Any]
 class Totals(dict[str, jax.Array]):
     """Sums of loss and metrics over the examples, by name; `count` is the number of examples.
 
-    `totals["count"]` returns it, too, unless a metric has that name.
+    `totals["count"]` returns it as well, unless a metric has that name.
     """
 
     def __init__(self, sums: Mapping[str, Any], count: Any) -> None:
@@ -43,21 +43,21 @@ jax.tree_util.register_pytree_node(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a model is called with a batch, and which of its entries have one value per example.
+    """How to call a model with a batch, and which entries have one value per example.
 
     Attributes:
-        inputs: names of the entries to pass as arguments, or pairs of keyword and name, or a
-            function of the batch that returns a tuple of arguments, a dict of keywords, or one
+        inputs: names of the entries to pass as arguments, pairs of keyword and name, or a function
+            of the batch that returns a tuple of arguments, a dict of keywords, or a single
             argument.
         per_example: names of the entries with one value per example; None for all whose leading
-            axis is as long as that of the first input.
+            axis is as long as the first input's.
     """
 
     inputs: Any = ("x",)
     per_example: tuple[str, ...] | None = None
 
     def named(self, batch: Any) -> dict[str, Any]:
-        """A batch as a dict; a bare array is its `x`."""
+        """The batch as a dict, after checks; a bare array becomes its `x`."""
         batch = checks.batch_as_dict(batch)
         if not callable(self.inputs):
             checks.batch_holds(batch, self._names)
@@ -70,7 +70,7 @@ class Layout:
         return batch
 
     def call(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments and keywords to call the model with."""
+        """The positional and keyword arguments to call the model with."""
         if not callable(self.inputs):
             pairs = [name for name in self.inputs if not isinstance(name, str)]
             args = tuple(batch[name] for name in self.inputs if isinstance(name, str))
@@ -87,7 +87,7 @@ class Layout:
         return tuple(name if isinstance(name, str) else name[1] for name in self.inputs)
 
     def used(self, batch: Batch) -> dict[str, Any]:
-        """The entries of a batch that the model needs, and what is known of its examples."""
+        """The entries of a batch that the model needs, with the mask and the banks."""
         needed = {*self._names, "mask", "bank"} if self._names else batch.keys()
         return {name: value for name, value in batch.items() if name in needed}
 
@@ -96,7 +96,7 @@ class Layout:
         found = jax.eval_shape(self.call, batch) if callable(self.inputs) else self.call(batch)
         shapes = [leaf.shape for leaf in jax.tree.leaves(found) if hasattr(leaf, "shape")]
         lengths = [shape[0] for shape in shapes if shape]
-        # With a mask, the examples can be distinguished from a table that is also an input.
+        # The first input may be a table without a batch axis, so a mask's length takes precedence.
         masked = np.shape(batch.get("mask", 0))[:1]
         named = [name for name in self._names if name in {*(self.per_example or ())} & batch.keys()]
         if named:
@@ -104,7 +104,7 @@ class Layout:
         return masked[0] if {*masked} & {*lengths} else checks.leading_axis(lengths, shapes)
 
     def each(self, batch: Batch) -> dict[str, Any]:
-        """For every array of a batch, whether it has one value per example."""
+        """Whether each array of a batch has one value per example."""
         size, named = self.size(batch), self.per_example
         by_length = batch.keys() if named is None else {*self._names, "mask", "bank"}
 
@@ -123,7 +123,7 @@ class Layout:
         return jnp.sum(batch["mask"], dtype=jnp.float32)
 
     def totals(self, loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Array, Totals]:
-        """The sum of the loss over the examples that count, and the sums of loss and metrics."""
+        """Sum loss and metrics over the examples that count; return the loss separately, too."""
         size, mask = self.size(batch), batch.get("mask", True)
 
         def values(outputs: Any, batch: Batch) -> tuple[Any, dict[str, Any]]:
@@ -131,7 +131,7 @@ class Layout:
 
         found = values(outputs, batch)
         if "mask" in batch and any(jnp.ndim(value) == 0 for value in jax.tree.leaves(found)):
-            # A mean includes the masked examples, so take the mean of each example by itself.
+            # The mean over the batch would include masked examples, so evaluate each one alone.
             each = (
                 jax.tree.map(lambda leaf: np.shape(leaf)[:1] == (size,), outputs),
                 self.each(batch),
@@ -159,11 +159,11 @@ class Layout:
         return loss, Totals({"loss": loss, **sums}, count)
 
     def padded(self, batch: Batch, multiple: int) -> dict[str, Any]:
-        """The batch padded to a multiple of a size; its `mask` marks the examples that count."""
+        """Pad a batch to a multiple of a size; its `mask` marks the examples that count."""
         size = self.size(batch)
         extra = -size % multiple
         masked = {**batch, "mask": np.asarray(batch.get("mask", np.ones(size, bool)))}
-        # Repeat the last example, which the model can take for sure, unlike zeros.
+        # Pad with the last example: unlike zeros, it is known to be valid input.
         index = np.minimum(np.arange(size + extra), size - 1)
         padded = jax.tree.map(
             lambda leaf, each: np.asarray(leaf)[index] if each else leaf, masked, self.each(masked)
@@ -172,7 +172,7 @@ class Layout:
         return padded
 
     def parts(self, batch: Batch, number: int) -> tuple[list[jax.Array], Callable[[Any], Any]]:
-        """The per-example entries, split into parts and stacked, and how to make a batch of one.
+        """Split and stack the per-example entries; also return a function from part to batch.
 
         Each part takes every `number`-th example, so that each device contributes equally.
         """
@@ -197,7 +197,7 @@ class Layout:
         def place(leaf: Any, each: bool) -> jax.Array:
             sharding = split if each else alike
             if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-                return jax.device_put(leaf, sharding)  # one array of all processes
+                return jax.device_put(leaf, sharding)  # a global array
             return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
         return jax.tree.map(place, dict(batch), self.each(batch))
@@ -207,7 +207,7 @@ DEFAULT = Layout()
 
 
 def pad_batch(batch: Batch, multiple: int) -> dict[str, Any]:
-    """Pad a batch to a multiple of a size, with a `mask` of the examples that count.
+    """Pad a batch to a multiple of a size; its `mask` marks the examples that count.
 
     Guide: examples/guides/recipes.md
 
@@ -218,7 +218,7 @@ def pad_batch(batch: Batch, multiple: int) -> dict[str, Any]:
 
 
 def layout(inputs: Inputs = "x", per_example: Sequence[str] | None = None) -> Layout:
-    """The layout that a user's `inputs` and `per_example` describe."""
+    """The `Layout` that `inputs` and `per_example` describe."""
     checks.inputs(inputs)
     how: Any = (inputs,) if isinstance(inputs, str) else inputs
     if not callable(inputs):
@@ -229,9 +229,9 @@ def layout(inputs: Inputs = "x", per_example: Sequence[str] | None = None) -> La
 
 
 def shardings(mesh: Mesh) -> tuple[Mesh, NamedSharding, NamedSharding]:
-    """A mesh of these devices, and two shardings on it: replicated, and split by leading axis.
+    """A mesh of the same devices, and two shardings on it: replicated, and split by leading axis.
 
-    Its axes are of type Auto, whatever those of the user's mesh, so the compiler partitions the
+    Its axes have type Auto, whatever the type of the user's axes, so the compiler partitions the
     model.
     """
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
@@ -239,7 +239,7 @@ def shardings(mesh: Mesh) -> tuple[Mesh, NamedSharding, NamedSharding]:
 
 
 def on_all(tree: Any, sharding: NamedSharding) -> Any:
-    """Replicate a tree on all devices, from one of them or from another mesh."""
+    """Replicate a tree on all devices, wherever it is now."""
 
     def place(leaf: Any) -> Any:
         there = isinstance(leaf, jax.Array) and leaf.sharding == sharding

@@ -1,4 +1,4 @@
-"""Checks of what a tool is given: a model, its variables, batches."""
+"""Checks of the arguments of tools: models, variables and batches."""
 
 import contextlib
 import re
@@ -54,7 +54,7 @@ def inputs(value: Any) -> None:
 
 
 def batch_as_dict(batch: Any) -> dict[str, Any]:
-    """The batch as a dict; a bare array is its `x`."""
+    """The batch as a dict; a bare array becomes its `x`."""
     if isinstance(batch, Mapping):
         return dict(batch)
     if not hasattr(batch, "shape"):
@@ -82,9 +82,9 @@ def mask_of_examples(mask: Any, size: int) -> None:
     shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", None)
     if shape != (size,) or dtype != np.bool_:
         raise ValueError(
-            f"The `mask` of a batch of {size} examples must be an array of bool, of shape "
-            f"({size},), got {dtype or type(mask).__name__} of shape {shape}. Convert it "
-            "first, as in `mask != 0`."
+            f"The `mask` of a batch of {size} examples must be a boolean array of shape ({size},), "
+            f"got {dtype or type(mask).__name__} of shape {shape}. Convert it first, as in "
+            "`mask != 0`."
         )
 
 
@@ -93,7 +93,8 @@ def per_example(batch: Mapping[str, Any], names: Collection[str], size: int) -> 
     there = [name for name in names if name in batch]
     if not there:
         raise ValueError(
-            f"A batch must hold an entry of `per_example`, {list(names)}, got {sorted(batch)}."
+            f"A batch must hold an entry named in `per_example`, {list(names)}, got "
+            f"{sorted(batch)}."
         )
     for name in there:
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch[name])]
@@ -108,14 +109,14 @@ def leading_axis(lengths: list[int], shapes: list[tuple[int, ...]]) -> int:
     """The number of examples: the leading axis of the first input."""
     if not lengths:
         raise ValueError(
-            "The inputs in a batch must be arrays whose leading axis are the examples, got shapes "
+            "The inputs in a batch must be arrays with examples along the leading axis, got shapes "
             f"{shapes}."
         )
     return lengths[0]
 
 
 def mesh(value: Any) -> None:
-    """A mesh is JAX's."""
+    """Require a JAX mesh."""
     if not isinstance(value, Mesh):
         raise TypeError(
             f"`mesh` must be a jax.sharding.Mesh, such as jax.make_mesh((4,), ('data',)), got "
@@ -146,20 +147,20 @@ def mean_or_each(name: str, value: Any, size: int) -> Any:
     """Require a mean, or one entry per example."""
     if value.shape not in ((), (size,)):
         raise ValueError(
-            f"`loss_fn` must give `{name}` as a mean of shape () or with one entry for each "
-            f"example, ({size},), got shape {value.shape}. Take the mean over the other axes."
+            f"`loss_fn` must return `{name}` as a mean, of shape (), or per example, of shape "
+            f"({size},), got shape {value.shape}. Take the mean over the other axes."
         )
     return value
 
 
 def has_examples(layer: Any, shape: tuple[int, ...], size: int, path: str) -> None:
-    """Require that the leading axis of a batch norm's input are the examples of the mask."""
+    """Require a batch norm's input to have the examples of the mask along its leading axis."""
     if shape[:1] != (size,):
         raise ValueError(
             f"The `mask` of the batch has {size} examples, but the input of the "
             f"{type(layer).__name__} at {where([path])} has shape {shape}: the model reshapes its "
-            "examples. Hand it a mask of that shape, as in norm(x, mask=...), and the batch one "
-            "under another name; or, in training, take the padding into the statistics with "
+            "examples. Pass that layer its own mask, as in norm(x, mask=...), and rename that of "
+            "the batch; or, in training, let the statistics include the padding with "
             "mask_statistics=False."
         )
 
@@ -179,53 +180,53 @@ def step_of_schedule(step: Any, path: Any, what: str = "momentum") -> Any:
 
 
 def keeps_for_momentum(momentum: Any, kept: Collection[str], path: str) -> None:
-    """Require that a layer keeps what an overriding momentum moves."""
+    """Require a layer to keep the statistics that an overriding momentum needs."""
     needed = ("count",) if momentum is None else POOLED if isinstance(momentum, str) else ()
     if kept and (missing := [name for name in needed if name not in kept]):
         raise ValueError(
             f"override(momentum={momentum!r}) needs {missing} in the `batch_stats` of the batch "
-            f"norm at {where([path])}, which has {sorted(kept)}. Give momentum={momentum!r} to a "
-            "layer of bnjax's when it is made."
+            f"norm at {where([path])}, which has {sorted(kept)}. Construct a bnjax layer with "
+            f"momentum={momentum!r} instead."
         )
 
 
 def number_of_calls(counted: Any, path: str) -> int:
-    """Require a known number of calls, as moments are kept for each call of a layer."""
+    """Require a known number of calls, since each call of a layer has its own moments."""
     try:
         return int(np.max(np.asarray(counted), initial=1))
     except jax.errors.TracerArrayConversionError as error:
         raise ValueError(
-            f"How often `{path}` is called depends on the data, so there are no exact statistics "
-            "over micro-batches. Train with microbatches=1."
+            f"The number of calls of `{path}` depends on the data, so its statistics over "
+            "micro-batches can't be exact. Train with microbatches=1."
         ) from error
 
 
 def is_initializing(layer: Any) -> bool:
-    """Whether a linen layer makes its variables."""
+    """Whether a linen layer is creating its variables."""
     return isinstance(layer, nn.Module) and layer.is_initializing()
 
 
 def poolable(layer: Any, statistics: Collection[str], path: str) -> None:
-    """Require a layer that keeps nothing but moments, which can be pooled."""
+    """Require a layer that keeps only moments, which can be pooled."""
     if others := sorted({*statistics} - {"mean", "var", "count", *POOLED}):
         raise ValueError(
-            f"Beside its mean and variance the {type(layer).__name__} at {where([path])} keeps "
-            f"{others}, of which it is not known what they are after micro-batches. Train with "
+            f"The {type(layer).__name__} at {where([path])} must keep only a mean and a variance, "
+            f"but also keeps {others}, which can't be pooled over micro-batches. Train with "
             "microbatches=1."
         )
 
 
 def known_fields(fields: Mapping[str, Any], known: set[str]) -> None:
-    """An override names fields that batch norm layers have."""
+    """Require settings that batch norm layers have."""
     if not fields:
         raise TypeError(
-            "`override` must be given at least one setting, got none, as in override('encoder/**', "
-            "momentum=0.01)."
+            "`override` needs at least one setting, got none. Write, for example, "
+            "override('encoder/**', momentum=0.01)."
         )
     for name in sorted(set(fields) - known):
         close = nearest(name, known)
-        others = "momentum, eps, axis_name and use_running_average"
-        hint = f"Did you mean `{close}`?" if close else f"It takes fields of theirs, as {others}."
+        others = "momentum, eps, axis_name or use_running_average"
+        hint = f"Did you mean `{close}`?" if close else f"It takes their fields, such as {others}."
         raise TypeError(f"`override` takes settings of batch norm layers, got `{name}`. {hint}")
 
 
@@ -254,8 +255,8 @@ def some_batch(some: bool | float, what: str = "batch") -> None:
     """Require at least one batch, or one example that counts."""
     if not some:
         raise ValueError(
-            f"`batches` must hold at least one {what}, got none. An iterator that was used before "
-            "is empty: pass a list, or create it again."
+            f"`batches` must hold at least one {what}, got none. An iterator can be used only "
+            "once: pass a list, or create it again."
         )
 
 
@@ -263,8 +264,8 @@ def iterable_again(batches: Any) -> None:
     """Require something that can be iterated over more than once."""
     if isinstance(batches, Iterator):
         raise ValueError(
-            f"`batches` must be iterable once for each layer, got a {type(batches).__name__}, "
-            "which is empty after its first use. Pass a list, or use sequential=False."
+            f"`batches` must be iterable once per layer, got a {type(batches).__name__}, which can "
+            "be used only once. Pass a list, or use sequential=False."
         )
 
 
@@ -279,25 +280,23 @@ def flax_model(model: Any) -> None:
 
 def _instance(model: Any) -> str:
     if isinstance(model, type) and issubclass(model, nn.Module | nnx.Module):
-        return f"Make one of the class: {model.__name__}(...)."
+        return f"Create one: {model.__name__}(...)."
     return "Pass the model itself, not its variables or its apply."
 
 
 def some_batch_norm(some: bool, unknown: Mapping[str, str] | None = None) -> None:
     """Require a model that calls a batch norm."""
     if not some:
-        other = " If it has one of another class, bnjax.register makes that known."
+        other = " If it has one of another class, register that with bnjax.register."
         but = f" {strangers(unknown)}." if unknown else other
-        raise ValueError(
-            f"`model` must call a batch norm, bnjax's or Flax's own, but calls none.{but}"
-        )
+        raise ValueError(f"`model` must call a batch norm of bnjax or Flax, but calls none.{but}")
 
 
 def none_unknown(unknown: Mapping[str, str]) -> None:
     """Require that all modules that keep statistics are known."""
     if unknown:
         raise ValueError(
-            f"{strangers(unknown)}. So there are no exact statistics of micro-batches."
+            f"{strangers(unknown)}. Until then, statistics over micro-batches can't be exact."
         )
 
 
@@ -305,13 +304,13 @@ def all_called(missing: Collection[str], unknown: Mapping[str, str]) -> None:
     """Require that all layers to measure were called."""
     found = []
     if silent := sorted(set(missing) - unknown.keys()):
-        found.append(f"{silent} were not called: pass what turns them on in `apply_kwargs`")
+        found.append(f"{silent} were not called: pass what enables them in `apply_kwargs`")
     if not_known := {path: kind for path, kind in unknown.items() if path in missing}:
         found.append(strangers(not_known))
     if found:
         raise ValueError(
-            f"All batch norms that fit `paths` are measured, but {'; '.join(found)}. Or name the "
-            "others in `paths`."
+            f"All batch norms that match `paths` must be measured, but {'; '.join(found)}. Or name "
+            "only the others in `paths`."
         )
 
 
@@ -319,13 +318,13 @@ def nnx_state(variables: Any) -> None:
     """Require an `nnx.State`."""
     if not isinstance(variables, nnx.State):
         raise TypeError(
-            "`variables` of an nnx model must be an nnx.State, as `nnx.state(model)` gives it, or "
-            f"None for those that the model has, got {type(variables).__name__}."
+            "`variables` of an nnx model must be an nnx.State, such as `nnx.state(model)`, or None "
+            f"for the model's own, got {type(variables).__name__}."
         )
 
 
 def tree_fits(given: Mapping[str, Any], there: Mapping[str, Any], *, part: bool = False) -> None:
-    """Require the model's shapes by path, or, if `part`, some of them."""
+    """Require the paths and shapes of the model's variables; if `part`, of some of them."""
     common = sorted(given.keys() & there)
     wrong = {
         "missing": [] if part else sorted(there.keys() - given),
@@ -335,7 +334,7 @@ def tree_fits(given: Mapping[str, Any], there: Mapping[str, Any], *, part: bool 
         ],
     }
     if found := ", ".join(f"{what} {paths}" for what, paths in wrong.items() if paths):
-        raise ValueError(f"`variables` do not fit the model: {found}. Are they of another model?")
+        raise ValueError(f"`variables` do not fit the model: {found}. Are they another model's?")
 
 
 def has_statistics(variables: Any) -> None:
@@ -343,8 +342,8 @@ def has_statistics(variables: Any) -> None:
     if not isinstance(variables, Mapping) or not variables.get("batch_stats"):
         got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(
-            "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
-            f"norms has it, got {got}. Pass {{'params': params, 'batch_stats': batch_stats}}."
+            "`variables` must be a dict with the collection `batch_stats`, like those of any model "
+            f"with batch norms, got {got}. Pass {{'params': params, 'batch_stats': batch_stats}}."
         )
 
 
@@ -356,14 +355,14 @@ def finite_statistics(bad: Mapping[str, int]) -> None:
             for path, count in sorted(bad.items())
         )
         raise ValueError(
-            f"These layers saw no finite mean and variance: {layers}. Is there NaN or inf in the "
-            "batches or the parameters, or a mask without True?"
+            f"These layers saw no finite mean and variance: {layers}. Do the batches or parameters "
+            "hold NaN or inf, or is a mask all False?"
         )
 
 
 @contextlib.contextmanager
 def variables_fit(variables: Any, call: tuple[tuple, dict[str, Any]]) -> Iterator[None]:
-    """Explain errors of a call with variables, inputs or arguments that do not fit the model."""
+    """Explain errors from variables, inputs or arguments that do not fit the model."""
     args, kwargs = call
     x = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
     if not isinstance(variables, Mapping):
@@ -374,11 +373,11 @@ def variables_fit(variables: Any, call: tuple[tuple, dict[str, Any]]) -> Iterato
         has_statistics(variables)
         given = jax.tree.map(jnp.shape, x)
         raise ValueError(
-            f"`variables` do not fit the model, or the model an input of shape {given}: {error}"
+            f"`variables` or an input of shape {given} do not fit the model: {error}"
             f"{copies(variables)}"
         ) from error
     except TypeError as error:
-        _missing(error, "Give what it evaluates with, as in `apply_kwargs={'train': False}`.")
+        _missing(error, "Pass its evaluation arguments, as in `apply_kwargs={'train': False}`.")
         raise
 
 
@@ -395,5 +394,5 @@ def called_with(repair: str) -> Iterator[None]:
 def _missing(error: TypeError, repair: str) -> None:
     if re.match(r".*__call__\(\) (missing|got an unexpected keyword|takes)", str(error)):
         raise TypeError(
-            f"The model is called with its inputs and with `apply_kwargs`, but {error}. {repair}"
+            f"The model is called with its inputs and `apply_kwargs`, but {error}. {repair}"
         ) from error

@@ -75,7 +75,7 @@ def fitting(model: nnx.Module, paths: globs.Paths) -> list[nnx.Module]:
 
 
 def batch_norms(node: Any, path: str = "", above: tuple = ()) -> Iterator[tuple[str, Any]]:
-    """All batch norms with their paths; unlike in `iter_modules`, a shared one with each of its."""
+    """All batch norms with their paths; a shared one with all its paths, not just the first."""
     if isinstance(node, NNX):
         yield path, node
         return

@@ -174,7 +174,7 @@ def with_arrays(state: nnx.State, arrays: Mapping[Path, Any]) -> nnx.State:
 def restored(model: nnx.Module, checkpoint: Mapping[str, Any]) -> nnx.State:
     """The state of an nnx model with the arrays of a checkpoint, nested by path.
 
-    Random keys stay those of the model.
+    Random keys are the model's.
     """
     arrays = {_names(keys): array for keys, array in flatten_dict(checkpoint).items()}
     leaves = dict(nnx.to_flat_state(nnx.state(model)))

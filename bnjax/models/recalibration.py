@@ -71,27 +71,28 @@ def recalibrate(
     """Recompute running statistics: the exact mean and variance of each batch norm over the data.
 
     Running statistics are a decaying average over the last batches, seen by parameters that have
-    changed since. This pools the moments of all batches by count, for the mean and the biased
-    variance of everything: 26, not 1, for the values 0, 2 in one batch and 10, 12 in another
+    changed since. This pools the moments of all batches by count, which gives the mean and the
+    biased variance of all values: for the batches (0, 2) and (10, 12) a variance of 26, not 1
     (PreciseBN: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021). Averaged weights (EMA,
     SWA) need it, and it helps after training with small batches.
 
     Guide: examples/guides/recalibration.md
 
     Args:
-        model: a linen or nnx model with batch norms, bnjax's or Flax's own. An nnx model runs as
-            after `.eval()`, and is not changed.
-        variables: its variables, which are not changed. For an nnx model an `nnx.State` of all or
-            a part of it, such as averaged parameters, or None for its own. A whole `TrainState`,
-            or what `bnjax.load` returns, works as well.
-        batches: inputs of the model; or dicts, such as those of the training, with `"x"` and
-            perhaps `"mask"`, bool (N,), the examples that count. The last batch may be smaller.
-        paths: which batch norms, as globs over module paths; all of them by default.
+        model: a linen or nnx model with bnjax's or Flax's batch norms. An nnx model runs in eval
+            mode and is not modified.
+        variables: its variables, which are not modified. For an nnx model, an `nnx.State` of all or
+            part of it, such as averaged parameters, or None for its own. A `TrainState` or the
+            result of `bnjax.load` works as well.
+        batches: inputs of the model, or dicts such as those used in training, with `"x"` and
+            optionally `"mask"`, bool (N,), True for the examples that count. The last batch may be
+            smaller.
+        paths: which batch norms to recompute, as globs over module paths; all by default.
         sequential: False, the default, takes one pass over the data: each batch runs as in
-            training, normalized by its own statistics, so deep layers see what they saw there. True
-            takes one pass per layer, in the order of their calls, in evaluation: each layer sees
-            the output of recalibrated layers, as it will when the model is used. `batches` must
-            then be iterable more than once, such as a list.
+            training, normalized by its own statistics, so deep layers see what they saw then. True
+            takes one pass per layer, in call order, in evaluation mode: each layer sees the output
+            of recalibrated layers, as it will when the model is used. `batches` must then be
+            iterable more than once, such as a list.
         inputs: which entries of a batch to call the model with, as for `training.train_step`, such
             as `("obs", "action")`.
         apply_kwargs: extra arguments for the model's call, such as `{"train": False}`. Batch norms
@@ -100,12 +101,13 @@ def recalibrate(
         progress: show a progress bar.
 
     Returns:
-        New variables: means and variances of batch norms are new, all other values are the same.
-        For an nnx model, the whole `nnx.State`, for `nnx.update(model, state)`.
+        New variables, in which only the means and variances of batch norms differ. For an nnx
+        model, the whole `nnx.State`, to pass to `nnx.update(model, state)`.
 
     Raises:
-        ValueError: no batch, no batch norm, one that matches `paths` and is not called, variables
-            of another model, or a channel without a finite mean and variance.
+        ValueError: there is no batch or no batch norm, a batch norm that matches `paths` is not
+            called, the variables do not fit the model, or a channel has no finite mean and
+            variance.
     """
     checks.flax_model(model)
     checks.several_batches(batches)
@@ -125,7 +127,7 @@ def recalibrate(
 
 
 class _Measurement:
-    """Passes over the data in which batch norms measure what they see."""
+    """Passes over the data in which batch norms measure their inputs."""
 
     def __init__(
         self,
@@ -153,7 +155,7 @@ class _Measurement:
             self.model = model.holding({**variables, "batch_stats": begin(self.stats)}).abstract()
 
     def __call__(self, batches: Batches, sequential: bool, progress: bool) -> Any:
-        """The statistics, recomputed in each layer that matches."""
+        """Recompute the statistics of the layers that match."""
         stats = self.stats
         if not sequential:
             return self._pass(None, stats, batches, progress, "recalibrating")
@@ -167,7 +169,7 @@ class _Measurement:
     def _pass(
         self, path: Path | None, stats: Any, batches: Batches, progress: bool, label: str
     ) -> Any:
-        """The statistics after one pass that measures the layer at this path, or all."""
+        """Recompute the statistics of one layer, or of all if `path` is None, in one pass."""
         program, measured = self._program(path), None
         held = seen = self._everywhere(begin(stats))
         for batch in tracked(batches, progress, label):
@@ -203,7 +205,7 @@ class _Measurement:
         return kept_with(self.original, key, make)
 
     def _check(self, notes: Mapping[str, Any]) -> None:
-        """Check that each pattern matches a layer that is called, and each match is called."""
+        """Check that each pattern matches a layer, and that every match is called."""
         called, unknown = {"/".join(path) for path in notes["called"]}, dict(notes["strangers"])
         unknown |= getattr(self.model, "strangers", {})
         if not isinstance(self.model, Copy):
@@ -233,7 +235,7 @@ def _program(
     fits: Callable[[Path], bool],
     path: Path | None,
 ) -> Program:
-    """One batch's pass: measure one layer in evaluation, or all of them in training."""
+    """The pass of one batch: measure one layer in evaluation, or all of them in training."""
 
     def step(notes: dict[str, Any], stats: Any, others: Any, batch: Batch) -> Any:
         called, measured = notes.setdefault("called", {}), notes.setdefault("measured", {})
@@ -274,7 +276,7 @@ def _named(patterns: tuple[str, ...]) -> Callable[[Path], bool]:
 
 
 def _with(stats: Any, seen: Mapping[Path, Moments]) -> Any:
-    """The statistics with the mean and biased variance of the moments seen."""
+    """Replace the means and biased variances of the measured layers."""
     bad: dict[str, int] = {}
 
     def replace(path: Path, old: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -283,7 +285,7 @@ def _with(stats: Any, seen: Mapping[Path, Moments]) -> Any:
         new, moments = dict(old), seen[path]
         some = moments.count > 0
         fine = jnp.isfinite(moments.mean) & jnp.isfinite(moments.m2)
-        # A bank without examples keeps its statistics, a layer without any has none.
+        # A bank without examples keeps its statistics, but a layer needs some.
         fine = jnp.where(some, fine, jnp.any(some))
         if lost := int(jnp.sum(~fine)):
             bad["/".join(path)] = lost
@@ -303,6 +305,6 @@ def _with(stats: Any, seen: Mapping[Path, Moments]) -> Any:
 
 
 def _with_layers_of(tree: Any, other: Any) -> Any:
-    """The collection with the batch norms of the other one."""
+    """A collection with its batch norms taken from another."""
     layers = layers_of(other)
     return map_layers(lambda path, _: layers[path], tree)

@@ -85,16 +85,17 @@ def register(kind: type, facts: Mapping[str, Any] = types.MappingProxyType({})) 
         raise TypeError(f"`kind` must be a class of linen or nnx modules, got {kind!r}.{repair}")
     if issubclass(kind, Linen | NNX) and kind not in _readings and not is_rewritten(kind):
         raise ValueError(
-            f"{kind.__name__} is known already, by a class that it inherits from: it needs no "
-            "registration."
+            f"`kind` must be an unknown class, but {kind.__name__} inherits from a known one. It "
+            "needs no registration."
         )
     if unknown := [name for name in facts if name not in _FACTS]:
         raise TypeError(
-            f"`facts` go by the names of flax.linen.BatchNorm, {', '.join(_FACTS)}, got {unknown}."
+            f"`facts` must use the names of flax.linen.BatchNorm, {', '.join(_FACTS)}, got "
+            f"{unknown}."
         )
     reading = _Reading(kind, inspect.signature(inspect.unwrap(kind.__call__)), dict(facts))
     if len(reading.signature.parameters) < 2:
-        raise ValueError(f"A call of {kind.__name__} takes no argument, so it has no input.")
+        raise ValueError(f"`kind` must be called with an input, but {kind.__name__} takes none.")
     for name in _FACTS:
         reading.check(name)
     _readings[kind] = reading
@@ -153,9 +154,9 @@ class Bound:
             plain = where.removeprefix("not ") if isinstance(where, str) else "."
             if "." in plain or not (plain in arguments or hasattr(self._layer, plain)):
                 raise ValueError(
-                    f"The {name} of the {type(self._layer).__name__} at {self._where} must be "
-                    "changed here, so bnjax.register needs the name of an argument or a field that "
-                    f"sets it, got {where!r}."
+                    f"To change the {name} of the {type(self._layer).__name__} at {self._where}, "
+                    "bnjax.register needs the name of an argument or a field that sets it, got "
+                    f"{where!r}."
                 )
             value = value if plain == where else not value
             # Where both exist, Flax requires one to be None.
@@ -177,8 +178,8 @@ class Bound:
             found = getattr(found, part)
         if found is None and (name == "momentum" or name in self._reading.facts):
             raise ValueError(
-                f"The {type(self._layer).__name__} at {self._where} has no {where!r}, neither as "
-                f"an argument of its call nor as a field. Say where its {name} is: "
+                f"The {type(self._layer).__name__} at {self._where} has neither a call argument "
+                f"nor a field {where!r}. Say where its {name} is: "
                 f'bnjax.register({self._reading.kind.__name__}, {{"{name}": ...}}).'
             )
         if found is None:

@@ -1,4 +1,4 @@
-"""The variables of a given model in what a training has saved, as its tools take them."""
+"""Extract the variables of a model from what a training run has saved."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from bnjax.models.variables import TRAINING, flat, linen, parts
 
 
 def variables_of_model(model: nn.Module | nnx.Module, tree: Any) -> Any:
-    """The variables of a model in what a training has saved, as its tools take them.
+    """Extract the variables of a model from what a training run has saved.
 
     Args:
         model: a linen or nnx model.
-        tree: its variables, which are returned as they are; or a `TrainState`, or a tree around
-            one, such as `bnjax.load` gives it; for nnx a dict or tuple of states, or of what was
-            saved of them. None for the variables that an nnx model has.
+        tree: its variables, which are returned unchanged, or a tree that contains them: for linen,
+            a `TrainState` or the result of `bnjax.load`; for nnx, a dict or tuple of states, in
+            memory or loaded. None for an nnx model's own variables.
 
     Raises:
-        ValueError: there are the variables of several models, or those of a PyTorch model.
+        ValueError: the tree holds the variables of several models or of a PyTorch model.
     """
     if isinstance(model, nnx.Module):
         if tree is None or isinstance(tree, nnx.State) or not parts(tree):
@@ -29,18 +29,20 @@ def variables_of_model(model: nn.Module | nnx.Module, tree: Any) -> Any:
     found = linen(tree)
     if len(found) > 1:
         raise ValueError(
-            f"`variables` hold those of several models, at {sorted(found)}: pass one of them."
+            f"`variables` must be those of one model, but hold several, at {sorted(found)}. Pass "
+            "one of them."
         )
     if not found and _is_torch(tree):
         raise ValueError(
-            "`variables` are the state dict of a PyTorch model. Convert them before, by "
-            "`bnjax.from_torch(state_dict, model, variables)` or `bnjax convert FILE --like FLAX`."
+            "`variables` must be those of a Flax model, got the state dict of a PyTorch model. "
+            "Convert it first, with `bnjax.from_torch(state_dict, model, variables)` or "
+            "`bnjax convert FILE --like FLAX`."
         )
     return next(iter(found.values()), tree)
 
 
 def _of_nnx(model: nnx.Module, tree: Any) -> Any:
-    """The part of a tree with all arrays of an nnx model, but for its random keys."""
+    """The part of a tree that has all arrays of an nnx model, except its random keys."""
     states = nnx.state(model, nnx.RngState, ...)
     random, wanted = ({*map("/".join, flat(state))} for state in states)
     level = {"": tree}
@@ -49,7 +51,8 @@ def _of_nnx(model: nnx.Module, tree: Any) -> Any:
         fitting = [path for path, held in leaves.items() if wanted <= {*map("/".join, held)}]
         if len(fitting) > 1:
             raise ValueError(
-                f"`variables` hold those of several models, at {fitting}: pass one of them."
+                f"`variables` must be those of one model, but hold several, at {fitting}. Pass one "
+                "of them."
             )
         if fitting:
             tree = level[fitting[0]]

@@ -1,4 +1,4 @@
-"""The statistics of a model's batch norms as a tree: find, map, validate and merge them."""
+"""Find, map, check and merge the running statistics in a collection."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,9 +14,9 @@ Path = tuple[str, ...]
 
 
 def map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) -> Any:
-    """Apply a function of path and statistics to each batch norm in a collection.
+    """Apply `function(path, statistics)` to each batch norm in a collection.
 
-    Everything else stays as it is, and dicts keep their type.
+    Everything else is unchanged, and dicts keep their type.
     """
 
     def visit(path: Path, node: Any) -> Any:
@@ -34,7 +34,7 @@ def map_layers(function: Callable[[Path, Mapping[str, Any]], Any], tree: Any) ->
 def is_layer(node: Mapping[str, Any]) -> bool:
     """Whether a node of a collection holds the statistics of a batch norm.
 
-    Modules that are named `mean` and `var` do not count.
+    Submodules named `mean` and `var` do not count.
     """
     return {"mean", "var"} <= {*node} and not isinstance(node["mean"], Mapping)
 
@@ -52,29 +52,29 @@ def impossible(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
 
 
 def merge_batch_stats(batch_stats: Any, axis: int = 0, *, weights: Any = None) -> Any:
-    """One set of running statistics from several, such as those of devices that never talked.
+    """Merge several sets of running statistics, such as those of devices that never communicated.
 
-    With weights w that sum to 1, the mean is `sum(w * mean)` and, by the law of total variance, the
-    variance is `sum(w * var) + sum(w * (mean - merged mean)**2)`: that of all examples, if each set
-    has the mean and variance of its own and is weighed by its number of examples. (The mean of the
-    variances alone is too small.)
+    With weights w that sum to 1, the merged mean is `sum(w * mean)` and, by the law of total
+    variance, the merged variance is `sum(w * var) + sum(w * (mean - merged mean)**2)`. If each set
+    holds the statistics of its own examples and is weighted by their number, these are the mean and
+    variance of all examples. (The average of the variances alone is too small.)
 
     Args:
-        batch_stats: a collection whose arrays have one more axis, as `pmap` without an axis name
-            returns it, or `jax.tree.map(lambda *sets: jnp.stack(sets), *clients)`.
-        axis: that axis.
-        weights: how much each set counts, of shape (sets,), such as the numbers of examples of the
-            clients in federated learning; they need not sum to 1. A set of weight 0 has no effect,
-            even if it is NaN. By default each set counts alike.
+        batch_stats: a collection whose arrays have an extra axis, as returned by `pmap` without an
+            axis name, or by `jax.tree.map(lambda *sets: jnp.stack(sets), *clients)`.
+        axis: the extra axis.
+        weights: the weight of each set, of shape (sets,), such as the number of examples of each
+            client in federated learning; they need not sum to 1. A set with weight 0 has no effect,
+            even if it is NaN. By default, all sets have the same weight.
 
     Returns:
-        The collection without that axis.
+        The collection without the extra axis.
 
     Guides: examples/guides/devices.md, examples/guides/scale.md
 
     Raises:
-        ValueError: there are no statistics, or they have no such axis; or weights of another shape,
-            negative, not finite, or all 0.
+        ValueError: there are no statistics, they lack the axis, or `weights` has the wrong shape,
+            is negative or not finite, or is all 0.
 
     >>> stats = {"bn": {"mean": jnp.array([[0.0], [10.0]]), "var": jnp.array([[1.0], [1.0]])}}
     >>> float(merge_batch_stats(stats)["bn"]["var"][0])
@@ -84,8 +84,8 @@ def merge_batch_stats(batch_stats: Any, axis: int = 0, *, weights: Any = None) -
     """
     if not layers_of(batch_stats):
         raise ValueError(
-            "`batch_stats` must hold `mean` and `var` of batch norms, but there are none. Pass "
-            "`variables['batch_stats']`, stacked."
+            "`batch_stats` must hold the `mean` and `var` of batch norms, but has none. Pass the "
+            "stacked `variables['batch_stats']`."
         )
 
     def merged(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,37 +103,37 @@ def merge_batch_stats(batch_stats: Any, axis: int = 0, *, weights: Any = None) -
 
 
 def _sets(path: Path, stats: Mapping[str, Any], axis: int) -> int:
-    """How many sets of statistics a batch norm has."""
+    """The number of sets that are stacked in a batch norm's statistics."""
     shape, other = (jnp.shape(stats[name]) for name in ("mean", "var"))
     if len(shape) < 2 or not -len(shape) <= axis < len(shape) or not shape[axis]:
         raise ValueError(
-            f"`batch_stats` must hold several sets, stacked along axis {axis}, but the mean at "
-            f"{where(path)} has shape {shape}. One set needs no merging."
+            f"`batch_stats` must be stacked along axis {axis}, but the mean at {where(path)} has "
+            f"shape {shape}. A single set needs no merging."
         )
     if shape != other:
         raise ValueError(
-            f"`batch_stats` must have means and variances of one shape, but at {where(path)} they "
-            f"have {shape} and {other}. Stack the sets of all clients alike."
+            f"`batch_stats` must have means and variances of the same shape, but at {where(path)} "
+            f"they have {shape} and {other}. Stack both in the same way."
         )
     return shape[axis]
 
 
 def _shares(weights: Any, sets: int) -> Any:
-    """The weights of so many sets, which sum to 1."""
+    """The weights of the sets, normalized to sum to 1."""
     if weights is None:
         return jnp.full(sets, 1 / sets)
     given = jnp.asarray(weights)
     if given.shape != (sets,):
         raise ValueError(
-            f"`weights` must hold one number for each of the {sets} sets of statistics, got shape "
-            f"{given.shape}. They go along the axis in which the sets are stacked."
+            f"`weights` must have shape ({sets},), one for each stacked set, got shape "
+            f"{given.shape}. Pass one number per set, such as its number of examples."
         )
     if not isinstance(given, Tracer):
         values = np.asarray(given, np.float64)
         if not np.isfinite(values).all() or (values < 0).any() or not values.any():
             raise ValueError(
-                "`weights` must be finite, 0 or more and not all 0, such as numbers of examples, "
-                f"got {values.tolist()}."
+                f"`weights` must be finite, not negative and not all 0, got {values.tolist()}. "
+                "Pass one number per set, such as its number of examples."
             )
         return jnp.asarray(values / values.sum())
     given = given.astype(jnp.promote_types(given.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""The variables of a model in the tree that a training has saved, found by name."""
+"""Find the variables of a model by name in what a training run has saved."""
 
 import dataclasses
 import sys
@@ -9,20 +9,20 @@ import numpy as np
 
 Path = tuple[str, ...]
 MODEL = ("params", "batch_stats")
-# What a training keeps beside them, by the usual names; what is no dict is none of theirs either.
+# What is usually saved next to them. Entries that are not dicts are not collections either.
 TRAINING = ("opt_state", "optimizer", "step", "rng", "loss_scale", "dynamic_scale", "ema_params")
 
 _OF_STATES = ("params", "variables")  # a dataclass with one of these is a state, not a model
 
 
 def variables_in(tree: Any) -> Any:
-    """The only variables of a linen model in a tree; or the tree, if there are none or several."""
+    """The variables of the only linen model in a tree; the tree itself if there is not just one."""
     found = linen(tree)
     return next(iter(found.values())) if len(found) == 1 else tree
 
 
 def linen(tree: Any, path: str = "") -> dict[str, Any]:
-    """The variables of each linen model in a tree, by path, none inside another."""
+    """The variables of each linen model in a tree, by path; not those inside other variables."""
     held = _together(parts(tree))
     if not any(_has_arrays(held[name]) for name in MODEL if name in held):
         inner = ((f"{path}/{key}" if path else str(key), part) for key, part in held.items())
@@ -44,9 +44,9 @@ def linen(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _together(held: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """The parts of a state, with statistics that lie in another one beside the parameters.
+    """The parts of a state, with nested statistics moved next to the parameters.
 
-    Some trainings keep all variables in `params`, others all collections in `model_state`.
+    Some training loops keep all variables in `params`, others all collections in `model_state`.
     """
     if "params" not in held or "batch_stats" in held:
         return held
@@ -62,10 +62,10 @@ def _together(held: Mapping[Any, Any]) -> Mapping[Any, Any]:
 
 
 def parts(tree: Any) -> Mapping[Any, Any]:
-    """The parts of a tree by name; none of a leaf."""
+    """The children of a tree by name; a leaf has none."""
     if type(tree) is dict:
         return tree
-    if "flax" in sys.modules:  # only then can it be of nnx
+    if "flax" in sys.modules:  # otherwise it can't be from nnx
         from flax import nnx
 
         tree = nnx.state(tree) if isinstance(tree, nnx.Pytree) else tree
@@ -80,7 +80,7 @@ def parts(tree: Any) -> Mapping[Any, Any]:
 
 
 def of_variable(names: Path) -> Path:
-    """The path of an nnx variable, of which orbax may have saved {"value": array}."""
+    """The path of an nnx variable, which orbax may have saved as {"value": array}."""
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
 
@@ -94,7 +94,7 @@ def flat(tree: Any) -> dict[Path, Any]:
 
 
 def _has_arrays(part: Any) -> bool:
-    """Whether it is a tree of parameters, or empty; the `params` of a PyTorch optimizer count."""
+    """Whether it is an empty tree or one of arrays; a PyTorch optimizer's `params` are indices."""
     held = parts(part).values()
     if held:
         return any(map(_has_arrays, held))
@@ -103,7 +103,7 @@ def _has_arrays(part: Any) -> bool:
 
 
 def _slow(params: Any, trained: bool) -> Any:
-    """Of the two sets of parameters that `optax.lookahead` keeps the one to evaluate with."""
+    """The set to evaluate with, if these are the two sets of parameters of `optax.lookahead`."""
     held = parts(params)
     if trained and {*held} == {"fast", "slow"}:
         fast, slow = ({k: np.shape(x) for k, x in flat(each).items()} for each in held.values())

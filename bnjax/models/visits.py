@@ -61,7 +61,7 @@ def visiting(
 
 @contextlib.contextmanager
 def counting(examples: chex.Array | None, bank: chex.Array | None = None) -> Iterator[None]:
-    """A context that tells batch norms about the examples.
+    """A context that sets the mask and the banks of the examples for all batch norms.
 
     Args:
         examples: which of them count, bool (N,); None for all.

@@ -1,4 +1,4 @@
-"""Training and evaluation of linen models with batch statistics; of nnx models: bnjax.nnx."""
+"""Train and evaluate linen models with batch statistics; for nnx models, see bnjax.nnx."""
 
 from typing import TYPE_CHECKING
 

@@ -40,31 +40,31 @@ def attempt(
     return Attempt(grads, collections, accepted, metrics, scale.adjusted(accepted), loss, again)
 
 
-def told(
+def with_extra_args(
     tx: optax.GradientTransformation,
     found: Attempt,
-    ours: Callable[[Any], Any] = lambda params: params,
-    theirs: Callable[[Any], Any] = lambda grads: grads,
+    to_model: Callable[[Any], Any] = lambda params: params,
+    to_optimizer: Callable[[Any], Any] = lambda grads: grads,
 ) -> optax.GradientTransformation:
-    """The optimizer, given those of optax's extra arguments that it takes.
+    """The optimizer, with the values of the optax extra arguments that it takes.
 
     Args:
         tx: the optimizer.
-        found: the step that it updates with.
-        ours: converts the optimizer's parameters to the model's tree.
-        theirs: converts gradients to the optimizer's tree.
+        found: the step to update with.
+        to_model: converts parameters from the optimizer's tree to the model's.
+        to_optimizer: converts gradients from the model's tree to the optimizer's.
     """
     known = {
         "value": found.loss,
-        "grad": theirs(found.grads),
-        "value_fn": lambda params: found.again(ours(params))[2],
-        "grad_fn": lambda params, _: theirs(found.again(ours(params))[0]),
+        "grad": to_optimizer(found.grads),
+        "value_fn": lambda params: found.again(to_model(params))[2],
+        "grad_fn": lambda params, _: to_optimizer(found.again(to_model(params))[0]),
     }
     update = optax.with_extra_args_support(tx).update
     taken = inspect.signature(update).parameters.values()
     names = {each.name for each in taken}
     if any(each.kind is each.VAR_KEYWORD for each in taken):
-        names |= {"value", "grad", "value_fn"}  # a chain passes them on to whoever takes them
+        names |= {"value", "grad", "value_fn"}  # a chain forwards them to the links that take them
     known = {name: value for name, value in known.items() if name in names}
     return optax.GradientTransformation(tx.init, functools.partial(update, **known))
 

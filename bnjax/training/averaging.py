@@ -1,4 +1,4 @@
-"""Averages of the parameters over many steps, with statistics of their own."""
+"""Average parameters over many steps, and recompute the running statistics for the average."""
 
 import math
 from typing import Any
@@ -18,14 +18,14 @@ class Average(struct.PyTreeNode):
     """A running average of the parameters: exponential (EMA), or the mean of all steps (SWA).
 
     At step n the new parameters get the weight `(1 - decay) / (1 - decay**n)`: an exponential
-    average, debiased as in `optax.ema`, so that nothing of a start value remains. Without a decay
-    it is `1 / n`: the plain mean (Izmailov et al., "Averaging Weights Leads to Wider Optima and
-    Better Generalization", 2018).
+    average, debiased as in `optax.ema`, so that the initial value has no influence. Without a
+    decay, the weight is `1 / n`: the plain mean (Izmailov et al., "Averaging Weights Leads to Wider
+    Optima and Better Generalization", 2018).
 
-    The running statistics of a training belong to its last parameters. The average needs its own;
-    `recalibrated` computes them.
+    The running statistics in a state belong to its current parameters. The average needs its own,
+    which `recalibrated` computes.
 
-    It is a pytree: save it beside the state with `bnjax.save`, and restore it with
+    An average is a pytree: save it together with the state, using `bnjax.save`, and restore it with
     `bnjax.load(..., like=average)`.
 
     Guide: examples/guides/recalibration.md
@@ -40,7 +40,7 @@ class Average(struct.PyTreeNode):
     >>> model, x = bnjax.BatchNorm1d(), jnp.array([[1.0], [3.0]])
     >>> state = init_state(model, optax.sgd(1.0), jax.random.key(0), x)
     >>> average = Average.start(state, decay=None)
-    >>> for scale in (1.0, 3.0):  # as two steps of a training would leave it
+    >>> for scale in (1.0, 3.0):  # as after two training steps
     ...     state = state.replace(params={"scale": jnp.array([scale]), "bias": jnp.zeros(1)})
     ...     average = average.update(state)
     >>> averaged = average.recalibrated(model, state, [x])
@@ -53,12 +53,12 @@ class Average(struct.PyTreeNode):
     decay: float | None = struct.field(pytree_node=False, default=0.999)
 
     def __repr__(self) -> str:
-        """What it is of, in a line."""
+        """A one-line summary."""
         return f"Average(count={self.count}, decay={self.decay})"
 
     @classmethod
     def start(cls, trained: TrainState | nnx.Module, decay: float | None = 0.999) -> "Average":
-        """Start an average, of no steps yet.
+        """Start an average over no steps yet.
 
         Args:
             trained: a `TrainState`, or an nnx model.

@@ -52,7 +52,7 @@ class Compiled:
         self._compiled = jax.jit(step, donate_argnums=0 if donate else (), **shard)
 
     def __call__(self, state: Any, batch: Any) -> Any:
-        """Run it."""
+        """Run the step."""
         if self._check is not None:
             self._check(state)
         batch, layout = self.layout.named(batch), self.layout

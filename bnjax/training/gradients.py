@@ -17,9 +17,10 @@ from bnjax.training import checks
 
 # Convolutions inside a loop are slow in XLA on CPUs, so a few micro-batches are unrolled.
 _FEW = 8
-_TRAIN = "Give what it trains with, as in train_step(loss_fn, apply_kwargs={'train': True})."
-
-_EVALUATE = "Give what it evaluates with, as in eval_step(loss_fn, apply_kwargs={'train': False})."
+_TRAIN = "Pass its training arguments, as in train_step(loss_fn, apply_kwargs={'train': True})."
+_EVALUATE = (
+    "Pass its evaluation arguments, as in eval_step(loss_fn, apply_kwargs={'train': False})."
+)
 
 # `apply(params, collections, args, kwargs, key)` gives outputs and new collections.
 Apply = Callable[[Any, Any, tuple, dict, Any], tuple[Any, Any]]

@@ -1,4 +1,4 @@
-"""A record of the running statistics during training."""
+"""Record running statistics during training."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
@@ -28,26 +28,26 @@ def history(
 ) -> AnyStep:
     """Wrap a step so that it records running statistics, for `diagnose`, `scalars` and plots.
 
-    A logged step stores O(C) numbers per layer and waits for the step to finish. The record is a
-    dict of lists of plain numbers, so it fits into a checkpoint, and a resumed run can extend it.
+    A recorded step stores O(C) numbers per layer and waits for the step to finish. The record is a
+    dict of lists of plain numbers, so a checkpoint can hold it and a resumed run can extend it.
 
     Guides: examples/guides/diagnosis.md, examples/guides/logging.md
 
     Args:
-        step: what `bnjax.training.train_step` or `bnjax.nnx.train_step` returned.
-        record: `{}`, or the record of earlier steps. Each logged step appends `"step"`,
+        step: the step from `bnjax.training.train_step` or `bnjax.nnx.train_step`.
+        record: `{}`, or the record of earlier steps. Each recorded step appends `"step"`,
             `"examples"` (the batch size) and `"params_norm"`; and in `"layers"`, for each path, the
             running `"mean"` and `"var"` after the step and those of the batch alone,
             `"batch_mean"` and `"batch_var"`, each a list of C numbers.
-        momentum: weight of the new batch in the running statistics (PyTorch's convention), from
-            which the batch's own statistics are recovered; None leaves them out. By default each
-            layer's own momentum, as seen when the step was traced.
-        every: log every so many steps.
+        momentum: weight of the new batch in the running statistics (PyTorch's convention), used to
+            recover the batch's own statistics; None leaves those out. By default each layer's own
+            momentum, as seen when the step was traced.
+        every: record one step out of this many.
         paths: which layers, as globs over module paths.
         channels: how many channels to record per layer, from the first; all by default.
 
     Returns:
-        A step to use in place of the one given.
+        The wrapped step, to use instead of the given one.
     """
     fits = globs.any_of(paths)
     calls = 0

@@ -1,4 +1,4 @@
-"""Running statistics as scalars for a logger: TensorBoard, W&B and others."""
+"""Summarize running statistics as scalars for a logger, such as TensorBoard or W&B."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,38 +27,38 @@ def scalars(
 
     Guide: examples/guides/logging.md
 
-    The names are `{prefix}/{path}/{number}`. From variables alone come
+    The names are `{prefix}/{path}/{number}`. For a state or variables, the numbers are
 
-    - `scale_min`: the smallest magnitude of a learned scale;
-    - `dead`: how many channels have a constant output, by a scale or a running variance of 0;
-    - `updates`: how many batches were counted, where the layer counts them;
+    - `scale_min`: the smallest magnitude of the learned scale;
+    - `dead`: the number of channels with constant output, because scale or running variance is 0;
+    - `updates`: the number of batches counted, if the layer counts them.
 
-    and from running statistics beside others
+    Compared with other statistics, they are
 
-    - `mean_gap`: how far apart the means are, in running standard deviations, sqrt(var + eps); the
+    - `mean_gap`: the difference of the means, in running standard deviations, sqrt(var + eps); the
       root mean square over the channels;
-    - `var_ratio`: running variance over the other one, eps added to both; the geometric mean over
-      the channels.
+    - `var_ratio`: the running variance divided by the other, with eps added to both; the geometric
+      mean over the channels.
 
-    A layer with NaN shows NaN.
+    They are NaN for a layer with NaN.
 
     Args:
         trained: a `TrainState`, linen variables, an nnx model or its state; or a record of
             `bnjax.training.history`, whose last running statistics are compared with those of the
             last batch.
-        other: what to compare `trained` with, of the same kinds: the state of an earlier step, say,
-            or recalibrated variables. Not with a record, which holds both.
+        other: statistics to compare with, as for `trained`, such as the state of an earlier step
+            or recalibrated variables. A record needs none.
         paths: which layers, as globs over module paths.
-        prefix: what each name starts with.
+        prefix: the prefix of all names.
         eps: the eps of the layers.
 
     Returns:
         Python floats by name.
 
     Raises:
-        TypeError: a record comes with `other`.
-        ValueError: there are no running statistics, a pattern fits no batch norm, or the channels
-            of a layer differ from those in `other`.
+        TypeError: `other` is passed with a record.
+        ValueError: there are no running statistics, a pattern matches no batch norm, or a layer has
+            different channels in `other`.
 
     >>> stats = {"mean": np.zeros(2), "var": np.ones(2)}
     >>> moved = {"mean": np.array([3.0, 4.0]), "var": np.array([4.0, 4.0])}
@@ -79,7 +79,7 @@ def scalars(
         numbers = _alone(layers[path]) if alone else {}
         if path in others:
             checks.same_channels(path, layers[path]["mean"].shape, others[path]["mean"].shape)
-            numbers |= _beside(layers[path], others[path], eps)
+            numbers |= _compared(layers[path], others[path], eps)
         name = "/".join(filter(None, (prefix, path)))
         found |= {f"{name}/{key}": float(value) for key, value in numbers.items()}
     return found
@@ -108,7 +108,7 @@ def _layers(trained: Any) -> dict[str, Arrays]:
     else:
         tree = {name: getattr(trained, name, {}) for name in ("params", "batch_stats")}
     params = tree.get("params", {})
-    params = getattr(params, "slow", params)  # of lookahead
+    params = getattr(params, "slow", params)  # with lookahead
     found = {}
     for path, stats in layers_of(tree.get("batch_stats", {})).items():
         arrays = {name: _array(stats[name]) for name in ("mean", "var", "count") if name in stats}
@@ -127,15 +127,15 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _alone(arrays: Arrays) -> dict[str, Any]:
-    """The numbers of a layer by itself."""
+    """The numbers of a layer without a comparison."""
     scale = arrays.get("scale", np.ones(1))
     found = {"scale_min": np.abs(scale).min(initial=np.inf)} if "scale" in arrays else {}
     found["dead"] = np.sum(scale * arrays["var"] == 0)
     return found | ({"updates": arrays["count"].max()} if "count" in arrays else {})
 
 
-def _beside(arrays: Arrays, other: Arrays, eps: float) -> dict[str, Any]:
-    """The numbers of a layer beside other statistics of it; NaN where there is no channel."""
+def _compared(arrays: Arrays, other: Arrays, eps: float) -> dict[str, Any]:
+    """The numbers of a layer compared with other statistics; NaN without channels."""
     if not arrays["mean"].size:
         return {"mean_gap": np.nan, "var_ratio": np.nan}
     with np.errstate(invalid="ignore", divide="ignore"):

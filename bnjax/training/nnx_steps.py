@@ -1,4 +1,4 @@
-"""Steps over an nnx model and its optimizer, in place: train_step, eval_step."""
+"""Compile steps that update an nnx model and its optimizer in place: train_step, eval_step."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from bnjax.models.batches import Batch, Inputs, LossFn, Metrics, Totals, layout
 from bnjax.models.freezing import freeze_fitting
 from bnjax.models.nnx_copies import Copy
 from bnjax.training import checks
-from bnjax.training.attempts import attempt, told
+from bnjax.training.attempts import attempt, with_extra_args
 from bnjax.training.compiled import Compiled
 from bnjax.training.gradients import Objective, evaluated
 from bnjax.training.state import choose, own_buffers
@@ -51,29 +51,29 @@ def train_step(
             metrics. Each is an array with one entry for each example, (N,), or a mean, ().
         inputs: which entries of a batch to call the model with, as for
             `bnjax.training.train_step`.
-        per_example: names of the entries that have one value per example, as there.
+        per_example: names of the entries with one value per example, likewise.
         apply_kwargs: extra arguments for the model's call.
         frozen: globs over module paths, such as `"encoder/**"`. Freezes parameters, running
             statistics and mode of these modules.
         microbatches: split the batch into this many parts, run them in turn, and update once. The
             running statistics are exactly those of the whole batch.
-        unroll: unroll the loop over micro-batches, as there.
+        unroll: unroll the loop over micro-batches, as for `bnjax.training.train_step`.
         mask_statistics: whether `mask` also keeps examples out of the batch statistics.
         mesh: train data-parallel: split the batch over all devices of the mesh and replicate model
             and optimizer.
         loss_scale: scales the loss, for gradients in float16, as for `bnjax.training.init_state`.
-            The step keeps it: `step.loss_scale`.
+            The current one is `step.loss_scale`.
         donate: donate the buffers of model and optimizer. References taken before the step, such
             as `nnx.state(model)`, can't be used afterwards.
 
     Returns:
-        `step(model, optimizer, batch) -> metrics`. The step keeps the mode of the model, so call
-        `model.train()` first; the optimizer is an `nnx.Optimizer`. `batch` and the metrics are as
-        for `bnjax.training.train_step`. `step.rejected` counts the steps that were rejected.
+        `step(model, optimizer, batch) -> metrics`. The step does not change the mode of the model,
+        so call `model.train()` first; the optimizer is an `nnx.Optimizer`. `batch` and the metrics
+        are as for `bnjax.training.train_step`. `step.rejected` counts rejected steps.
 
     Raises:
         TypeError: the model is not an `nnx.Module`, or the optimizer not an `nnx.Optimizer`.
-        ValueError: a batch that does not divide by `microbatches` and the devices.
+        ValueError: a batch does not divide evenly into micro-batches and devices.
 
     >>> import optax, bnjax
     >>> model = bnjax.nnx.BatchNorm1d(3, rngs=nnx.Rngs(0))
@@ -153,16 +153,16 @@ def _update(
     found = attempt(objective, model.apply, model.params, loss_scale, **now)
     globs.check_each(frozen, model.modules | objective.met.keys(), "module")
 
-    def ours(params: nnx.State) -> dict[Any, Any]:
+    def to_model(params: nnx.State) -> dict[Any, Any]:
         single = model.with_params({})
         nnx.update(single, params)
         return model.params_of(single)
 
-    def theirs(grads: Any) -> nnx.State:
+    def to_optimizer(grads: Any) -> nnx.State:
         return nnx.as_pure(nnx.state(model.with_params(grads), optimizer.wrt))
 
     after, tx = model.with_params({}), optimizer.tx
-    optimizer.tx = told(tx, found, ours, theirs)
+    optimizer.tx = with_extra_args(tx, found, to_model, to_optimizer)
     optimizer.update(after, nnx.state(model.with_params(found.grads), optimizer.wrt))
     optimizer.tx = tx
     variables = model.state(found.accepted, model.params_of(after), found.collections)
@@ -235,8 +235,8 @@ def eval_step(
         inputs: as for `train_step`.
         per_example: as for `train_step`.
         apply_kwargs: extra arguments for the model's call.
-        mesh: split the batch over the devices of the mesh. Its size need not divide by them: it is
-            padded with examples that do not count.
+        mesh: split the batch over the devices of the mesh. Uneven batches are padded with examples
+            that do not count.
 
     Returns:
         `step(model, batch) -> totals`, for `evaluate(step, model, batches)`: sums by name over the

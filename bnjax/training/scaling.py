@@ -36,7 +36,7 @@ class Scale:
     def adjusted(self, finite: jax.Array) -> Any:
         """The scale for the next step, raised or lowered as the gradients were finite or not."""
         if self._is_flax:
-            # Flax goes by the gradients of a function, so give it one with finite or NaN gradients.
+            # Flax inspects the gradients of a function: pass one with finite or NaN gradients.
             sign = jnp.where(finite, 1.0, jnp.nan)
             return self._scale.value_and_grad(lambda x: x * sign)(jnp.ones(()))[0]
         return None if self._scale is None else self._scale.adjust(finite)

@@ -61,13 +61,13 @@ class TrainState(train_state.TrainState):
 
 
 def _to_dict(state: Any) -> dict[str, Any]:
-    """The state as Flax serializes it, with random keys as raw data, as it can't save keys."""
+    """The state as Flax serializes it, with typed random keys, which it can't save, as raw data."""
     held = {name: serialization.to_state_dict(part) for name, part in _data(state).items()}
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, held)
 
 
 def _from_dict(state: Any, found: dict[str, Any]) -> Any:
-    """The state with the values that Flax has restored."""
+    """The state with the values that Flax restored."""
     held = _data(state)
     bare = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, held)
     new = serialization.from_state_dict(bare, found)
@@ -110,18 +110,17 @@ def init_state(
     """A new `TrainState` for a linen model and an optax optimizer.
 
     Args:
-        model: any linen model; without batch norm it has no statistics, and that is fine.
+        model: any linen model, with or without batch norm.
         tx: the optimizer.
         key: seeds the parameters and the random streams of the steps.
         x: an input, or its `jax.ShapeDtypeStruct`, to initialize the model with.
-        inputs: as for `train_step`; then `x` is a batch, a dict, and the model is called with
-            these entries.
+        inputs: as for `train_step`, if `x` is a batch (a dict): the entries to call the model with.
         loss_scale: scales the loss of each step, for gradients in float16: Flax's `DynamicScale`,
             or another object with `scale`, `unscale` and `adjust`, such as jmp's.
         **apply_kwargs: extra arguments for the model's call, such as `train=False`.
 
     Returns:
-        The state. It keeps all collections except those that are sown, such as `intermediates`.
+        The state. It has all collections except sown ones, such as `intermediates`.
 
     Raises:
         TypeError: the model is not a linen model.
@@ -134,7 +133,7 @@ def init_state(
     init_key, dropout_key = jax.random.split(key)
     keys = {"params": init_key, "dropout": dropout_key}
     mutable = DenyList("intermediates")
-    repair = "Write what else it takes, as in init_state(model, tx, key, x, train=False)."
+    repair = "Pass its other arguments, as in init_state(model, tx, key, x, train=False)."
     with checks.input_not_batch(x, inputs), checks.called_with(repair):
         variables = model.lazy_init(keys, *args, mutable=mutable, **kwargs, **apply_kwargs)
     others = {k: v for k, v in variables.items() if k not in ("params", "batch_stats")}

@@ -16,7 +16,7 @@ from bnjax.models.batches import Batch, Inputs, LossFn, Metrics, Totals, layout,
 from bnjax.models.frames import Settings
 from bnjax.models.visits import applying
 from bnjax.training import checks
-from bnjax.training.attempts import attempt, told
+from bnjax.training.attempts import attempt, with_extra_args
 from bnjax.training.compiled import Compiled
 from bnjax.training.gradients import Objective, evaluated
 from bnjax.training.state import TrainState, commit
@@ -47,19 +47,19 @@ def train_step(
         inputs: which entries of a batch to call the model with: one name; several names, as
             positional arguments; a dict of names by keyword; or a function of the batch that
             returns a tuple of arguments, a dict of keyword arguments, or a single argument.
-        per_example: names of the entries that have one value per example, besides the inputs and
-            the mask. By default, every array whose leading axis is as long as that of the first
-            input. Pass it if something else, such as class weights, can have that length.
-            Micro-batches and meshes leave all other entries whole.
+        per_example: names of the entries with one value per example, besides the inputs and the
+            mask. By default, all arrays whose leading axis is as long as that of the first input.
+            Pass it if something else, such as class weights, can have that length. Micro-batches
+            and meshes do not split other entries.
         apply_kwargs: extra arguments for the model's call, such as `{"train": True}`. Keys under
             `"rngs"` seed random streams by name, and each step folds in its number; all other
-            streams are derived from the key in the state.
+            streams derive from the key in the state.
         frozen: globs over module paths, such as `"encoder/**"`. Freezes parameters, running
             statistics and mode of these modules.
         microbatches: split the batch into this many parts, run them in turn, and update once. The
-            running statistics are exactly those of the whole batch, since moments are pooled (with
-            a virtual batch size, too). The gradients are not: each part is normalized by its own
-            statistics, so with few examples per part they are noisier. They are summed in float32
+            running statistics are exactly those of the whole batch, since moments are pooled (also
+            with a virtual batch size). The gradients are not: each part is normalized with its own
+            statistics, so they are noisier with few examples per part. They are summed in float32
             or wider.
         unroll: unroll the loop over micro-batches. By default up to 8 are unrolled on CPUs, where
             XLA's convolutions are several times slower inside a loop; False saves more memory.
@@ -78,7 +78,7 @@ def train_step(
         example counted (see `commit`). A metric of your own with such a name replaces it.
 
     Raises:
-        ValueError: a batch that does not divide by `microbatches` and the devices.
+        ValueError: a batch does not divide evenly into micro-batches and devices.
     """
     checks.loss_function(loss_fn)
     checks.microbatches(microbatches)
@@ -118,13 +118,13 @@ def _step(
     found = attempt(objective, apply, fast, state.loss_scale, **now)
     globs.check_each(frozen, modules_of(fast) | objective.met.keys(), "module")
     moved = dict(found.collections)
-    proposed = state.replace(tx=told(state.tx, found)).apply_gradients(
+    proposed = state.replace(tx=with_extra_args(state.tx, found)).apply_gradients(
         grads=found.grads,
         batch_stats=moved.pop("batch_stats", state.batch_stats),
         collections=moved,
         loss_scale=found.loss_scale,
     )
-    # Lookahead has two sets of parameters.
+    # Lookahead has fast and slow parameters.
     each = labels if fast is state.params else type(state.params)(labels, labels)
     params = held(proposed.params, each, lambda _, old: old, state.params)
     proposed = proposed.replace(tx=state.tx, params=params)
@@ -139,16 +139,16 @@ def eval_step(
     apply_kwargs: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], Totals]:
-    """Compile an evaluation step: running statistics are used, and nothing is updated.
+    """Compile an evaluation step, which uses running statistics and updates nothing.
 
     Args:
         loss_fn: as for `train_step`.
         inputs: as for `train_step`.
         per_example: as for `train_step`.
         apply_kwargs: extra arguments for the model's call, such as `{"train": False}`. Collections
-            that they name as `"mutable"` may change during the call; the changes are discarded.
-        mesh: split the batch over the devices of the mesh. Its size need not divide by them: it is
-            padded with examples that do not count.
+            listed as `"mutable"` may change during the call; the changes are discarded.
+        mesh: split the batch over the devices of the mesh. Uneven batches are padded with examples
+            that do not count.
 
     Returns:
         `step(state, batch) -> totals`: sums by name over the examples that count, and their number,
@@ -174,12 +174,12 @@ def evaluate(
     *,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Means over all examples of all batches, with each example counted once.
+    """Average the loss and metrics over all examples of all batches, each counted once.
 
-    Sums stay on the device, so the next batch can be loaded while one is being computed.
+    Sums stay on the device, so the next batch can load while the device computes.
 
     Args:
-        step: what `eval_step` returned.
+        step: a step from `eval_step`.
         state: the state to evaluate; for nnx, the model.
         batches: dicts as for `train_step`; their sizes may differ.
         progress: show a progress bar.
@@ -193,7 +193,7 @@ def evaluate(
         with checks.evaluation_step(step):
             new: Any = step(state, batch)
             checks.totals(new)
-            if not isinstance(new, Totals):  # of a user's own step
+            if not isinstance(new, Totals):  # from a user's own step
                 new = Totals({k: v for k, v in new.items() if k != "count"}, new["count"])
         totals = new if totals is None else _add(totals, new)
     found = Totals({}, 0.0) if totals is None else jax.device_get(totals)
@@ -207,7 +207,7 @@ def _add(totals: Totals, new: Totals) -> Totals:
 
 
 def _freezing(patterns: tuple[str, ...]) -> contextlib.AbstractContextManager:
-    """A context that freezes the batch norms that match; patterns may match other modules only."""
+    """A context that freezes all matching batch norms; patterns may match only other modules."""
     if not patterns:
         return contextlib.nullcontext()
     return applying(Settings(("frozen", patterns), patterns, {"use_running_average": True}))

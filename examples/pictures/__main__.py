@@ -1,8 +1,8 @@
-"""All pictures of the README and the guides: `python -m examples.pictures` draws them again.
+"""Draw all pictures of the README and the guides: `python -m examples.pictures`.
 
-Each is drawn from the numbers in the JSON file beside it, in seconds, and carries a fingerprint of
-them and of the code that drew it. `--measure` takes the numbers again first, in minutes; those of
-the benchmark are given, as `python -m tests.benchmarks --json run.json` writes them.
+Each is drawn in seconds from the numbers in the JSON file beside it, and carries a fingerprint of
+these numbers and of the drawing code. `--measure` measures the numbers again first, in minutes.
+Those of the benchmark come from a file by `python -m tests.benchmarks --json run.json`.
 """
 
 import json
@@ -15,24 +15,24 @@ import typer
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the examples import each other by name
 
-import drawing  # noqa: E402 - found there
+import drawing  # noqa: E402 - needs the path above
 import measuring  # noqa: E402
 
 
 def main(
     measure: Annotated[
-        bool, typer.Option(help="Train the models again, and measure what is drawn.")
+        bool, typer.Option(help="Train the models again, and measure the numbers.")
     ] = False,
     only: Annotated[
         list[str] | None, typer.Option(help="Draw only this picture. Repeatable.")
     ] = None,
     benchmark: Annotated[
-        Path | None, typer.Option(help="The JSON file of a run of tests.benchmarks.")
+        Path | None, typer.Option(help="The JSON file from tests.benchmarks.")
     ] = None,
 ) -> None:
     """Draw the pictures of the README and the guides."""
     if unknown := {*(only or ())} - {*drawing.PICTURES}:
-        message = f"{min(unknown)} is none of {', '.join(drawing.PICTURES)}"
+        message = f"{min(unknown)} is not one of {', '.join(drawing.PICTURES)}"
         raise typer.BadParameter(message, param_hint="--only")
     names = only or list(drawing.PICTURES)
     if benchmark is not None:

@@ -1,4 +1,4 @@
-"""Each picture from its numbers, with a fingerprint of them and of the code that drew it."""
+"""Draw each picture from its numbers, with a fingerprint of the numbers and the drawing code."""
 
 import hashlib
 import inspect
@@ -56,7 +56,7 @@ def draw(name: str) -> None:
 
 
 def fingerprint(name: str) -> str:
-    """What tells a picture that was drawn from other numbers, or by other code."""
+    """A hash that changes with the numbers and the drawing code of a picture."""
     code = {
         "joint_training": inspect.getsource(joint_training.draw),
         "domains": inspect.getsource(domains.draw),
@@ -69,7 +69,7 @@ def fingerprint(name: str) -> str:
 
 
 def rounded(data: Any) -> Any:
-    """The numbers with as many digits as a picture can show."""
+    """The numbers, rounded to the digits that a picture can show."""
     if isinstance(data, dict):
         return {name: rounded(value) for name, value in data.items()}
     if isinstance(data, list | tuple):

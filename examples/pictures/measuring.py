@@ -1,4 +1,4 @@
-"""The numbers that pictures are drawn from, taken from models that are trained for them."""
+"""Train models to measure the numbers in the pictures."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ def _trained() -> tuple[Trainer, Any]:
 
 
 def statistics() -> dict[str, Any]:
-    """Running and batch statistics of the first and the last batch norm over a training."""
+    """Running and batch statistics of the first and last batch norm during training."""
     record = _trained()[0].record
     layers = list(record["layers"])
     shown = {
@@ -36,14 +36,14 @@ def statistics() -> dict[str, Any]:
 
 
 def diagnosis() -> dict[str, Any]:
-    """The report on images that are not standardized as they were in the training."""
+    """The report on images that are standardized differently than in training."""
     trainer, variables = _trained()
     data = trainer.clean(prepare=lambda x: x / 4 + 1)
     return bnjax.diagnose(trainer.model, variables, data, loss_fn=loss_fn).drawn
 
 
 def many_layers() -> dict[str, Any]:
-    """The report on a ResNet-50 whose weights have changed from the third stage on."""
+    """The report on a ResNet-50 whose weights changed from the third stage on."""
     model, rng = ResNet50(width=16), np.random.default_rng(0)
     batches = [rng.normal(size=(16, 64, 64, 3)).astype(np.float32) for _ in range(4)]
     variables = bnjax.recalibrate(model, model.init(jax.random.key(0), batches[0]), batches)
@@ -54,12 +54,12 @@ def many_layers() -> dict[str, Any]:
 
 
 def joint() -> dict[str, Any]:
-    """The accuracy of model_A while model_B trains, with more or less of it frozen."""
+    """The accuracy of model_A while model_B trains, with all, some or none of it frozen."""
     splits = load(seed=0)
     a = joint_training.pretrain(splits, 15, 0)
     return {
         what: joint_training.train_b(splits, a, what, 15, 0)[1]
-        for what in ("all of it", "parameters only", "nothing")
+        for what in ("everything", "parameters only", "nothing")
     }
 
 

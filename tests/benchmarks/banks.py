@@ -33,9 +33,11 @@ def measure(options: Options) -> dict[str, Any]:
         for dtype in DTYPES:
             case = Case(shape, dtype=dtype)
             given = inputs(case)
+            banks = {n: np.random.default_rng(0).integers(0, n, shape[0], np.int32) for n in BANKS}
+            arguments = given.x, given.dy, jax.tree.map(jnp.asarray, banks)
             for which in (FORWARD, BACKWARD):
                 steps = {name: _step(name, case, which) for name in (PLAIN, *NAMES)}
-                rounds = turns(compiled(steps, (given.x, given.dy)), options.rounds)
+                rounds = turns(compiled(steps, arguments), options.rounds)
                 row = {"case": case.name, "dtype": dtype, "pass": which, "rounds": rounds}
                 rows.append(row | {"milliseconds": medians(rounds)})
     return {"rows": rows}
@@ -46,24 +48,24 @@ def _step(name: str, case: Case, which: str) -> Callable[..., Any]:
     examples, channels = case.shape[0], case.shape[-1]
     number = {_mixed(n): n for n in BANKS} | {STATIC: max(BANKS)}
     params, stats = bnjax.init(channels, banks=number.get(name))
-    told: dict[str, Any] = {"mutable": True}
-    if name == STATIC:
-        told["bank"] = 1
-    elif name in number:
-        rng = np.random.default_rng(0)
-        told["bank"] = jnp.asarray(rng.integers(0, number[name], examples), jnp.int32)
     each = {"scale": jnp.ones((examples, channels)), "bias": jnp.zeros((examples, channels))}
     given = each if name == CONDITIONAL else {}
 
-    def forward(x: jax.Array, params: Any, given: Any) -> Any:
-        return bnjax.batch_norm(params, stats, x, **given, **told)
+    def bank(banks: dict[int, jax.Array]) -> int | jax.Array | None:
+        return 1 if name == STATIC else banks[number[name]] if name in number else None
 
-    def both(x: jax.Array, dy: jax.Array) -> Any:
-        y, pull, moved = jax.vjp(forward, x, params, given, has_aux=True)
+    def forward(x: jax.Array, banks: Any, params: Any, given: Any) -> Any:
+        return bnjax.batch_norm(params, stats, x, bank=bank(banks), mutable=True, **given)
+
+    def both(x: jax.Array, dy: jax.Array, banks: Any) -> Any:
+        def step(x: jax.Array, params: Any, given: Any) -> Any:
+            return forward(x, banks, params, given)
+
+        y, pull, moved = jax.vjp(step, x, params, given, has_aux=True)
         return y, moved, pull(dy)
 
     alone = functools.partial(forward, params=params, given=given)
-    return both if which == BACKWARD else lambda x, dy: alone(x)
+    return both if which == BACKWARD else lambda x, dy, banks: alone(x, banks)
 
 
 def tables(data: dict[str, Any]) -> Iterator[Table]:

@@ -1,4 +1,4 @@
-"""Three small networks in linen and in nnx, trained on five classes of images: all of them well."""
+"""Train three small networks without faults on five classes of images, in linen and nnx."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ _TX = {"plain": optax.sgd(0.02, 0.9), "residual": optax.adam(3e-3), "mlp": optax
 
 
 class Net(nn.Module):
-    """A plain convolutional network, a residual one, or one of dense layers with a residual."""
+    """A plain convolutional network, a residual one, or a residual MLP."""
 
     name_of: str
     norm: Callable[..., Any] = functools.partial(nn.BatchNorm, momentum=0.9)
@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 
 class NnxNet(nnx.Module):
-    """The same in nnx."""
+    """The same networks in nnx."""
 
     def __init__(self, name: str, zero: bool = False, seed: int = 0) -> None:
         rngs, self.name = nnx.Rngs(seed), name
@@ -90,7 +90,7 @@ def _through(block: tuple[Any, Any], x: jax.Array) -> jax.Array:
 def batches(
     count: int, size: int = 32, seed: int = 0, *, raw: bool = False, part: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Noisy images of five classes, of mean 0 and deviation 0.9, or raw: around 0.5."""
+    """Noisy images of five classes, with mean 0 and deviation 0.9, or raw, around 0.5."""
     means = np.random.default_rng(seed).normal(0, 0.6, (CLASSES, 8, 8, 3))
     rng = np.random.default_rng((seed, part))
     for _ in range(count):
@@ -100,13 +100,13 @@ def batches(
 
 
 def loss_fn(logits: jax.Array, batch: Any) -> jax.Array:
-    """Cross entropy of each example."""
+    """Cross entropy per example."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
 
 @functools.cache
 def compiled(name: str) -> tuple[Net, Step]:
-    """A network and its step, for all its trainings."""
+    """A network and its step, shared by all runs."""
     return Net(name), train_step(loss_fn, apply_kwargs={"train": True}, donate=False)
 
 
@@ -119,7 +119,7 @@ def train(
     record: dict[str, Any] | None = None,
     each: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> TrainState:
-    """The state after a step on each batch; last scales of residual blocks may start at zero."""
+    """The state after a step on each batch; with `zero`, residual branches start at 0."""
     net, step = compiled(name)
     data = list(data)
     state = init_state(net, _TX[name], jax.random.key(seed), data[0]["x"])
@@ -145,7 +145,7 @@ def _nnx_step(name: str) -> Any:
 
 
 def train_nnx(name: str, data: Any, *, zero: bool = False, seed: int = 0) -> NnxNet:
-    """The same in nnx; the model comes back in evaluation."""
+    """The same in nnx; returns the model in evaluation mode."""
     model = NnxNet(name, zero, seed)
     model.train()
     optimizer, step = nnx.Optimizer(model, _TX[name], wrt=nnx.Param), _nnx_step(name)
@@ -163,5 +163,5 @@ def fresh(name: str) -> Any:
 
 
 def averaged(trees: list[Any]) -> Any:
-    """The mean of parameters, as stochastic weight averaging takes it."""
+    """The mean of parameters, as in stochastic weight averaging."""
     return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)

@@ -1,4 +1,4 @@
-"""Several banks at once, and what independent layers make of the examples of each."""
+"""Run several banks at once, and independent layers on the examples of each."""
 
 import functools
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from tests.support import oracle
 from tests.support.cases import NCHW, NHWC, Case, outcome
 from tests.support.oracle import Outcome
 
-NAMES = ("clean", "noisy", "dark")  # of banks, in tests of layers
-BANK = np.array([2, 0, 0, 3, 3, 2, 0, 3, 0, 2, 2, 3], np.int32)  # of 4, of which 1 is absent
+NAMES = ("clean", "noisy", "dark")  # of banks
+BANK = np.array([2, 0, 0, 3, 3, 2, 0, 3, 0, 2, 2, 3], np.int32)  # of 4 banks; bank 1 is absent
 BANKS = 4
 CASES = (
     Case("NC", (12, 5), -1, bnjax.BatchNorm1d),
@@ -30,7 +30,7 @@ NC, NLC, *_ = CASES
 
 
 class Data(NamedTuple):
-    """The arguments of a step in which each example has its bank, and how scale and bias are."""
+    """The arguments of a step in which each example has its bank."""
 
     params: Any
     batch_stats: Any
@@ -42,7 +42,7 @@ class Data(NamedTuple):
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """What a step takes."""
+        """The arrays of a step."""
         return self.params, self.batch_stats, self.x, self.bank, self.cotangent, self.mask
 
     def of_bank(self, number: int) -> "Data":
@@ -78,7 +78,7 @@ def make(
     dtype: Any = np.float32,
     seed: int = 0,
 ) -> Data:
-    """Random data; the banks lie so far apart."""
+    """Random data; `far` is the distance between banks."""
     rng = np.random.default_rng(seed)
     channels = case.channels
 
@@ -110,7 +110,7 @@ def run(
 
 
 def run_each(data: Data, each: Callable[[Data], Outcome]) -> Outcome:
-    """The outcome of all banks, of which each is run alone, and its gradients added up."""
+    """The outcome of all banks, each run separately, with gradients summed."""
     found = jax.tree.map(lambda a: np.array(a, np.float64), Outcome(data.x, data.batch_stats, 0, 0))
     y, dx = found.y, np.zeros(data.x.shape)
     grads = {name: np.zeros(value.shape) for name, value in data.params.items()}
@@ -133,7 +133,7 @@ def run_each(data: Data, each: Callable[[Data], Outcome]) -> Outcome:
 
 
 def by_numpy(data: Data, **told: Any) -> Outcome:
-    """What the textbook's formulas make of the examples of each bank, in float64."""
+    """The outcome of textbook formulas on the examples of each bank, in float64."""
 
     def each(alone: Data) -> Outcome:
         arrays = alone.params, alone.batch_stats, alone.x, alone.cotangent
@@ -144,7 +144,7 @@ def by_numpy(data: Data, **told: Any) -> Outcome:
 
 
 def by_torch(data: Data, *, mutable: bool = True, momentum: float | None = 0.1) -> Outcome:
-    """What independent layers of PyTorch's make of the examples of each bank."""
+    """The outcome of independent PyTorch layers on the examples of each bank."""
     return run_each(data, functools.partial(_torch_layer, mutable=mutable, momentum=momentum))
 
 
@@ -173,18 +173,18 @@ def _torch_layer(data: Data, *, mutable: bool, momentum: float | None) -> Outcom
 
 
 def found(data: Data, **told: Any) -> Outcome:
-    """What bnjax makes of all banks at once, on the host."""
+    """The outcome of bnjax for all banks at once, on the host."""
     told = {"mutable": True, "axis": data.axis, "correction": 1, "momentum": 0.1} | told
     return jax.device_get(run(*data.arrays, **told))
 
 
 def tree(value: Any) -> Any:
-    """Arrays of jax from those of NumPy."""
+    """JAX arrays from NumPy arrays."""
     return jax.tree.map(jnp.asarray, value)
 
 
 def by_plain(data: Data, **told: Any) -> Outcome:
-    """What `bnjax.batch_norm` without banks makes of the examples of each."""
+    """The outcome of `bnjax.batch_norm` without banks on the examples of each."""
 
     def each(alone: Data) -> Outcome:
         params, stats, x, cotangent = map(tree, (*alone.arrays[:3], alone.cotangent))

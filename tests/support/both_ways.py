@@ -1,4 +1,4 @@
-"""A PyTorch model and its twin in Flax: outputs agree, and the state dict comes back."""
+"""Convert a PyTorch model to its twin in Flax and back, and compare outputs and arrays."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ def outputs(theirs: Any, *inputs: np.ndarray) -> np.ndarray:
     return (y[0] if isinstance(y, tuple) else y).numpy()
 
 
-def goes_both_ways(theirs: Any, model: Any, **options: Any) -> None:
-    """Outputs agree; the state dict comes back; another model takes it too."""
+def converts_both_ways(theirs: Any, model: Any, **options: Any) -> None:
+    """Outputs agree, the state dict survives a round trip, and other values convert back too."""
     state_dict = theirs.state_dict()
     if isinstance(model, nnx.Module):
         variables: Any = bnjax.from_torch(state_dict, model, **options)

@@ -1,4 +1,4 @@
-"""The table of input shapes that all tests share, and the outcome that they compare."""
+"""The input shapes that all tests share, and functions that run batch norm on them."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from tests.support.oracle import Outcome
 
 @contextlib.contextmanager
 def as_on_accelerators(platform: str = "default") -> Iterator[None]:
-    """What is traced in this context is the program for another platform than this one, a CPU."""
+    """A context in which programs are traced as for another platform than the CPU."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -29,7 +29,7 @@ def as_on_accelerators(platform: str = "default") -> Iterator[None]:
 
 
 class Case(NamedTuple):
-    """One layout of the input, and the layer that takes it."""
+    """An input layout, and a layer for it."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class Case(NamedTuple):
         return {"mean": mean, "var": np.abs(var) + np.float32(0.1)}
 
     def row_mask(self, rows: int) -> Any:
-        """A mask that shows the first rows of the batch."""
+        """A mask of the first rows of the batch."""
         return (np.arange(self.shape[0]) < rows).reshape((-1,) + (1,) * (len(self.shape) - 1))
 
 

@@ -1,4 +1,4 @@
-"""What the tests of files save, and the packages that each format needs."""
+"""Trees for tests of files, and the packages that each format needs."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""`bnjax` in this process."""
+"""Run `bnjax` in this process."""
 
 from typer.testing import CliRunner
 

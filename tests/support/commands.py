@@ -1,4 +1,4 @@
-"""The examples as processes: started, killed, and what they print and leave behind."""
+"""Run the examples as processes, and read their output and checkpoints."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def run(*arguments: str | Path) -> tuple[int, str]:
 
 
 def shell(line: str) -> tuple[int, str]:
-    """A line as a user copies it into a shell."""
+    """Run a line in a shell, as a user would."""
     done = subprocess.run(line, shell=True, capture_output=True, text=True, env=os.environ | WIDE)
     return done.returncode, done.stdout + done.stderr
 
@@ -42,7 +42,7 @@ def result(output: str) -> str:
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
-    """Everything the last checkpoint holds, whoever wrote it."""
+    """All arrays in the last checkpoint."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -56,7 +56,7 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path, number: int) -> None:
-    """Until there is a checkpoint of this number, whole or not, or the process ends."""
+    """Wait for a checkpoint with this number, complete or not, or for the end of the process."""
     while process.poll() is None and not any((folder / "checkpoints").glob(f"{number}*")):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.02)

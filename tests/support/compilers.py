@@ -1,7 +1,6 @@
-"""A compiler in a hurry, for tests whose subject is not what XLA makes of a program.
+"""Compile quickly, for tests that do not depend on how XLA compiles a program.
 
-Most of the time that tests take goes into XLA, and most of that into the speed of programs that
-run once.
+Tests spend most of their time in XLA, mostly to optimize programs that run once.
 """
 
 import functools
@@ -10,19 +9,19 @@ from typing import Any
 import jax
 from jax._src import compiler
 
-# One kernel for each operation, none of them optimized, all in one module: a quarter of the time.
+# One unoptimized kernel for each operation, all in one module: a quarter of the compile time.
 QUICK = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_backend_optimization_level": 0,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
-# A part of the keys of JAX's caches: what was compiled quickly is used by no other test.
+# Part of JAX's cache keys, so that other tests do not reuse programs that were compiled quickly.
 quickly = jax.make_user_context(default_value=False)
 
 
 @functools.cache
 def known() -> dict[str, Any]:
-    """The options that this version of XLA has."""
+    """The options that this version of XLA knows."""
     found = {}
     for name, value in QUICK.items():
         try:
@@ -35,15 +34,15 @@ def known() -> dict[str, Any]:
 
 
 def flags() -> str:
-    """The same for a process of its own, in which programs run many times: a bit optimized."""
+    """XLA flags for other processes, whose programs run many times: with some optimization."""
     options = {**known(), "xla_backend_optimization_level": 1}
     return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
 
 
 def install() -> None:
-    """Give the options to all programs of the context, those of single operations included.
+    """Apply the options to all programs in the context, including those of single operations.
 
-    JAX has no public setting for that.
+    JAX has no public setting for this.
     """
     usual = compiler.get_compile_options
 

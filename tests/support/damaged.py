@@ -1,6 +1,7 @@
-"""Damaged files of each format, and what `bnjax.load` makes of them.
+"""Damage files of each format and load them.
 
-`python -m tests.support.damaged 20000` tries that many of each, or `... 20000 msgpack` of one.
+`python -m tests.support.damaged 20000` tries that many files of each format, and
+`... 20000 msgpack` of one.
 """
 
 import json
@@ -20,7 +21,7 @@ import numpy as np
 import bnjax
 from tests.support.checkpoints import STATE_DICT, VARIABLES
 
-# Values of numbers in a file that a reader may trust too much.
+# Extreme values of numbers that a reader may trust too much.
 _EXTREMES = (b"\xff", b"\xff\xff\xff\xff", b"\xff" * 8, b"\x00" * 8, b"\x7f\xff\xff\xff")
 
 
@@ -86,7 +87,7 @@ def _shards(folder: Path) -> list[Path]:
     return [index, *sorted(folder.glob("*.safetensors"))]
 
 
-# How a checkpoint of each format is made, and the files that it is of.
+# Functions that save a checkpoint in each format and return its files.
 FORMATS: dict[str, Callable[[Path], list[Path]]] = {
     "safetensors": _saved(".safetensors", STATE_DICT),
     "pytorch": _saved(".pth", STATE_DICT),
@@ -97,7 +98,7 @@ FORMATS: dict[str, Callable[[Path], list[Path]]] = {
 }
 
 
-# The suffix of the format that each is of.
+# The suffix of each format, to look up the packages that it needs.
 SUFFIXES = {
     "safetensors": ".safetensors",
     "pytorch": ".pth",
@@ -109,8 +110,8 @@ SUFFIXES = {
 }
 
 
-def tried(folder: Path, name: str, number: int) -> Counter[str]:
-    """How many damaged files were loaded and refused; anything else is an error."""
+def outcomes(folder: Path, name: str, number: int) -> Counter[str]:
+    """Count how many damaged files were loaded and refused; anything else is an error."""
     return _pickles(folder, number) if name == "pickles" else _files(folder, name, number)
 
 
@@ -127,7 +128,7 @@ def _files(folder: Path, name: str, number: int) -> Counter[str]:
 
 
 def _pickles(folder: Path, number: int) -> Counter[str]:
-    """With damage inside an archive of torch that has the right checksums."""
+    """Damage the pickle inside a torch archive, with correct checksums."""
     (path,) = FORMATS["pytorch"](folder)
     with zipfile.ZipFile(path) as archive:
         held = {each: archive.read(each) for each in archive.namelist()}
@@ -155,7 +156,7 @@ def _outcome(path: Path, part: Path, content: bytes) -> str:
 
 
 def main(number: int, *names: str) -> None:
-    """Print what became of so many damaged files of each format."""
+    """Print the outcomes for damaged files of each format."""
     warnings.simplefilter("ignore")
     for name in names or (*FORMATS, "pickles"):
         start = time.monotonic()
@@ -163,7 +164,7 @@ def main(number: int, *names: str) -> None:
             os.chdir(folder)
             below = Path(folder) / "here"
             below.mkdir()
-            found = tried(below, name, number)
+            found = outcomes(below, name, number)
             assert [path.name for path in Path(folder).iterdir()] == ["here"]
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         seconds = time.monotonic() - start

@@ -1,4 +1,4 @@
-"""Small networks that are really trained, well or with a fault, for a diagnosis to look at."""
+"""Train small networks, well or with a fault, and diagnose them."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ CLASSES, SIZE, STEPS = 4, 8, 80
 
 
 class Net(nn.Module):
-    """Two convolutions and a hidden layer, with bnjax's batch norm unless another is given."""
+    """Two convolutions and a hidden layer, with bnjax's batch norm by default."""
 
     conv_norm: Callable[..., Any] = bnjax.BatchNorm2d
     norm: Callable[..., Any] = bnjax.BatchNorm1d
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 class FlaxNet(nn.Module):
-    """The same, written with Flax's own batch norm."""
+    """The same network with Flax's batch norm."""
 
     momentum: float = 0.9
     settings: tuple[tuple[str, Any], ...] = ()
@@ -51,7 +51,7 @@ class FlaxNet(nn.Module):
 
 
 class NnxNet(nnx.Module):
-    """The same in nnx."""
+    """The same network in nnx."""
 
     def __init__(self, rngs: nnx.Rngs, norm: Any = nnx.BatchNorm, momentum: float = 0.9) -> None:
         widths = ((1, 8), (8, 16))
@@ -69,7 +69,7 @@ class NnxNet(nnx.Module):
 
 
 def batches(count: int, size: int = 64, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Images of four shapes (blobs of stripes), of mean 0 and deviation 1, with their classes."""
+    """Images of four kinds of stripes with mean 0 and deviation 1, and their classes."""
     rng = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE)), -1) / SIZE
     waves = np.array([[1, 0], [0, 1], [1, 1], [2, 0]])
@@ -82,20 +82,20 @@ def batches(count: int, size: int = 64, seed: int = 0) -> Iterator[dict[str, Any
 
 
 def loss_fn(logits: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross entropy and accuracy, for each example."""
+    """Cross entropy and accuracy per example."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
     return loss, {"accuracy": logits.argmax(-1) == batch["y"]}
 
 
 @functools.cache
 def optimizer(lr: float, steps: int) -> optax.GradientTransformation:
-    """Adam whose learning rate comes to zero."""
+    """Adam with a learning rate that decays to zero."""
     return optax.adam(optax.cosine_decay_schedule(lr, steps))
 
 
 @functools.cache
 def compiled(**apply_kwargs: Any) -> Step:
-    """One step for all trainings of a model."""
+    """A step, shared by all runs with the same arguments."""
     return train_step(loss_fn, apply_kwargs=apply_kwargs, donate=False)
 
 
@@ -110,11 +110,11 @@ def train(
     each: Callable[[TrainState], Any] = lambda state: None,
     **apply_kwargs: Any,
 ) -> TrainState:
-    """A model after a short training; `each` sees the states."""
+    """The state after a short training run; `each` is called with all states."""
     x = jnp.zeros((2, SIZE, SIZE, 1))
     state = init_state(model, optimizer(lr, steps), jax.random.key(seed), x, **apply_kwargs)
     step = step or compiled(**apply_kwargs)
-    with quickly(quickly.value and steps < 1000):  # so many are worth a fast program
+    with quickly(quickly.value and steps < 1000):  # long runs are worth a fast program
         for batch in batches(steps, size, seed + 100):
             state, _ = step(state, batch)
             each(state)

@@ -1,4 +1,4 @@
-"""Models to fold, with numbers as training leaves them, and what became of them."""
+"""Models to fold, with random trained variables, and checks of the folded ones."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ DRAWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def trained(variables: Any, seed: int = 0) -> Any:
-    """Numbers as training might leave them, for the shapes of these variables."""
+    """Random values like those of trained variables, in the same shapes."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple, leaf: Any) -> jax.Array:
@@ -49,13 +49,13 @@ def reasons(folded: Any) -> dict[tuple[str, str], str | None]:
 
 
 def divisions(function: Callable, *arguments: Any) -> int:
-    """How many batch norms are left in a program."""
+    """The number of batch norms left in a program."""
     found = primitives(function, *arguments)
     return found["sqrt"] + found["rsqrt"]
 
 
 def outputs(model: nn.Module, variables: Any, folded: Any, x: Any) -> Any:
-    """What the model gives, and the folded one."""
+    """The outputs of the model and of the folded one."""
     both = jax.jit(lambda v, new, x: (model.apply(v, x), folded.apply(new, x)))
     return both(variables, folded.variables, x)
 
@@ -70,7 +70,7 @@ def convolutions(folded: Any, x: Any) -> int:
 
 
 def assert_same(model: Any, variables: Any, x: Any, rtol: float = 2e-5) -> Any:
-    """The folded model gives the same, for other batch sizes too."""
+    """The folded model has the same outputs, also for other batch sizes."""
     folded = bnjax.fold(model, variables, x)
     for each in (x, x[:1], jnp.concatenate([x, x + 1])):
         expected, actual = outputs(model, variables, folded, each)
@@ -81,7 +81,7 @@ def assert_same(model: Any, variables: Any, x: Any, rtol: float = 2e-5) -> Any:
 
 
 def assert_folded(model: Any, variables: Any, x: Any, rtol: float = 2e-5, bare: bool = True) -> Any:
-    """No batch norm is left, and the outputs are the same, for a larger input too."""
+    """No batch norm is left, and outputs are the same, also for a larger input."""
     folded = bnjax.fold(model, variables, x)
     larger = [x, x[:1], jnp.concatenate([x, x + 1])]
     for each in larger:
@@ -96,7 +96,7 @@ def assert_folded(model: Any, variables: Any, x: Any, rtol: float = 2e-5, bare: 
 
 
 def fake(kernel: jax.Array) -> jax.Array:
-    """Rounded to steps, with a straight-through gradient."""
+    """Rounded to multiples of STEP, with a straight-through gradient."""
     rounded = jnp.clip(jnp.round(kernel / STEP), -128, 127) * STEP
     return kernel + jax.lax.stop_gradient(rounded - kernel)
 

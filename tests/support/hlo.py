@@ -1,4 +1,4 @@
-"""Programs, read by their structure: of JAX before XLA, and of XLA's text when it has compiled."""
+"""Parse programs: from JAX, before XLA compiles them, and from XLA's text, afterwards."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxlib.mlir import ir
 
-# The kind of each collective, and how many numbers leave each device.
+# The opcode of each collective, and how many numbers each device sends.
 Sent = list[tuple[str, int]]
 
 COLLECTIVES = {
@@ -33,15 +33,15 @@ QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 class Instruction(NamedTuple):
-    """One instruction of a compiled program.
+    """An instruction of a compiled program.
 
     Attributes:
-        name: the one under which others read it.
-        opcode: what it does; `all-gather` also where it starts here and is done later.
-        type: what it gives, in XLA's words, layouts included.
-        operands: the names of what it reads.
-        calls: the names of the computations that it runs.
-        text: all of it, in XLA's words.
+        name: its name as an operand.
+        opcode: its operation; `all-gather` also if it only starts here.
+        type: its result type in XLA's notation, including layouts.
+        operands: the names of its operands.
+        calls: the names of the computations that it calls.
+        text: its whole line.
     """
 
     name: str
@@ -53,41 +53,41 @@ class Instruction(NamedTuple):
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Those of the arrays that it gives."""
+        """The shapes of its results."""
         shapes = [shape for _, shape in ARRAY.findall(self.type)]
         return [tuple(int(n.strip("<=")) for n in s.split(",") if n) for s in shapes]
 
     @property
     def numbers(self) -> int:
-        """How many it gives."""
+        """The number of elements in its results."""
         return sum(map(math.prod, self.shapes))
 
     @property
     def root(self) -> bool:
-        """Whether its computation gives what it gives."""
+        """Whether its computation returns its result."""
         return self.text.lstrip().startswith("ROOT ")
 
     @property
     def started(self) -> bool:
-        """Whether it is only started here, and done later."""
+        """Whether it only starts here and finishes later."""
         return f" {self.opcode}-start(" in self.text
 
     @property
     def bytes(self) -> list[int]:
-        """The size of each array that it gives."""
+        """The size of each result."""
         kinds = [kind for kind, _ in ARRAY.findall(self.type)]
         pairs = zip(kinds, self.shapes, strict=True)
         return [math.ceil(math.prod(shape) * bits(kind) / 8) for kind, shape in pairs]
 
 
 class Collective(NamedTuple):
-    """What devices say to each other once.
+    """A collective operation.
 
     Attributes:
         kind: its opcode.
-        numbers: how many each device gives.
-        bytes: the size of these.
-        conditional: whether it is said on a condition alone.
+        numbers: how many numbers each device sends.
+        bytes: their size.
+        conditional: whether it runs only on a condition.
     """
 
     kind: str
@@ -97,22 +97,22 @@ class Collective(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The instructions of each computation, by their names, and which of these runs first."""
+    """The instructions of each computation by name, and the entry computation."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
 
     def instructions(self, opcode: str | None = None) -> list[Instruction]:
-        """Those of all computations, or the ones that do this."""
+        """The instructions of all computations, optionally with this opcode."""
         every = [each for inside in self.computations.values() for each in inside.values()]
         return [each for each in every if opcode in (None, each.opcode)]
 
     def types(self) -> Counter[tuple[str, str]]:
-        """How often which opcode gives what type."""
+        """How often each opcode produces each type."""
         return Counter((each.type, each.opcode) for each in self.instructions())
 
     def steps(self) -> list[Instruction]:
-        """Those of the computation that runs first."""
+        """The instructions of the entry computation."""
         return list(self.computations[self.entry].values())
 
     def inputs(self) -> set[str]:
@@ -120,11 +120,11 @@ class Program(NamedTuple):
         return {each.name for each in self.steps() if each.opcode == "parameter"}
 
     def readers(self, names: set[str]) -> list[Instruction]:
-        """The steps that read any of these."""
+        """The steps that read any of these names."""
         return [each for each in self.steps() if names.intersection(each.operands)]
 
     def collectives(self) -> list[Collective]:
-        """What the devices say to each other."""
+        """All collectives."""
         found, inside = [], self.conditional()
         for name, instructions in self.computations.items():
             for each in instructions.values():
@@ -135,7 +135,7 @@ class Program(NamedTuple):
         return found
 
     def conditional(self) -> set[str]:
-        """The names of the computations that run on a condition, or inside of one that does."""
+        """The names of computations that run on a condition, directly or nested."""
         found: set[str] = set()
         new = {name for each in self.instructions("conditional") for name in each.calls}
         while new:
@@ -146,12 +146,12 @@ class Program(NamedTuple):
 
 
 def compiled(function: Any, *arguments: Any) -> Program:
-    """What XLA makes of a function that JAX compiles, for arguments or their shapes."""
+    """Compile a jitted function for arguments or their shapes."""
     return parse(str(function.lower(*arguments).compile(OPTIONS).as_text()))
 
 
 def parse(text: str) -> Program:
-    """A program from what `as_text()` gives."""
+    """Parse the output of `as_text()`."""
     computations, entry = {}, ""
     lines: list[str] = []
     for line in text.splitlines():
@@ -171,7 +171,7 @@ def parse(text: str) -> Program:
 
 
 def instruction(text: str, computations: set[str]) -> Instruction:
-    """One from a line such as `  ROOT %d = (f32[2], s32[]) while(%a), body=%b`."""
+    """Parse a line such as `  ROOT %d = (f32[2], s32[]) while(%a), body=%b`."""
     head = INSTRUCTION.match(text)
     assert head is not None, text
     line = QUOTED.sub("", text[head.end() :])
@@ -190,13 +190,13 @@ def instruction(text: str, computations: set[str]) -> Instruction:
 
 
 def bits(kind: str) -> int:
-    """How many a number of this type has, as `bf16`; a token has none."""
+    """The number of bits of a type such as `bf16`; 0 for a token."""
     found = NUMBER.search(kind)
     return int(found[0]) if found else 8 * (kind == "pred")
 
 
 def parentheses(text: str) -> int:
-    """Where the pair closes with which a text begins."""
+    """The position after the parenthesis that closes the first one."""
     depth = 0
     for place, sign in enumerate(text, 1):
         depth += (sign == "(") - (sign == ")")
@@ -206,16 +206,16 @@ def parentheses(text: str) -> int:
 
 
 def collectives(function: Any, arguments: tuple, *, conditional: bool = False) -> Sent:
-    """The collectives of a program, each with the numbers that each device gives it.
+    """The collectives of a program, each with how many numbers each device sends.
 
-    Those that a step always runs, or those inside a branch of some condition.
+    Either those that always run, or those inside a conditional branch.
     """
     found = compiled(function, *arguments).collectives()
     return sorted((each.kind, each.numbers) for each in found if each.conditional == conditional)
 
 
 def operations(function: Any, *arguments: Any, platform: str = "cpu") -> Counter[str]:
-    """How often each operation of StableHLO stands in what XLA gets for a platform."""
+    """How often each StableHLO operation occurs in the program lowered for a platform."""
     found: Counter[str] = Counter()
 
     def count(operation: Any) -> ir.WalkResult:
@@ -228,13 +228,13 @@ def operations(function: Any, *arguments: Any, platform: str = "cpu") -> Counter
 
 
 def primitives(function: Callable, *arguments: Any) -> Counter[str]:
-    """How often each primitive of JAX stands in a program, whatever is inside of what."""
+    """How often each JAX primitive occurs in a program, including nested programs."""
     program = jax.make_jaxpr(function)(*arguments)
     return Counter(equation.primitive.name for equation in equations(program.jaxpr))
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """Those of a program and of the programs inside."""
+    """The equations of a program and of nested programs."""
 
     def is_program(value: Any) -> bool:
         return hasattr(value, "eqns")

@@ -1,4 +1,4 @@
-"""Mistakes in calls of layers and tools, with what is said to each."""
+"""Mistakes in calls of layers and tools, with the error that each raises."""
 
 import jax
 from flax import linen as nn
@@ -204,8 +204,8 @@ TOOLS = (
     Mistake(
         "a class",
         lambda: bn.recalibrate(Net, VARIABLES, [NC]),
-        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got type. "
-        "Make one of the class: Net(...).",
+        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got type. Create "
+        "one: Net(...).",
         TypeError,
     ),
     Mistake(
@@ -218,15 +218,15 @@ TOOLS = (
     Mistake(
         "no batch",
         lambda: bn.recalibrate(NET, state().variables, []),
-        "`batches` must hold at least one batch, got none. An iterator that was used before "
-        "is empty: pass a list, or create it again.",
+        "`batches` must hold at least one batch, got none. An iterator can be used only once: pass "
+        "a list, or create it again.",
         ValueError,
     ),
     Mistake(
         "parameters alone",
         lambda: bn.recalibrate(NET, state().params, [NC]),
-        "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
-        "norms has it, got ['inner']. Pass {'params': params, 'batch_stats': batch_stats}.",
+        "`variables` must be a dict with the collection `batch_stats`, like those of any model "
+        "with batch norms, got ['inner']. Pass {'params': params, 'batch_stats': batch_stats}.",
         ValueError,
     ),
     Mistake(
@@ -238,22 +238,22 @@ TOOLS = (
     Mistake(
         "an iterator that is read often",
         lambda: bn.recalibrate(NET, state().variables, iter([NC]), sequential=True),
-        "`batches` must be iterable once for each layer, got a list_iterator, which is empty "
-        "after its first use. Pass a list, or use sequential=False.",
+        "`batches` must be iterable once per layer, got a list_iterator, which can be used only "
+        "once. Pass a list, or use sequential=False.",
         ValueError,
     ),
     Mistake(
         "a glob that fits no batch norm",
         lambda: bn.recalibrate(NET, state().variables, [NC], paths="head/**"),
-        "The pattern 'head/**' fits the path of no batch norm: there are ['inner/bn']. `*` is "
-        "a part of one name, `**` any number of names, as in 'encoder/**'.",
+        "The pattern 'head/**' matches no batch norm: there are ['inner/bn']. `*` matches part of "
+        "one name, `**` any number of names, as in 'encoder/**'.",
         ValueError,
     ),
     Mistake(
         "a class for diagnose",
         lambda: bn.diagnose(Net, VARIABLES, [NC]),
-        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got type. "
-        "Make one of the class: Net(...).",
+        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got type. Create "
+        "one: Net(...).",
         TypeError,
     ),
     Mistake(
@@ -266,22 +266,22 @@ TOOLS = (
     Mistake(
         "no batch norm",
         lambda: bn.fold(nn.Dense(3), nn.Dense(3).init(KEY, NC), NC),
-        "`model` must call a batch norm, bnjax's or Flax's own, but calls none. If it has one "
-        "of another class, bnjax.register makes that known.",
+        "`model` must call a batch norm of bnjax or Flax, but calls none. If it has one of another "
+        "class, register that with bnjax.register.",
         ValueError,
     ),
     Mistake(
         "parameters alone for fold",
         lambda: bn.fold(NET, state().params, NC),
-        "`variables` must be a dict with the collection `batch_stats`, as a model with batch "
-        "norms has it, got ['inner']. Pass {'params': params, 'batch_stats': batch_stats}.",
+        "`variables` must be a dict with the collection `batch_stats`, like those of any model "
+        "with batch norms, got ['inner']. Pass {'params': params, 'batch_stats': batch_stats}.",
         ValueError,
     ),
     Mistake(
         "one set of statistics",
         lambda: bn.merge_batch_stats({"bn": STATS}),
-        "`batch_stats` must hold several sets, stacked along axis 0, but the mean at 'bn' has "
-        "shape (3,). One set needs no merging.",
+        "`batch_stats` must be stacked along axis 0, but the mean at 'bn' has shape (3,). A single "
+        "set needs no merging.",
         ValueError,
     ),
     Mistake(
@@ -293,13 +293,14 @@ TOOLS = (
     Mistake(
         "a class that is known",
         lambda: bn.register(bn.BatchNorm2d),
-        "BatchNorm2d is known already, by a class that it inherits from: it needs no registration.",
+        "`kind` must be an unknown class, but BatchNorm2d inherits from a known one. It needs no "
+        "registration.",
         ValueError,
     ),
     Mistake(
         "no setting",
         lambda: bn.override("**"),
-        "`override` must be given at least one setting, got none, as in "
+        "`override` needs at least one setting, got none. Write, for example, "
         "override('encoder/**', momentum=0.01).",
         TypeError,
     ),
@@ -312,8 +313,8 @@ TOOLS = (
     Mistake(
         "a setting of nobody's",
         lambda: bn.override("**", colour=3),
-        "`override` takes settings of batch norm layers, got `colour`. It takes fields of "
-        "theirs, as momentum, eps, axis_name and use_running_average.",
+        "`override` takes settings of batch norm layers, got `colour`. It takes their fields, such "
+        "as momentum, eps, axis_name or use_running_average.",
         TypeError,
     ),
     Mistake(
@@ -325,15 +326,15 @@ TOOLS = (
     Mistake(
         "a glob that fits nothing met",
         lambda: frozen("head"),
-        "The pattern 'head' fits the path of no batch norm: there are ['inner/bn']. `*` is a "
-        "part of one name, `**` any number of names, as in 'encoder/**'.",
+        "The pattern 'head' matches no batch norm: there are ['inner/bn']. `*` matches part of one "
+        "name, `**` any number of names, as in 'encoder/**'.",
         ValueError,
     ),
     Mistake(
         "a path without its globs",
         lambda: frozen("inner"),
-        "The pattern 'inner' fits the path of no batch norm: there are ['inner/bn']. Did you "
-        "mean 'inner/**'?",
+        "The pattern 'inner' matches no batch norm: there are ['inner/bn']. Did you mean "
+        "'inner/**'?",
         ValueError,
     ),
     Mistake(

@@ -1,4 +1,4 @@
-"""Mistakes with a layer and its input, with what is said to each."""
+"""Mistakes with layers and their inputs, with the error that each raises."""
 
 import jax.numpy as jnp
 from flax import linen as nn

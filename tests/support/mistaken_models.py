@@ -1,4 +1,4 @@
-"""Models and calls in which mistakes are made."""
+"""Models and calls for the tables of mistakes."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ import bnjax
 from bnjax.training import TrainState
 from tests.support.mistakes import FLAX, KEY, NC, untyped
 
-# What a type checker would not let through.
+# Untyped, for calls that a type checker would reject.
 bn: Any = bnjax
 training: Any = bnjax.training
 like_flax: Any = FLAX
@@ -19,7 +19,7 @@ LAYER = bnjax.BatchNorm1d(3)
 
 
 class Net(nn.Module):
-    """A batch norm in a module in a model."""
+    """A batch norm in a nested module."""
 
     @nn.compact
     def __call__(self, x):
@@ -41,7 +41,7 @@ class WithMode(nn.Module):
 
 
 class InModel(nn.Module):
-    """A batch norm of so many channels."""
+    """A batch norm with a given number of channels."""
 
     channels: Any
 
@@ -51,7 +51,7 @@ class InModel(nn.Module):
 
 
 class Momentum(nn.Module):
-    """A batch norm of an impossible momentum."""
+    """A batch norm with an invalid momentum."""
 
     @nn.compact
     def __call__(self, x):
@@ -59,7 +59,7 @@ class Momentum(nn.Module):
 
 
 class Called(nn.Module):
-    """A batch norm that is called with an argument of this name."""
+    """A batch norm called with an argument of this name."""
 
     argument: str
 
@@ -69,7 +69,7 @@ class Called(nn.Module):
 
 
 class Deep(nnx.Module):
-    """A batch norm of so many channels in a list."""
+    """A batch norm with a given number of channels, in a list."""
 
     def __init__(self, channels: int) -> None:
         self.norms = nnx.List([bnjax.nnx.BatchNorm2d(channels, rngs=nnx.Rngs(0))])
@@ -90,7 +90,7 @@ def state(model: nn.Module = NET, **kwargs: Any) -> TrainState:
 
 
 def spent() -> TrainState:
-    """A state whose arrays are gone."""
+    """A state whose arrays were donated."""
     old = state()
     training.train_step(loss_fn)(old, {"x": NC})
     return old

@@ -1,4 +1,4 @@
-"""Names and arguments that there are not, with what is said to each."""
+"""Unknown names and arguments, with the error that each raises."""
 
 from flax import nnx
 
@@ -158,8 +158,8 @@ ARGUMENTS = (
     Mistake(
         "rngs of a linen layer",
         lambda: bn.BatchNorm2d(3, rngs=nnx.Rngs(0)),
-        "bnjax.linen.BatchNorm2d takes no argument `rngs`. It is a linen layer; for nnx there "
-        "is bnjax.nnx.BatchNorm2d.",
+        "bnjax.linen.BatchNorm2d takes no argument `rngs`. It is a linen layer; in nnx, use "
+        "bnjax.nnx.BatchNorm2d.",
         TypeError,
     ),
     Mistake(

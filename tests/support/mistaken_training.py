@@ -1,4 +1,4 @@
-"""Mistakes in a training and its evaluation, with what is said to each."""
+"""Mistakes in training and evaluation, with the error that each raises."""
 
 import dataclasses
 from typing import Any
@@ -41,8 +41,8 @@ TRAINING = (
     Mistake(
         "a model's class",
         lambda: training.init_state(Net, optax.sgd(0.1), KEY, NC),
-        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got type. "
-        "Make one of the class: Net(...).",
+        "`model` must be an instance of a flax.linen.Module or a flax.nnx.Module, got type. Create "
+        "one: Net(...).",
         TypeError,
     ),
     Mistake(
@@ -54,63 +54,63 @@ TRAINING = (
         TypeError,
     ),
     Mistake(
-        "an optimizer that is not made",
+        "an optimizer that is not created",
         lambda: training.init_state(NET, optax.sgd, KEY, NC),
-        "`tx` must be an optimizer of optax, such as optax.adam(1e-3), got sgd.",
+        "`tx` must be an optax optimizer, such as optax.adam(1e-3), got sgd.",
         TypeError,
     ),
     Mistake(
         "a number as a key",
         lambda: training.init_state(NET, optax.sgd(0.1), 0, NC),
-        "`key` must be a random key of JAX, such as jax.random.key(0), got int.",
+        "`key` must be a JAX random key, such as jax.random.key(0), got int.",
         TypeError,
     ),
     Mistake(
         "a batch as the input",
         lambda: training.init_state(NET, optax.sgd(0.1), KEY, {"x": NC}),
-        "`x` must be an input of the model, got a batch with `x` in it: write "
+        "`x` must be an input of the model, got a batch that contains `x`: write "
         'init_state(model, tx, key, batch["x"]), or init_state(model, tx, key, batch, '
         'inputs="x").',
         TypeError,
     ),
     Mistake(
-        "a mode left out at init",
+        "a missing mode at init",
         lambda: training.init_state(WithMode(), optax.sgd(0.1), KEY, NC),
-        "The model is called with its inputs and with `apply_kwargs`, but WithMode.__call__() "
-        "missing 1 required positional argument: 'train'. Write what else it takes, as in "
-        "init_state(model, tx, key, x, train=False).",
+        "The model is called with its inputs and `apply_kwargs`, but WithMode.__call__() missing 1 "
+        "required positional argument: 'train'. Pass its other arguments, as in init_state(model, "
+        "tx, key, x, train=False).",
         TypeError,
     ),
     Mistake(
-        "no function",
+        "a string as the loss function",
         lambda: training.train_step("mse"),
         "`loss_fn` must be a function, loss_fn(outputs, batch), got str.",
         TypeError,
     ),
     Mistake(
-        "a loss of the outputs alone",
+        "a loss function of only the outputs",
         lambda: training.train_step(lambda outputs: outputs.mean()),
         "`loss_fn` must take the outputs of the model and the batch, got loss_fn(outputs): "
         "too many positional arguments. Write def loss_fn(outputs, batch): ...",
         TypeError,
     ),
     Mistake(
-        "no micro-batch",
+        "zero micro-batches",
         lambda: training.train_step(loss_fn, microbatches=0),
-        "`microbatches` must be an int of 1 or more, got 0. 1 takes the batch as a whole.",
+        "`microbatches` must be an int of 1 or more, got 0. Pass 1 to run the batch as a whole.",
         ValueError,
     ),
     Mistake(
         "half a micro-batch",
         lambda: training.train_step(loss_fn, microbatches=2.5),
-        "`microbatches` must be an int of 1 or more, got 2.5. 1 takes the batch as a whole.",
+        "`microbatches` must be an int of 1 or more, got 2.5. Pass 1 to run the batch as a whole.",
         ValueError,
     ),
     Mistake(
-        "a batch that does not divide",
+        "a batch of indivisible size",
         lambda: training.train_step(loss_fn, microbatches=3)(state(), {"x": NC}),
-        "A training batch must divide by 3 micro-batches, got 4 examples. Drop the last "
-        "partial batch.",
+        "The size of a training batch must be divisible by 3 (micro-batches), got 4. Drop the "
+        "last partial batch.",
         ValueError,
     ),
     Mistake(
@@ -126,25 +126,25 @@ TRAINING = (
         TypeError,
     ),
     Mistake(
-        "a mutable of one's own",
+        "mutable in apply_kwargs",
         lambda: training.train_step(loss_fn, apply_kwargs={"mutable": True}),
-        "`apply_kwargs` must leave `mutable` out: a training step keeps the updates of all "
+        "`apply_kwargs` must not contain `mutable`: a training step keeps the updates of all "
         "collections.",
         TypeError,
     ),
     Mistake(
-        "a mode left out",
+        "a missing mode",
         lambda: training.train_step(loss_fn)(state(WithMode(), train=True), {"x": NC}),
-        "The model is called with its inputs and with `apply_kwargs`, but WithMode.__call__() "
-        "missing 1 required positional argument: 'train'. Give what it trains with, as in "
+        "The model is called with its inputs and `apply_kwargs`, but WithMode.__call__() missing 1 "
+        "required positional argument: 'train'. Pass its training arguments, as in "
         "train_step(loss_fn, apply_kwargs={'train': True}).",
         TypeError,
     ),
     Mistake(
-        "a mode left out in evaluation",
+        "a missing mode in evaluation",
         lambda: training.eval_step(loss_fn)(state(WithMode(), train=True), {"x": NC}),
-        "The model is called with its inputs and with `apply_kwargs`, but WithMode.__call__() "
-        "missing 1 required positional argument: 'train'. Give what it evaluates with, as in "
+        "The model is called with its inputs and `apply_kwargs`, but WithMode.__call__() missing 1 "
+        "required positional argument: 'train'. Pass its evaluation arguments, as in "
         "eval_step(loss_fn, apply_kwargs={'train': False}).",
         TypeError,
     ),
@@ -156,7 +156,7 @@ TRAINING = (
         TypeError,
     ),
     Mistake(
-        "an input of another name",
+        "an input with another name",
         lambda: training.train_step(loss_fn)(state(), {"image": NC}),
         "A batch must hold the model's input as `x`, got ['image']. Rename it, as in {\"x\": "
         'images, "y": labels}, or name it: inputs="image", inputs=("obs", "action").',
@@ -165,86 +165,86 @@ TRAINING = (
     Mistake(
         "variables as a state",
         lambda: training.train_step(loss_fn)(VARIABLES, {"x": NC}),
-        "`state` must be a TrainState, got dict. Make it by state = "
+        "`state` must be a TrainState, got dict. Create it with state = "
         "bnjax.training.init_state(model, tx, key, x).",
         TypeError,
     ),
     Mistake(
         "a dataclass that is no pytree as a state",
         lambda: training.train_step(loss_fn)(Mine(), {"x": NC}),
-        "`state` must be a TrainState, got Mine. Make it by state = "
+        "`state` must be a TrainState, got Mine. Create it with state = "
         "bnjax.training.init_state(model, tx, key, x).",
         TypeError,
     ),
     Mistake(
         "a state of Flax",
         lambda: training.train_step(loss_fn)(state_of_flax(), {"x": NC}),
-        "`state` must be a bnjax.training.TrainState, got TrainState, which is Flax's. Make it by "
-        "state = bnjax.training.init_state(model, tx, key, x); fields of your own go into a "
-        "subclass of bnjax.training.TrainState.",
+        "`state` must be a bnjax.training.TrainState, got another TrainState. Create it with state "
+        "= bnjax.training.init_state(model, tx, key, x), and add fields of your own in a subclass "
+        "of bnjax.training.TrainState.",
         TypeError,
     ),
     Mistake(
         "an nnx model as a state",
         lambda: training.train_step(loss_fn)(Deep(3), {"x": NC}),
-        "`state` must be a TrainState, got an nnx model. Train and evaluate that with "
-        "bnjax.nnx.train_step and bnjax.nnx.eval_step.",
+        "`state` must be a TrainState, got an nnx model. Use bnjax.nnx.train_step and "
+        "bnjax.nnx.eval_step for nnx models.",
         TypeError,
     ),
     Mistake(
-        "a state that was used",
+        "a donated state",
         lambda: used(),
         "This state was passed to an earlier step, which reused its memory, so its arrays are "
-        "gone. Continue with the state that the step returned: state, metrics = step(state, "
-        "batch); or keep it with train_step(..., donate=False).",
+        "deleted. Use the state that the step returned, state, metrics = step(state, batch); or "
+        "keep this one with train_step(..., donate=False).",
         ValueError,
     ),
     Mistake(
-        "a state that was used, evaluated",
+        "a donated state in evaluation",
         lambda: training.eval_step(loss_fn)(spent(), {"x": NC}),
         "This state was passed to an earlier step, which reused its memory, so its arrays are "
-        "gone. Continue with the state that the step returned: state, metrics = step(state, "
-        "batch); or keep it with train_step(..., donate=False).",
+        "deleted. Use the state that the step returned, state, metrics = step(state, batch); or "
+        "keep this one with train_step(..., donate=False).",
         ValueError,
     ),
     Mistake(
-        "the variables of a state that was used",
+        "the variables of a donated state",
         lambda: spent().variables,
         "This state was passed to an earlier step, which reused its memory, so its arrays are "
-        "gone. Continue with the state that the step returned: state, metrics = step(state, "
-        "batch); or keep it with train_step(..., donate=False).",
+        "deleted. Use the state that the step returned, state, metrics = step(state, batch); or "
+        "keep this one with train_step(..., donate=False).",
         ValueError,
     ),
     Mistake(
-        "three values",
+        "a tuple of three from the loss function",
         lambda: step(lambda outputs, batch: (outputs.mean(), {}, 1)),
         "`loss_fn` must return the loss or (loss, metrics), an array and a dict of arrays, "
         "got a tuple of 3. Write return loss, {'accuracy': accuracy}.",
         TypeError,
     ),
     Mistake(
-        "no value",
+        "None as the loss",
         lambda: step(lambda outputs, batch: None),
         "`loss_fn` must return arrays, but its `loss` is of type NoneType. Does it end with "
         "`return loss` or `return loss, metrics`?",
         TypeError,
     ),
     Mistake(
-        "words",
+        "a string as the loss",
         lambda: step(lambda outputs, batch: "low"),
         "`loss_fn` must return arrays, but its `loss` is of type str. Does it end with "
         "`return loss` or `return loss, metrics`?",
         TypeError,
     ),
     Mistake(
-        "metrics that are no dict",
+        "metrics that are not a dict",
         lambda: step(lambda outputs, batch: (outputs.mean(), outputs)),
         "`loss_fn` must return the loss or (loss, metrics), an array and a dict of arrays, "
         "got a tuple of 2. Write return loss, {'accuracy': accuracy}.",
         TypeError,
     ),
     Mistake(
-        "a metric that is none",
+        "None as a metric",
         lambda: step(lambda outputs, batch: (outputs.mean(), {"accuracy": None})),
         "`loss_fn` must return arrays, but its `accuracy` is of type NoneType. Does it end "
         "with `return loss` or `return loss, metrics`?",
@@ -253,30 +253,29 @@ TRAINING = (
     Mistake(
         "a loss per channel",
         lambda: step(lambda outputs, batch: outputs),
-        "`loss_fn` must give `loss` as a mean of shape () or with one entry for each example, "
-        "(4,), got shape (4, 3). Take the mean over the other axes.",
+        "`loss_fn` must return `loss` as a mean, of shape (), or per example, of shape (4,), got "
+        "shape (4, 3). Take the mean over the other axes.",
         ValueError,
     ),
     Mistake(
         "a mask of numbers",
         lambda: training.train_step(loss_fn)(state(), {"x": NC, "mask": NC[:, 0]}),
-        "The `mask` of a batch of 4 examples must be an array of bool, of shape (4,), got "
-        "float32 of shape (4,). Convert it first, as in `mask != 0`.",
+        "The `mask` of a batch of 4 examples must be a boolean array of shape (4,), got float32 of "
+        "shape (4,). Convert it first, as in `mask != 0`.",
         ValueError,
     ),
     Mistake(
-        "a glob that fits nothing",
+        "a glob that matches nothing",
         lambda: training.train_step(loss_fn, frozen="head/**")(state(), {"x": NC}),
-        "The pattern 'head/**' fits the path of no module: there are ['inner/bn', "
-        "'inner/dense']. `*` is a part of one name, `**` any number of names, as in "
-        "'encoder/**'.",
+        "The pattern 'head/**' matches no module: there are ['inner/bn', 'inner/dense']. `*` "
+        "matches part of one name, `**` any number of names, as in 'encoder/**'.",
         ValueError,
     ),
     Mistake(
         "a module's path without its globs",
         lambda: bn.trainable_labels({"a": {"bn": PARAMS}}, frozen="a"),
-        "The pattern 'a' fits the path of no module with parameters: there are ['a/bn']. Did "
-        "you mean 'a/**'?",
+        "The pattern 'a' matches no module with parameters: there are ['a/bn']. Did you mean "
+        "'a/**'?",
         ValueError,
     ),
     Mistake(
@@ -289,25 +288,25 @@ TRAINING = (
     Mistake(
         "a loss as a step",
         lambda: training.evaluate(loss_fn, state(), [{"x": NC}]),
-        "`step` must be what eval_step returned: evaluate(eval_step(loss_fn), state, "
-        "batches), got loss_fn.",
+        "`step` must come from eval_step, as in evaluate(eval_step(loss_fn), state, batches), got "
+        "loss_fn.",
         TypeError,
     ),
     Mistake(
         "a training step for evaluate",
         lambda: training.evaluate(training.train_step(loss_fn), state(), [{"x": NC}]),
-        "`step` must be what eval_step returned, got a step that trains. Write "
-        "evaluate(eval_step(loss_fn), state, batches).",
+        "`step` must come from eval_step, as in evaluate(eval_step(loss_fn), state, batches), got "
+        "a training step.",
         TypeError,
     ),
     Mistake(
-        "one batch for evaluate",
+        "a single batch for evaluate",
         lambda: training.evaluate(training.eval_step(loss_fn), state(), {"x": NC}),
         "`batches` must be a list or an iterator of batches, got a dict: write [batch].",
         TypeError,
     ),
     Mistake(
-        "one array for evaluate",
+        "a single array for evaluate",
         lambda: training.evaluate(training.eval_step(loss_fn), state(), NC),
         "`batches` must be a list or an iterator of batches, got an array of shape (4, 3): "
         "write [batch].",
@@ -316,26 +315,26 @@ TRAINING = (
     Mistake(
         "variables for evaluate",
         lambda: training.evaluate(training.eval_step(loss_fn), VARIABLES, [{"x": NC}]),
-        "`state` must be a TrainState, got dict. Make it by state = "
+        "`state` must be a TrainState, got dict. Create it with state = "
         "bnjax.training.init_state(model, tx, key, x).",
         TypeError,
     ),
     Mistake(
-        "no batch for evaluate",
+        "no batches for evaluate",
         lambda: training.evaluate(training.eval_step(loss_fn), state(), []),
-        "`batches` must hold at least one example that counts, got none. An iterator that was "
-        "used before is empty: pass a list, or create it again.",
+        "`batches` must hold at least one example that counts, got none. An iterator can be used "
+        "only once: pass a list, or create it again.",
         ValueError,
     ),
     Mistake(
         "a linen state in nnx",
         lambda: bn.nnx.train_step(loss_fn)(state(), nnx_optimizer(), {"x": NC}),
-        "`model` must be a flax.nnx.Module, got TrainState. For a linen model use "
+        "`model` must be a flax.nnx.Module, got TrainState. For linen models, use "
         "bnjax.training.train_step and eval_step.",
         TypeError,
     ),
     Mistake(
-        "optax's optimizer in nnx",
+        "an optax optimizer in nnx",
         lambda: bn.nnx.train_step(loss_fn)(Deep(3), optax.sgd(0.1), {"x": NC}),
         "`optimizer` must be an nnx.Optimizer, such as nnx.Optimizer(model, "
         "optax.adam(1e-3), wrt=nnx.Param), got GradientTransformationExtraArgs.",

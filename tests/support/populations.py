@@ -1,4 +1,4 @@
-"""Values that layers see in parts, and what is said of a layer that can't be seen."""
+"""A population of values in parts, and the error text for unknown batch norms."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +8,8 @@ PARTS = [jnp.asarray(X[:20]), jnp.asarray(X[20:])]
 
 
 def stranger(path: str, kind: str) -> str:
-    """The words for a module that keeps a mean and a variance, and is no batch norm."""
+    """The error text for a module with a mean and a variance that is not a known batch norm."""
     return (
-        f"'{path}' ({kind}) keep a mean and a variance, but are neither bnjax's nor Flax's batch "
-        "norms, nor subclasses of these"
+        f"'{path}' ({kind}) keep a mean and a variance, but are not batch norms of bnjax or Flax, "
+        "or subclasses of these"
     )

@@ -1,4 +1,4 @@
-"""Batch norms as others write them, registered when this is imported."""
+"""Register other people's batch norms, when this is imported."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Batch norms between two layers that learn, and a step for each batch of random images."""
+"""Networks with batch norms between two learned layers, trained on random images."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +16,7 @@ Norms = Mapping[str, Callable[..., nn.Module]]
 
 
 class Parallel(nn.Module):
-    """Batch norms side by side, each on the images; with them may come a mask."""
+    """Batch norms in parallel, applied to images, optionally with a mask."""
 
     norms: Norms
 
@@ -31,7 +31,7 @@ TRAINED = Parallel({"norm": bnjax.BatchNorm2d})
 
 
 class Net(nn.Module):
-    """A batch norm between two layers that learn."""
+    """A module between two learned layers."""
 
     body: nn.Module
     stem: bool = True
@@ -54,7 +54,7 @@ def images(seed: int, size: int = 32) -> dict[str, Any]:
 
 
 def start(model: nn.Module, x: Any, rate: float = 0.1) -> TrainState:
-    """A state with random statistics."""
+    """A new state with random statistics."""
     rng = np.random.default_rng(1)
 
     def random(leaf):

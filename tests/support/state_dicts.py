@@ -1,4 +1,4 @@
-"""Small state dicts, the variables that they fit, and the error where they don't."""
+"""Small state dicts, matching variables, and the error if they do not match."""
 
 import re
 from typing import Any
@@ -9,14 +9,15 @@ import pytest
 import bnjax
 
 F32 = np.float32
-MISFIT = (
-    "PyTorch's state dict and the `variables` do not fit, so nothing was converted. Match names "
-    "with `rename`, or leave them out with `ignore`."
+MISMATCH = (
+    "The PyTorch state dict and `variables` do not match, so nothing was converted. Map names with "
+    "`rename`, or skip them with `ignore`."
 )
 
 
-def misfit(*lines: str) -> str:
-    return "^" + re.escape("\n  ".join((MISFIT, *lines))) + "$"
+def mismatch(*lines: str) -> str:
+    """A pattern for the whole error with these lines."""
+    return "^" + re.escape("\n  ".join((MISMATCH, *lines))) + "$"
 
 
 def params(**modules: Any) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def params(**modules: Any) -> dict[str, Any]:
 
 
 def batch_norm(channels: int = 2) -> dict[str, np.ndarray]:
-    """A batch norm in PyTorch, each of whose arrays is another."""
+    """A PyTorch batch norm whose arrays all differ."""
     names = ("weight", "bias", "running_mean", "running_var")
     values = {f"bn.{n}": np.arange(channels, dtype=F32) + i for i, n in enumerate(names, 1)}
     return {**values, "bn.num_batches_tracked": np.array(7)}
@@ -37,7 +38,7 @@ def batch_norm_variables(channels: int = 2, **more: Any) -> dict[str, Any]:
 
 
 def refused(state_dict: Any, variables: Any, **options: Any) -> list[str]:
-    """The lines of the error after the first."""
-    with pytest.raises(ValueError, match="do not fit, so nothing was converted") as caught:
+    """The lines of the error, without the first."""
+    with pytest.raises(ValueError, match="do not match, so nothing was converted") as caught:
         bnjax.from_torch(state_dict, None, variables, **options)
     return [line.strip() for line in str(caught.value).splitlines()[1:]]

@@ -1,4 +1,4 @@
-"""Batch norms and models as others write them, and what `bnjax.register` is told of them."""
+"""Other people's batch norms and models, and their arguments for `bnjax.register`."""
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def kept(layer: nn.Module, size: int) -> tuple[nn.Variable, nn.Variable]:
 
 
 class Copied(nn.Module):
-    """A copy of Flax's, as many repositories have it."""
+    """A copy of Flax's, as found in many repositories."""
 
     use_running_average: bool | None = None
     axis: int = -1
@@ -52,7 +52,7 @@ class Copied(nn.Module):
 
 
 class Masked(nn.Module):
-    """One that is told how long each example is, and returns that too."""
+    """Takes the length of each example, and returns it as well."""
 
     decay: float = 0.9
     eps: float = 1e-5
@@ -74,12 +74,12 @@ class Masked(nn.Module):
 
 
 def within(lengths: Any, x: Any) -> jax.Array:
-    """Which positions of each example are not padding."""
+    """The positions of each example that are not padding."""
     return (jnp.arange(x.shape[1]) < jnp.asarray(lengths)[:, None])[..., None]
 
 
 class Configured(nn.Module):
-    """One with a config, paddings and two flags, whose scale is about zero, and that keeps axes."""
+    """Has a config, paddings, two flags, a scale around zero, and statistics with all axes."""
 
     config: Any
 
@@ -105,7 +105,7 @@ class Configured(nn.Module):
 
 
 class Renorm(nn.Module):
-    """One that keeps more than a mean and a variance."""
+    """Keeps more than a mean and a variance."""
 
     momentum: float = 0.9
 
@@ -126,7 +126,7 @@ class Renorm(nn.Module):
 
 
 class OfNnx(nnx.Module):
-    """What the two of nnx have in common."""
+    """The common part of the nnx classes."""
 
     def __init__(self, size: int, momentum: float = 0.9) -> None:
         self.mean, self.var = nnx.BatchStat(jnp.zeros(size)), nnx.BatchStat(jnp.ones(size))
@@ -145,21 +145,21 @@ class OfNnx(nnx.Module):
 
 
 class Switched(OfNnx):
-    """One that has its mode as an attribute."""
+    """Has its mode as an attribute."""
 
     def __call__(self, x):
         return self.normalized(x, self.training)
 
 
 class Told(OfNnx):
-    """One that is told its mode in each call."""
+    """Takes its mode in each call."""
 
     def __call__(self, x, train):
         return self.normalized(x, train)
 
 
 class Whitened(nn.Module):
-    """One whose scale is about zero, without a mask that would keep it from being folded."""
+    """Has a scale around zero, and no mask that would prevent folding."""
 
     momentum: float = 0.9
 
@@ -171,7 +171,7 @@ class Whitened(nn.Module):
 
 
 class Sub(Copied):
-    """A subclass, which calls what it inherits."""
+    """A subclass that calls its parent."""
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None):
@@ -183,7 +183,7 @@ class Plain(Copied):
 
 
 class Parent(nn.Module):
-    """One that stays unknown, whose call a class inherits that is registered."""
+    """Stays unregistered, but a registered class inherits its call."""
 
     momentum: float = 0.9
 
@@ -196,11 +196,11 @@ class Parent(nn.Module):
 
 
 class Child(Parent):
-    """One that is registered."""
+    """Is registered, and inherits its call."""
 
 
 class Stranger(nn.Module):
-    """One that is never registered, with a call of its own."""
+    """Is never registered, and has its own call."""
 
     @nn.compact
     def __call__(self, x, use_running_average):
@@ -211,7 +211,7 @@ class Stranger(nn.Module):
 
 
 class Rewritten(nn.BatchNorm):
-    """A subclass of Flax's that does not call it."""
+    """A subclass of Flax's that does not call its parent."""
 
     @nn.compact
     def __call__(self, x, use_running_average=None, *, mask=None):
@@ -222,7 +222,7 @@ class Rewritten(nn.BatchNorm):
 
 
 class Unknown(nnx.Module):
-    """One of nnx that is never registered."""
+    """An nnx class that is never registered."""
 
     def __init__(self, size: int) -> None:
         self.mean, self.var = nnx.BatchStat(jnp.zeros(size)), nnx.BatchStat(jnp.ones(size))
@@ -233,7 +233,7 @@ class Unknown(nnx.Module):
 
 
 class Case(NamedTuple):
-    """A class, what to tell of it, and how a network calls it with x, padding and mode."""
+    """A class, its arguments for `register`, and a call with x, padding and mode."""
 
     kind: Any
     facts: Mapping[str, Any]
@@ -285,7 +285,7 @@ CASES_NNX = {
 
 
 class Noisy(nn.Module):
-    """A model that draws from a stream of its own, and writes down what it has drawn."""
+    """A model that draws from its own random stream and records what it drew."""
 
     stream: str = "z"
 
@@ -303,7 +303,7 @@ class Noisy(nn.Module):
 
 
 class Codebook(nn.Module):
-    """A vector quantizer whose book moves with the data, and layers that sow."""
+    """A vector quantizer with a codebook that follows the data, and sown values."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -318,7 +318,7 @@ class Codebook(nn.Module):
 
 
 class Spectral(nn.Module):
-    """A model with spectral norms, which keep their own in `batch_stats`."""
+    """A model with spectral norms, which keep their state in `batch_stats`."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -328,7 +328,7 @@ class Spectral(nn.Module):
 
 
 class Net(nn.Module):
-    """A stranger between two dense layers."""
+    """A batch norm of one of these classes between two dense layers."""
 
     call: Callable[[Any, Any, bool], Any]
 
@@ -339,7 +339,7 @@ class Net(nn.Module):
 
 
 class NetNnx(nnx.Module):
-    """The same of nnx; its padding does not count."""
+    """The same network in nnx, without padding."""
 
     def __init__(self, case: Case) -> None:
         rngs = nnx.Rngs(0)
@@ -352,7 +352,7 @@ class NetNnx(nnx.Module):
 
 
 def batch(seed: int, size: int = 24) -> dict[str, Any]:
-    """Examples of three positions, the last of which are padding."""
+    """Examples of three positions, of which the last may be padding."""
     rng = np.random.default_rng(seed)
     padding = np.arange(3) >= rng.integers(1, 4, (size, 1))
     x = (2 + 3 * rng.normal(size=(size, 3, 5))).astype(np.float32)
@@ -360,7 +360,7 @@ def batch(seed: int, size: int = 24) -> dict[str, Any]:
 
 
 def measured(params: Any, batches: Any, padded: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of what the stranger is given, in float64."""
+    """Mean and variance of the batch norm's input, in float64."""
     values = []
     for each in batches:
         kernel, bias = (np.asarray(params["dense"][n], np.float64) for n in ("kernel", "bias"))
@@ -375,19 +375,19 @@ BATCHES = [batch(seed) for seed in range(8)]
 
 
 def start(case: Case) -> tuple[Net, Any]:
-    """A network with a stranger, and its variables."""
+    """A network and its variables."""
     net = Net(case.call)
     return net, net.init(jax.random.key(0), *(BATCHES[0][name] for name in INPUTS))
 
 
 def stats_of(variables: Any) -> tuple[np.ndarray, ...]:
-    """The statistics of the stranger, by channel."""
+    """The batch norm's statistics, by channel."""
     norm = variables["batch_stats"]["norm"]
     return tuple(np.asarray(norm[name]).reshape(-1) for name in ("mean", "var"))
 
 
 def trained(net: Net, variables: Any, each: Any) -> tuple[Any, Any]:
-    """The outputs in training, and the variables after it."""
+    """The outputs in training, and the updated variables."""
     args = (each[name] for name in INPUTS)
     y, new = net.apply(variables, *args, train=True, mutable=["batch_stats"])
     return y, variables | new

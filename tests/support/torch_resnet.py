@@ -1,4 +1,4 @@
-"""The usual ResNet of PyTorch, with torchvision's names and trained statistics."""
+"""A standard PyTorch ResNet with torchvision's names and trained statistics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> Any:
 
 
 class Block(nn.Module):
-    """torchvision's BasicBlock or Bottleneck, by its convs (outputs, size, stride)."""
+    """torchvision's BasicBlock or Bottleneck, from its convs (outputs, size, stride)."""
 
     def __init__(self, inputs: int, convs: list[tuple[int, int, int]], stride: int) -> None:
         super().__init__()
@@ -69,10 +69,10 @@ class ResNet(nn.Module):
 
 
 def trained(model: Any, x: Any, steps: int = 2) -> Any:
-    """The model with scales, biases and running statistics that no longer are the initial ones.
+    """The model with scales, biases and running statistics that differ from the initial ones.
 
-    The statistics are those of its activations, with a disturbance in each channel, so that each
-    layer's matter to the logits and none of these explodes.
+    The statistics are those of its activations with some noise in each channel, so that every
+    layer affects the logits and none of them explodes.
     """
     with torch.no_grad():
         for layer in model.modules():

@@ -1,4 +1,4 @@
-"""The table of ways to take a step on many devices, and how each is taken."""
+"""All ways to run a step on many devices."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ SHARES = tuple(np.linspace(0, 1, DEVICES))
 
 
 class Data(NamedTuple):
-    """What one step takes: the same parameters and statistics everywhere, and parts of a batch."""
+    """The arguments of a step: replicated parameters and statistics, and parts of a batch."""
 
     params: Any
     batch_stats: Any
@@ -35,14 +35,14 @@ Apply = Callable[[Any, Any, Any, Any], tuple[jax.Array, Any]]
 
 
 class Way(NamedTuple):
-    """A way to take one step on many devices.
+    """A way to run a step on many devices.
 
     Attributes:
-        name: for the names of the tests.
-        axis_name: what batch norm needs to be told.
-        compile: `compile(step, alike)` gives a function of placed data. The new statistics of the
-            devices are alike, or come back stacked.
-        place: lays data out for that function.
+        name: the name in test ids.
+        axis_name: the `axis_name` that batch norm needs.
+        compile: `compile(step, alike)` returns a function of placed data. The new statistics are
+            the same on all devices, or are returned stacked.
+        place: places data for that function.
     """
 
     name: str
@@ -70,7 +70,7 @@ def by_mapping(transform: Callable, step: Step, alike: bool = True) -> Any:
 
 def by_shard_map(check_vma: bool, mesh: Any, step: Step, alike: bool = True) -> Any:
     def local(*arguments: Any) -> Outcome:
-        # With check_vma, JAX itself sums the gradients of what all devices share.
+        # With check_vma, JAX sums the gradients of replicated arguments itself.
         found = (step if check_vma else summed(step, mesh.axis_names))(*arguments)
         if alike:
             return found
@@ -185,7 +185,7 @@ def of_layer(layer: Any) -> Apply:
 
 
 def differentiated(apply: Apply) -> Step:
-    """The step that gives outputs and gradients."""
+    """A step that returns outputs and gradients."""
 
     def step(params, batch_stats, x, mask, cotangent):
         return outcome(lambda params, x: apply(params, batch_stats, x, mask), params, x, cotangent)
@@ -194,7 +194,7 @@ def differentiated(apply: Apply) -> Step:
 
 
 def forward(apply: Apply) -> Step:
-    """The step that gives outputs alone."""
+    """A step that returns only outputs."""
 
     def step(params, batch_stats, x, mask, cotangent):
         return Outcome(*apply(params, batch_stats, x, mask), None, None)
@@ -203,13 +203,13 @@ def forward(apply: Apply) -> Step:
 
 
 def spread(way: Way, compiled: Any, data: Data) -> Outcome:
-    """The outcome of a compiled step, with the parts of the batch put together."""
+    """The outcome of a compiled step, with the parts of the batch concatenated."""
     found = jax.device_get(compiled(*way.place(data)))
     y, dx = (None if part is None else part.reshape(data.x.shape) for part in (found.y, found.dx))
     return found._replace(y=y, dx=dx)
 
 
 def expected(data: Data, case: Case = CORE, **settings: Any) -> Outcome:
-    """What one device gives, in float64."""
+    """The outcome on one device, in float64."""
     settings = {"mutable": True, "axis": case.axis, "mask": data.mask} | settings
     return oracle.batch_norm(data.params, data.batch_stats, data.x, data.cotangent, **settings)

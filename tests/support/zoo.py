@@ -1,7 +1,4 @@
-"""Flax models with batch norm from packages of the registry, in their smallest sizes.
-
-All are built with random parameters; nothing is loaded from anywhere.
-"""
+"""Small Flax models with batch norm from other packages, with random parameters."""
 
 import functools
 import importlib.util
@@ -19,7 +16,7 @@ EXTRA = "pip install 'bnjax[zoo]'"
 
 
 class Case(NamedTuple):
-    """A model, what it is called with in training and in evaluation, and what is true of it."""
+    """A model, its arguments in training and in evaluation, and what to expect of it."""
 
     package: str
     make: Callable[[], nn.Module]
@@ -27,11 +24,11 @@ class Case(NamedTuple):
     evaluate: dict[str, Any]
     install: str = EXTRA
     shape: tuple[int, ...] = (8, 16, 16, 3)
-    copy: Callable[[], type] | None = None  # its own class of batch norm, where that is not Flax's
-    evaluates: int = 0  # how many layers are left in evaluation while the model trains
-    findings: tuple[str, ...] = ()  # of a diagnosis, once the statistics are right
-    unfolded: Mapping[str, str] = {}  # the batch norms that fold leaves, and why
-    refuses: str = ""  # why there are no micro-batches
+    copy: Callable[[], type] | None = None  # its own batch norm class, if it is not Flax's
+    evaluates: int = 0  # the number of layers that stay in evaluation mode
+    findings: tuple[str, ...] = ()  # of a diagnosis with correct statistics
+    unfolded: Mapping[str, str] = {}  # the batch norms that fold keeps, and why
+    refuses: str = ""  # why micro-batches are refused
 
 
 def resnet() -> nn.Module:
@@ -63,7 +60,7 @@ def jax_resnet(kind: str) -> nn.Module:
 
 
 def flaim(name: str, model: str, *args: Any) -> nn.Module:
-    # The package annotates with a type that JAX no longer has.
+    # The package's annotations use a type that JAX has removed.
     with mock.patch.object(jax.random, "KeyArray", jax.Array, create=True):
         models = importlib.import_module(f"flaim.models.{name}")
     return getattr(models, model)(*args, n_classes=3)
@@ -82,7 +79,7 @@ def flaxmodels_norm() -> type:
 
 @functools.cache
 def sbx_layers() -> Any:
-    """The file with sbx' layers alone: the package as a whole needs PyTorch and more."""
+    """Only the module with sbx's layers: the whole package needs PyTorch and more."""
     package = importlib.util.find_spec("sbx")
     assert package is not None
     assert package.submodule_search_locations
@@ -95,7 +92,7 @@ def sbx_layers() -> Any:
 
 
 class CrossQ(nn.Module):
-    """A critic of CrossQ, put together as sbx does; with its residual blocks, or without."""
+    """A CrossQ critic, built as in sbx, with or without its residual blocks."""
 
     simba: bool = False
     width: int = 8
@@ -148,7 +145,7 @@ CASES: dict[str, Case] = {
         functools.partial(jax_resnet, "split"),
         {},
         {},
-        findings=("batch too small",),  # its attention normalizes one position of 8 examples
+        findings=("batch too small",),  # its attention normalizes a single position of 8 examples
     ),
     "flaim ConvMixer": images(
         "convmixer",
@@ -174,7 +171,7 @@ CASES: dict[str, Case] = {
         {"train": True},
         {"train": False},
         copy=flaxmodels_norm,
-        findings=("momentum looks inverted",),  # it is 0.1, that of PyTorch's ResNet
+        findings=("momentum looks inverted",),  # it is 0.1, as in PyTorch's ResNet
     ),
     "sbx CrossQ": critic(False),
     "sbx Simba": critic(True),
@@ -182,13 +179,13 @@ CASES: dict[str, Case] = {
 
 
 def leaf(outputs: Any) -> jax.Array:
-    """The outputs of any of the models as one array."""
+    """The outputs of any model as one array."""
     first = jax.tree.leaves(outputs)[0]
     return first.reshape(first.shape[0], -1)
 
 
 class Net:
-    """A model of the zoo, its inputs, and what Flax alone says of it."""
+    """A model of the zoo, its inputs, and its behaviour in Flax without bnjax."""
 
     def __init__(self, case: Case) -> None:
         if importlib.util.find_spec(case.package) is None:
@@ -206,7 +203,7 @@ class Net:
 
     @functools.cached_property
     def variables(self) -> Any:
-        """Parameters and statistics that are not those of the initialization."""
+        """Parameters and statistics that differ from the initial ones."""
         rng = np.random.default_rng(1)
 
         def draw(path: Any, value: Any) -> jax.Array:
@@ -226,7 +223,7 @@ class Net:
 
     @functools.cached_property
     def apply(self) -> Callable[..., Any]:
-        """`apply(variables, x)` in training, by Flax alone: outputs and new statistics."""
+        """`apply(variables, x)` in training, without bnjax: outputs and new statistics."""
         apply = functools.partial(self.model.apply, mutable=["batch_stats"], **self.case.train)
         return jax.jit(apply)
 
@@ -236,21 +233,21 @@ class Net:
 
     @functools.cached_property
     def momenta(self) -> dict[str, float]:
-        """What each layer that is called says of it."""
+        """The momentum of each layer that is called."""
         self.inputs(self.fresh, self.xs[:1], "evaluate")
         return self._momenta
 
     @functools.cached_property
     def moving(self) -> tuple[str, ...]:
-        """The layers whose statistics a step of training moves."""
+        """The layers whose statistics a training step updates."""
         before, after = self.fresh, self.apply(self.fresh, self.xs[0])[1]
         found = [np.any(stats(before, n)[0] != stats(after, n)[0]) for n in self.layers]
         return tuple(n for n, moved in zip(self.layers, found, strict=True) if moved)
 
     def inputs(self, variables: Any, xs: Any, mode: str) -> dict[str, Any]:
-        """What each batch norm is given, of all batches: in training, in evaluation, or forced.
+        """The inputs of each batch norm over all batches: in training, in evaluation, or forced.
 
-        Forced, every batch norm normalizes by its batch, whatever the model asks for.
+        Forced, every batch norm normalizes with its batch, whatever the model asks for.
         """
         found = [self.inputs_of[mode](variables, x) for x in xs]
         return {name: np.concatenate([each[name] for each in found]) for name in self.layers}
@@ -303,6 +300,6 @@ def moments(x: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def distance(found: Any, wanted: Any) -> float:
-    """How far statistics are from others, in standard deviations and in parts of the variance."""
+    """The largest difference of statistics, in standard deviations and relative to the variance."""
     (mean, var), (m, v) = found, wanted
     return float(max(np.max(np.abs(mean - m) / np.sqrt(v + 1e-6)), np.max(np.abs(var / v - 1))))

@@ -1,4 +1,4 @@
-"""PyTorch state dicts as Flax variables, and back: from_torch, to_torch, torch_outputs."""
+"""Convert PyTorch state dicts to Flax variables and back: from_torch, to_torch, torch_outputs."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -72,79 +72,77 @@ def from_torch(
     ignore: globs.Paths = (),
     check: tuple[Any, ...] | None = None,
 ) -> Any:
-    """The variables of a Flax model with the values of a PyTorch state dict.
+    """Convert a PyTorch state dict to the variables of a Flax model.
 
-    Layers come in their own layouts: convs (out, in / groups, *kernel) become (*kernel,
-    in / groups, out), 1d to 3d; linear weights are transposed; embeddings stay; `weight` of a
-    normalization is `scale`; `running_mean` and `running_var` of a batch norm are `mean` and `var`;
-    `num_batches_tracked` is `count` where the layer has one (momentum=None), and is passed over
-    elsewhere; `weight` of a PReLU is `negative_slope`. What has another name goes under that name,
-    as it is.
+    Arrays change name and layout with their layer. Conv weights (out, in / groups, *kernel) become
+    (*kernel, in / groups, out), in 1d to 3d; linear weights are transposed; embeddings stay as they
+    are. The `weight` of a normalization becomes `scale`, that of a PReLU `negative_slope`. A batch
+    norm's `running_mean` and `running_var` become `mean` and `var`; `num_batches_tracked` becomes
+    `count` if the layer has one (momentum=None), and is dropped otherwise. Any other array keeps
+    its name and layout.
 
-    Some layers are arranged differently:
+    Some layers are organized differently:
 
-    - LSTM, GRU and RNN stack their gates, which Flax's cells have apart (linen) or in another way
-      (nnx). Layer 1 of `rnn` is called `rnn.l1`, backward `rnn.l1_reverse`, and is `rnn/1/cell`; if
-      there is one layer, it is `rnn/cell`; of a `Bidirectional` there are `rnn/forward_rnn/cell`
-      and `rnn/backward_rnn/cell`. Two biases that are only added become their sum.
-    - `MultiheadAttention`, and attention with `qkv` and `proj` or `q_proj`, `k_proj`, `v_proj` and
-      `out_proj`, is Flax's with `query`, `key`, `value` and `out`, whose kernels have an axis for
-      the heads. A linear layer goes into any `DenseGeneral` whose axes multiply to its own.
-    - A batch norm with `banks` and scale and bias of their own (affine="own") is timm's
-      `SplitBatchNorm2d`: the first bank is the layer itself, the others are its `aux_bn`.
-    - One array under several names, as of tied weights, is read once, by the name that Flax has.
+    - LSTM, GRU and RNN stack their gates; Flax's cells keep them separate (linen) or stack them
+      differently (nnx). Layer 1 of `rnn`, called `rnn.l1` here (backward: `rnn.l1_reverse`), is
+      `rnn/1/cell`; a single layer is `rnn/cell`; a `Bidirectional` has `rnn/forward_rnn/cell` and
+      `rnn/backward_rnn/cell`. Two biases become their sum if Flax has only one.
+    - `MultiheadAttention`, and attention with `qkv` and `proj` or with `q_proj`, `k_proj`, `v_proj`
+      and `out_proj`, becomes Flax's `query`, `key`, `value` and `out`, whose kernels have a heads
+      axis. A linear layer also fits any `DenseGeneral` whose axes multiply to the same sizes.
+    - A batch norm with `banks` and affine="own" is timm's `SplitBatchNorm2d`: the first bank is the
+      layer itself, the others are its `aux_bn`.
+    - An array under several names, such as a tied weight, is read once, by the name Flax uses.
 
     Names are matched by module path: `layer1.0.bn1` is `layer1/0/bn1` or `layer1_0/bn1`, and the
-    `0` of a PyTorch `Sequential` is the `layers_0` of a Flax one. Nothing is guessed: all names
-    without a counterpart on either side, or with several, and all arrays that do not fit theirs are
-    listed in one error. It says what to write where it is clear: the `rename` without the prefixes
-    of wrappers (`module.`, `_orig_mod.`, `model.`), the one for a model whose layers Flax has named
-    by itself (`Conv_0`), or how to take off weight norm and other parametrizations.
+    `0` of a PyTorch `Sequential` is the `layers_0` of a Flax one. Nothing is guessed: one error
+    lists all names that have no counterpart, or several, and all arrays of the wrong shape or
+    dtype. Where it can, it also gives the fix: a `rename` that strips the prefixes of wrappers
+    (`module.`, `_orig_mod.`, `model.`) or maps layers to Flax's automatic names (`Conv_0`), or the
+    call that removes weight norm or another parametrization.
 
-    A transposed convolution of PyTorch with stride s, padding p, output_padding o and dilation d is
-    Flax's `ConvTranspose` with strides s, kernel_dilation d and, for each axis of kernel size k,
-    the padding `(d * (k - 1) - p, d * (k - 1) - p + o)`; "VALID" is p = o = 0 where k >= s. With
-    `transpose_kernel=True` its kernel lies as that of a conv; without, the default, it is flipped
-    and (*kernel, in, out), which nothing but `transposed` says for a linen model. With groups it
-    has no counterpart.
+    A PyTorch transposed convolution with stride s, padding p, output_padding o and dilation d is
+    Flax's `ConvTranspose` with strides s, kernel_dilation d and, on each axis with kernel size k,
+    the padding `(d * (k - 1) - p, d * (k - 1) - p + o)`; "VALID" is p = o = 0 if k >= s. With
+    `transpose_kernel=True`, its kernel has the layout of a conv. By default, it is flipped and
+    (*kernel, in, out); for a linen model, only `transposed` can tell. Flax's has no groups.
 
     Guide: examples/guides/from_torch.md
 
     Args:
-        state_dict: PyTorch names with tensors or NumPy arrays, as from `module.state_dict()` or
+        state_dict: tensors or NumPy arrays by PyTorch name, as from `module.state_dict()` or
             `bnjax.load`.
-        model: a linen or nnx model; None if only its variables are at hand.
-        variables: for linen the dict from `model.init`, of which shapes and dtypes count, so
-            `jax.eval_shape(model.init, ...)` will do; for nnx a state, by default the model's.
-        rename: names to look for in place of those in PyTorch: a mapping of module paths (or names)
-            of PyTorch to those of Flax, `{"backbone.stem": "encoder/conv1"}`, where the longest
-            that fits counts and "" is the top; or a callable from full name to full name.
-        flatten: for a dense layer, a normalization or a recurrent cell after a flatten, by its path
-            in Flax, the shape (C, H, W) that PyTorch flattens: Flax flattens (H, W, C). A layer
-            that takes several values for each channel of a conv before it draws a warning; pass {}
-            if both flatten alike, or neither does.
-        transposed: globs over the Flax paths of the transposed convolutions with flipped kernels,
-            as above; by default, those of an nnx model, and none in a linen model, where it is an
-            error if its code has a `ConvTranspose`.
-        ignore: globs over names of either side, with "/" or "." between their parts, such as
-            `"fc/*"`: what they fit in PyTorch is dropped, in Flax it keeps its value.
-        check: `(x, y)`, an input of the Flax model, channels last, and what PyTorch's gives for it;
-            `(x, y, kwargs)` if the Flax model takes keywords. Outputs are compared, in evaluation.
-            With `bnjax.torch_outputs(torch_model, x_of_torch)` as y, the error says at which layer
-            they part. Several inputs are a tuple.
+        model: a linen or nnx model, or None to convert from its variables alone.
+        variables: for linen, the dict from `model.init`; only shapes and dtypes matter, so
+            `jax.eval_shape(model.init, ...)` is enough. For nnx, a state; by default the model's.
+        rename: maps PyTorch module paths or names to Flax ones, as in
+            `{"backbone.stem": "encoder/conv1"}`; the longest match wins, and "" is the top. Or a
+            function from full name to full name.
+        flatten: for each dense layer, normalization or recurrent cell after a flatten, its Flax
+            path and the shape (C, H, W) that PyTorch flattens; Flax flattens (H, W, C). A layer
+            with several inputs per channel of the preceding conv triggers a warning; pass {} if
+            both frameworks flatten in the same order, or neither flattens.
+        transposed: globs over the Flax paths of transposed convolutions with flipped kernels, as
+            above. Detected for an nnx model; required for a linen model whose code uses
+            `ConvTranspose`.
+        ignore: globs over PyTorch or Flax names, with "/" or "." as separator, such as `"fc/*"`.
+            Matching PyTorch arrays are dropped; matching Flax arrays keep their values.
+        check: `(x, y)`, an input of the Flax model (channels last) and PyTorch's output for it, or
+            `(x, y, kwargs)` with keyword arguments for the Flax model. Compares the outputs, in
+            evaluation mode. With `bnjax.torch_outputs(torch_model, x_of_torch)` as y, the error
+            names the first layer that differs. Pass several inputs as a tuple.
 
     Returns:
-        A new tree like `variables`, with its dtypes, but statistics in float32 at least. An
-        `nnx.State` goes into a model by `nnx.update(model, state)`. No memory is shared.
+        A new tree like `variables`, with the same dtypes, except that statistics are at least
+        float32. Update an nnx model with `nnx.update(model, state)`. No memory is shared.
 
     Raises:
-        ValueError: names or shapes that do not fit, a running variance that is negative or not
-            finite, or outputs that differ by more than 1e-4 of the largest one. Nothing is
-            converted then.
-        TypeError: a state dict that holds something else than dense arrays.
+        ValueError: names or shapes do not match, a running variance is negative or not finite, or
+            the outputs differ by more than 1e-4 times the largest one. Nothing is converted.
+        TypeError: the state dict holds anything but dense arrays.
 
     Warns:
-        UserWarning: a layer may come after a flatten.
+        UserWarning: a layer seems to follow a flatten.
 
     >>> weight = np.array([[1.0, 2.0]], np.float32)  # (out, in)
     >>> variables = {"params": {"fc": {"kernel": np.zeros((2, 1), np.float32)}}}
@@ -178,35 +176,35 @@ def to_torch(
     ignore: globs.Paths = (),
     numpy: bool = False,
 ) -> dict[str, Any]:
-    """A PyTorch state dict with the values of Flax variables, for `load_state_dict(strict=True)`.
+    """Convert Flax variables to a PyTorch state dict, for `load_state_dict(strict=True)`.
 
-    It is `from_torch` backwards, with the same options, and undoes it bit for bit. An array that
-    `like` holds under several names is written under all of them. Of two biases that Flax has
-    added, the sum is written, and 0, unless those of `like` have this sum.
+    The inverse of `from_torch`, bit for bit, with the same options. An array that `like` holds
+    under several names is written under all of them. If Flax has only the sum of two biases, they
+    are restored from `like` if their sum still matches; otherwise one is the sum, the other 0.
 
     Guide: examples/guides/from_torch.md
 
     Args:
         variables: linen variables, an nnx model or its state.
-        like: the state dict of the PyTorch model, for its names, their order and their shapes.
-            Without it a path becomes a name, where a number at an end is a module of its own:
-            `layer1_0/bn1` is `layer1.0.bn1`, and gates and heads stay apart.
-        rename: as for `from_torch`, from names of PyTorch to those of Flax; only with `like`.
+        like: the state dict of the PyTorch model, for names, their order and shapes. Without it,
+            names are made from paths, and a trailing number becomes a module: `layer1_0/bn1` is
+            `layer1.0.bn1`. Gates and attention projections are then not stacked.
+        rename: as for `from_torch`, from PyTorch names to Flax names; only with `like`.
         flatten: as for `from_torch`.
-        transposed: as for `from_torch`; an nnx model, not a state, is asked by default.
-        ignore: as for `from_torch`: what it fits in PyTorch keeps its value in `like`, in Flax it
-            is dropped.
-        numpy: NumPy arrays, without torch.
+        transposed: as for `from_torch`; detected for an nnx model, but not for its state.
+        ignore: as for `from_torch`: matching PyTorch arrays keep their values from `like`, and
+            matching Flax arrays are dropped.
+        numpy: return NumPy arrays; does not need torch.
 
     Returns:
-        Names with new tensors, in the dtypes of the variables. `num_batches_tracked` of a batch
-        norm without `count` is that of `like`, or else 0: Flax does not count, and PyTorch needs
-        the number for momentum=None alone, where there is a `count`.
+        New tensors by name, in the dtypes of the variables. For a batch norm without `count`,
+        `num_batches_tracked` comes from `like`, or is 0; PyTorch uses it only with momentum=None,
+        where there is a `count`.
 
     Raises:
-        ValueError: names or shapes that do not fit, or a running variance that is negative or not
-            finite. Nothing is converted then.
-        TypeError: `like` holds something else than dense arrays.
+        ValueError: names or shapes do not match, or a running variance is negative or not finite.
+            Nothing is converted.
+        TypeError: `like` holds anything but dense arrays.
 
     >>> variables = {"batch_stats": {"bn_1": {"mean": np.zeros(2), "var": np.ones(2)}}}
     >>> list(to_torch(variables, numpy=True))
@@ -233,9 +231,10 @@ def to_torch(
         arrays = planned.join(arrays, old)
         if stale := planned.stale(arrays, old):
             warnings.warn(
-                f"`like` holds {few([*stale.values()])} as {few([*stale])} too, and what is "
-                "ignored keeps its old values. If each is one array in PyTorch, `rename` both to "
-                "one name instead: they are written alike.",
+                f"`ignore` keeps the old values of {few([*stale])}, which "
+                f"{'equal' if len(stale) > 1 else 'equals'} {few([*stale.values()])} in `like`. If "
+                "these are tied in PyTorch, `rename` both to one name instead, so that both are "
+                "updated.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -248,7 +247,7 @@ def to_torch(
 
 
 def _suspects(planned: Plan, flatten: Mapping[str, Any] | None) -> list[flattened.Suspect]:
-    """Layers that may come after a flatten, with a warning, unless the user says of none."""
+    """The layers that may follow a flatten, with a warning, unless the user says there are none."""
     if planned.rules is None or flatten == {}:
         return []
     found = flattened.suspects(planned.pairs, planned.rules, bool(flatten))
@@ -258,7 +257,7 @@ def _suspects(planned: Plan, flatten: Mapping[str, Any] | None) -> list[flattene
 
 
 def _converted(array: np.ndarray, name: Name, placed: Layout, leaf: Leaf) -> np.ndarray:
-    """An array as the model has it, but float32 at least for a running mean or variance."""
+    """The array in the model's layout and dtype, but running statistics at least in float32."""
     dtype = leaf.value.dtype
     if name.statistic and jnp.issubdtype(dtype, jnp.inexact):
         dtype = working_dtype(dtype)

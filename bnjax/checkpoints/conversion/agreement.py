@@ -1,4 +1,4 @@
-"""Whether a converted model gives what PyTorch's does, and the first layer that does not."""
+"""Compare the outputs of a converted model with PyTorch's; find the first layer that differs."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,34 +17,34 @@ from bnjax.checkpoints.tensors import as_numpy
 from bnjax.models.compat import is_traced
 from bnjax.models.nnx_copies import Copy
 
-_TOLERANCE = 1e-4  # of the largest value, in float32
+_TOLERANCE = 1e-4  # relative to the largest value, in float32
 Path = tuple[str, ...]
-Outputs = dict[Path, list[Any]]  # of each module, one for each call
+Outputs = dict[Path, list[Any]]  # by module, one for each call
 
 
 class Layer(NamedTuple):
-    """A layer with parameters in both models, whose outputs were compared."""
+    """A layer with parameters whose outputs were compared."""
 
     torch: str
     flax: str
-    kind: str  # one of its arrays in Flax, or that it is linear
-    difference: float  # of the largest value; infinite where shapes or what is finite differ
-    shapes: str = ""  # that differ
+    kind: str  # "linear", or the name of one of its Flax arrays
+    difference: float  # relative to the largest value; infinite if shapes or finiteness differ
+    shapes: str = ""  # both, if they differ
 
 
 def torch_outputs(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """What a PyTorch model and each of its modules give, for `check` of `from_torch`.
+    """Record the outputs of a PyTorch model and all its modules, for `check` of `from_torch`.
 
     Args:
-        module: a `torch.nn.Module`. It runs once, in evaluation and without gradients, and keeps
-            its mode.
-        *args: what it is called with.
-        **kwargs: what it is called with.
+        module: a `torch.nn.Module`. It runs once, in evaluation mode and without gradients; its
+            mode is restored.
+        *args: the arguments to call it with.
+        **kwargs: the keyword arguments to call it with.
 
     Returns:
-        Outputs by the names of modules, in the order in which those are done, copied at once:
-        what works in place afterwards does not change them. "" is the model. Of a module that is
-        called several times there is a list of outputs.
+        Outputs by module name, in the order in which the modules finish; "" is the model itself. A
+        module that is called several times has a list of outputs. Each is copied immediately, so
+        later in-place operations do not change it.
 
     >>> import torch
     >>> list(torch_outputs(torch.nn.Sequential(torch.nn.Linear(1, 2)), torch.zeros(1, 1)))
@@ -57,10 +57,10 @@ def torch_outputs(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     hooks = []
     for name, each in module.named_modules():
 
-        def note(_: Any, __: Any, output: Any, name: str = name) -> None:
+        def record(_: Any, __: Any, output: Any, name: str = name) -> None:
             found.setdefault(name, []).append(_copied(output))
 
-        hooks.append(each.register_forward_hook(note))
+        hooks.append(each.register_forward_hook(record))
     try:
         module.eval()
         with torch.no_grad():
@@ -74,19 +74,19 @@ def torch_outputs(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def check_outputs(
-    model: Any, variables: Any, planned: Plan, check: Any, told: Sequence[str]
+    model: Any, variables: Any, planned: Plan, check: Any, suspects: Sequence[str]
 ) -> None:
-    """Raise if the outputs of the Flax model are not those of PyTorch's.
+    """Raise if the outputs of the Flax model differ from PyTorch's.
 
     Args:
         model: a linen or nnx model.
-        variables: what was converted.
+        variables: the converted variables.
         planned: which name is which.
-        check: the inputs and the outputs, as `from_torch` documents it.
-        told: layers that may come after a flatten.
+        check: inputs and outputs, as documented in `from_torch`.
+        suspects: the layers that may follow a flatten.
     """
     args, theirs, kwargs = _checked(model, check)
-    ours = _tried(model, variables, args, kwargs)
+    ours = _run(model, variables, args, kwargs)
     by_name = theirs if isinstance(theirs, Mapping) else {"": theirs}
     layers = list(_layers(by_name, ours, planned)) if isinstance(theirs, Mapping) else []
     bad = next((layer for layer in layers if not layer.difference <= _TOLERANCE), None)
@@ -95,53 +95,60 @@ def check_outputs(
         found, shapes = _whole(by_name[""], ours[()][-1])
         if found <= _TOLERANCE:
             return
-        first += _by(found, shapes)
+        first += _amount(found, shapes)
     elif bad is None:
         return
     lines = [f"{first}.", _where(layers, bad, isinstance(theirs, Mapping))]
-    if told:
-        lines.append(f"Is there a flatten before {' and '.join(map(repr, told))}? Pass `flatten`.")
+    if suspects:
+        names, do = " and ".join(map(repr, suspects)), "Do" if len(suspects) > 1 else "Does"
+        lines.append(f"{do} {names} follow a flatten? If so, pass `flatten`.")
     raise ValueError("\n".join(lines))
 
 
 def _where(layers: Sequence[Layer], bad: Layer | None, by_layer: bool) -> str:
     if not by_layer:
         return (
-            "Pass check=(x, bnjax.torch_outputs(torch_model, x_of_torch)) to see at which layer "
-            "they part."
+            "Pass check=(x, bnjax.torch_outputs(torch_model, x_of_torch)) to find the first layer "
+            "that differs."
         )
+    if not layers:
+        return "No layer was compared: `y` has none with parameters whose output Flax records too."
     agree = layers[: layers.index(bad)] if bad else layers
     largest = max((layer.difference for layer in agree), default=0.0)
     if bad is None:
-        return f"All layers agree to {largest:.0e}: look at what has no parameters, and comes last."
+        return (
+            f"All layers with parameters agree to {largest:.0e}, so compare the operations after "
+            "the last one."
+        )
     before = f"all layers before it agree to {largest:.0e}" if agree else "it is the first layer"
     return (
-        f"They part at {bad.torch!r}, in Flax {bad.flax!r},{_by(bad.difference, bad.shapes)}; "
-        f"{before}. Compare {_REASONS.get(bad.kind, 'its settings')}, and what comes before it."
+        f"They first differ at {bad.torch!r} ({bad.flax!r} in Flax),"
+        f"{_amount(bad.difference, bad.shapes)}; {before}. Compare "
+        f"{_TO_COMPARE.get(bad.kind, 'its settings')}, and the operations before it."
     )
 
 
-_REASONS = {
-    "linear": "whether a flatten is before it",
-    "kernel": "padding, strides, dilation, groups",
-    "scale": "its eps, which is 1e-6 in some layers of Flax",
+_TO_COMPARE = {
+    "linear": "whether it follows a flatten",
+    "kernel": "its padding, strides, dilation and groups",
+    "scale": "its eps, which defaults to 1e-6 in some Flax layers",
     "mean": "its eps",
 }
 
 
-def _by(difference: float, shapes: str) -> str:
+def _amount(difference: float, shapes: str) -> str:
     if shapes:
-        return f" in shape, {shapes}"
+        return f" in shape: {shapes}"
     if not np.isfinite(difference):
-        return " in what is finite"
-    return f" by {difference:.1g} of the largest value"
+        return " in which values are finite"
+    return f" by {difference:.1g} times the largest value"
 
 
 def _checked(model: Any, check: Any) -> tuple[tuple[Any, ...], Any, dict[str, Any]]:
     """The arguments of the Flax model and the outputs of PyTorch's."""
     if not isinstance(check, tuple) or len(check) not in (2, 3):
         raise TypeError(
-            "`check` must be (x, y), the input of the Flax model and the outputs of PyTorch's, or "
+            "`check` must be (x, y), an input of the Flax model and PyTorch's output for it, or "
             f"(x, y, kwargs), got {type(check).__name__}."
         )
     if model is None:
@@ -149,7 +156,7 @@ def _checked(model: Any, check: Any) -> tuple[tuple[Any, ...], Any, dict[str, An
     x, y, *rest = check
     if hasattr(y, "state_dict"):
         raise TypeError(
-            "`check` takes the outputs of the PyTorch model, not the model: pass "
+            "`check` takes the outputs of the PyTorch model, not the model itself: pass "
             "check=(x, bnjax.torch_outputs(torch_model, x_of_torch))."
         )
     args = x if isinstance(x, tuple) else (x,)
@@ -162,7 +169,7 @@ def _array(value: Any) -> Any:
 
 
 def _copied(output: Any) -> Any:
-    """Arrays that share nothing with PyTorch's, in the same tuples and dicts."""
+    """The output with arrays that share no memory with PyTorch's tensors."""
     if isinstance(output, Mapping):
         return {key: _copied(part) for key, part in output.items()}
     if isinstance(output, list | tuple):
@@ -171,8 +178,8 @@ def _copied(output: Any) -> Any:
     return output if array is None else np.array(array)
 
 
-def _tried(model: Any, variables: Any, args: Any, kwargs: Mapping[str, Any]) -> Outputs:
-    """The outputs for these inputs, or, if the model does not take them, with channels last."""
+def _run(model: Any, variables: Any, args: Any, kwargs: Mapping[str, Any]) -> Outputs:
+    """The outputs for these inputs; if the model fails on them, move their channels last."""
     try:
         return _outputs(model, variables, args, kwargs)
     except Exception as error:
@@ -184,7 +191,7 @@ def _tried(model: Any, variables: Any, args: Any, kwargs: Mapping[str, Any]) -> 
 
 
 def _outputs(model: Any, variables: Any, args: Any, kwargs: Mapping[str, Any]) -> Outputs:
-    """The outputs of each module of the Flax model, in evaluation."""
+    """The outputs of each module of the Flax model, in evaluation mode."""
     with jax.default_matmul_precision("highest"):
         if isinstance(model, nnx.Module):
             return _outputs_nnx(model, variables, args, kwargs)
@@ -203,13 +210,13 @@ def _outputs_nnx(model: Any, state: Any, args: Any, kwargs: Mapping[str, Any]) -
     copy, outputs = Copy(model, state).model, {}
     for path, module in nnx.iter_modules(copy):
         calls = outputs.setdefault(tuple(map(str, path)), [])
-        object.__setattr__(module, "__class__", _noting(type(module), calls))
+        object.__setattr__(module, "__class__", _recording(type(module), calls))
     outputs[()] = [copy(*args, **kwargs)]  # type: ignore[operator]
     return {path: calls for path, calls in outputs.items() if calls}
 
 
-def _noting(cls: Any, calls: list[Any]) -> Any:
-    """A subclass that notes what its call gives."""
+def _recording(cls: Any, calls: list[Any]) -> Any:
+    """A subclass that records the outputs of its calls."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = cls.__call__(self, *args, **kwargs)
@@ -221,12 +228,12 @@ def _noting(cls: Any, calls: list[Any]) -> Any:
 
 
 def _layers(theirs: Mapping[str, Any], ours: Outputs, planned: Plan) -> Iterator[Layer]:
-    """All layers that can be compared, in the order in which PyTorch has done them."""
+    """All layers that can be compared, in the order in which PyTorch finished them."""
     plain: dict[str, Name] = {}
     kinds: dict[str, str] = {}
     for key, (name, placed) in planned.pairs.items():
         module = key.rpartition(".")[0]
-        if "[" not in key and (name.leaf in _REASONS or module not in plain):
+        if "[" not in key and (name.leaf in _TO_COMPARE or module not in plain):
             plain[module] = name
             kinds[module] = "linear" if len(placed.torch_shape) == 2 else name.leaf
     stacked = {_module(each): each.block.path for each in planned.stacks}
@@ -244,7 +251,7 @@ def _layers(theirs: Mapping[str, Any], ours: Outputs, planned: Plan) -> Iterator
 
 
 def _cell(torch: str, outputs: Any, path: Path, ours: Outputs) -> Iterator[Layer]:
-    """A recurrent layer or attention: the module there, or what runs the cell, if shapes fit."""
+    """Compare a recurrent or attention layer with the module at its path, or the one around it."""
     for end in range(len(path), max(len(path) - 3, 0), -1):
         for other in ours.get(path[:end], [])[-1:]:
             found, shapes = _difference(outputs, other)
@@ -254,14 +261,14 @@ def _cell(torch: str, outputs: Any, path: Path, ours: Outputs) -> Iterator[Layer
 
 
 def _module(each: Attention | Recurrent) -> str:
-    """The module of PyTorch whose arrays are stacked."""
+    """The PyTorch module that holds the stacked arrays."""
     key = next(iter(each.group.keys.values()))
     inner = isinstance(each, Attention) and key.endswith((".weight", ".bias"))
     return key.rpartition(".")[0].rpartition(".")[0] if inner else key.rpartition(".")[0]
 
 
 def _flattened(planned: Plan, name: Name) -> Callable[[np.ndarray], np.ndarray]:
-    """How the outputs of a normalization after a flatten come in Flax's order."""
+    """A function that reorders the outputs of a normalization after a flatten as in Flax."""
     shape = planned.rules.flattened.get(name, ()) if planned.rules else ()
 
     def ordered(array: np.ndarray) -> np.ndarray:
@@ -273,10 +280,10 @@ def _flattened(planned: Plan, name: Name) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _whole(theirs: Any, ours: Any) -> tuple[float, str]:
-    """The largest difference of all outputs of a model, if it has as many."""
+    """The largest difference among all outputs of a model, if both have the same number."""
     both = jax.tree.leaves(theirs), jax.tree.leaves(ours)
     if len(both[0]) != len(both[1]):
-        return np.inf, f"{len(both[1])} arrays in Flax and {len(both[0])} in PyTorch"
+        return np.inf, f"{len(both[1])} arrays in Flax, {len(both[0])} in PyTorch"
     found = [_difference(one, other) for one, other in zip(*both, strict=True)]
     return max(found, default=(0.0, ""))
 
@@ -284,7 +291,7 @@ def _whole(theirs: Any, ours: Any) -> tuple[float, str]:
 def _difference(
     theirs: Any, ours: Any, ordered: Callable[[np.ndarray], np.ndarray] = lambda array: array
 ) -> tuple[float, str]:
-    """The largest difference relative to the largest value, and shapes that do not fit."""
+    """The largest difference relative to the largest value, and the shapes if they differ."""
     arrays = [array for leaf in jax.tree.leaves(theirs) if (array := as_numpy(leaf)) is not None]
     others = [np.asarray(leaf) for leaf in jax.tree.leaves(ours)]
     if not arrays or not others:
@@ -293,7 +300,7 @@ def _difference(
     forms = [wanted, np.moveaxis(wanted, 1, -1)] if wanted.ndim > 2 else [wanted]
     pairs = [(form, other) for form in forms for other in others if form.shape == other.shape]
     if not pairs:
-        return np.inf, f"{others[0].shape} in Flax and {wanted.shape} in PyTorch"
+        return np.inf, f"{others[0].shape} in Flax, {wanted.shape} in PyTorch"
     return min(_relative(form, other) for form, other in pairs), ""
 
 

@@ -1,6 +1,6 @@
-"""Banks, of which PyTorch makes batch norms of their own: timm's `SplitBatchNorm2d`.
+"""Banks, which timm's `SplitBatchNorm2d` keeps as separate batch norms.
 
-There `bn.weight` is that of the first bank, and `bn.aux_bn.0.weight` that of the second.
+The first bank has `bn.weight`, the second `bn.aux_bn.0.weight`.
 """
 
 import re
@@ -13,7 +13,7 @@ _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked
 
 
 def joined(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A state dict in which the arrays of all banks are one, with a row for each."""
+    """Stack the arrays of all banks into one, with a row for each."""
     rows = _rows(arrays)
     new = {name: array for name, array in arrays.items() if not _AUX.fullmatch(name)}
     for name, others in rows.items():
@@ -22,9 +22,9 @@ def joined(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def parted(arrays: Mapping[str, np.ndarray], like: Iterable[str] | None) -> dict[str, np.ndarray]:
-    """A state dict with batch norms for the banks: those of `like`, or all that have several rows.
+    """Split arrays of several banks into one batch norm per bank; arrays they share go into each.
 
-    What banks share goes into each.
+    With `like`, exactly the batch norms named there.
     """
     if like is not None:
         rows = _rows(like)
@@ -49,7 +49,7 @@ def parted(arrays: Mapping[str, np.ndarray], like: Iterable[str] | None) -> dict
 
 
 def _rows(names: Iterable[str]) -> dict[str, list[str]]:
-    """For each name of a first bank those of the others, in their order."""
+    """For each name in a first bank, the names in the others, in order."""
     found: dict[str, dict[int, str]] = {}
     known = set(names)
     for name in known:

@@ -1,9 +1,9 @@
-"""Layers that are several arrays in one framework and one in the other: recurrent cells, attention.
+"""Recurrent and attention layers, whose arrays are stacked in one framework but not in the other.
 
-PyTorch stacks the gates of an LSTM (i, f, g, o) or a GRU (r, z, n) along the first axis, and has a
-bias for the input and another for the state. Flax has one layer for each gate, or, in most cells of
-nnx, one for all of them, and leaves out a bias where both are only added. PyTorch's attention
-stacks query, key and value.
+PyTorch stacks the gates of an LSTM (i, f, g, o) or a GRU (r, z, n) along the first axis, and has
+one bias for the input and one for the state. Flax has a layer per gate, or, in most nnx cells, one
+layer for all gates, and omits one of two biases that are only added. PyTorch's attention stacks
+query, key and value.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from bnjax.checkpoints.conversion.names import Name, respelled
 ATTENTION = "attention"
 GATES = {"LSTM": "ifgo", "GRU": "rzn", "RNN": "h"}
 _HEADS = ("query", "key", "value", "out")
-# What torch.nn.MultiheadAttention and the attention of others call their arrays.
+# Array names in torch.nn.MultiheadAttention and in other attention layers.
 _PROJECTIONS = {
     "in_proj_weight": "qkv.weight",
     "in_proj_bias": "qkv.bias",
@@ -38,42 +38,41 @@ _PROJECTIONS = {
 
 
 class Group(NamedTuple):
-    """A layer of PyTorch whose arrays are stacked."""
+    """A PyTorch layer whose arrays are stacked."""
 
     module: str  # the name to look for
     place: str  # its name in PyTorch
     kind: str
-    keys: Mapping[str, str]  # by their part, PyTorch's names
+    keys: Mapping[str, str]  # PyTorch names by part
     sizes: tuple[int, ...]  # in, out
 
     def __str__(self) -> str:  # noqa: D105 - the class says it
-        what = "attention" if self.kind == ATTENTION else f"{self.kind}, its gates stacked,"
-        return (
-            f"{what} {self.module or 'at the top'} {self.sizes} of {', '.join(self.keys.values())}"
-        )
+        arrays = "" if self.kind == ATTENTION else "gates stacked "
+        arrays += f"in {', '.join(self.keys.values())}"
+        return f"{self.kind} {self.module or 'at the top'} {self.sizes}, {arrays}"
 
 
 class Block(NamedTuple):
-    """A layer of Flax that is made of other layers, with those that have a bias."""
+    """A Flax layer that consists of other layers."""
 
     path: tuple[str, ...]
     kind: str
-    children: Mapping[str, str]  # "ii", or "i" of all gates, or "query": the name in the model
-    biased: frozenset[str]
+    children: Mapping[str, str]  # names in the model, by "ii", "i" (for all gates) or "query"
+    biased: frozenset[str]  # children with a bias
     sizes: tuple[int, ...]
 
     @property
     def split(self) -> bool:
-        """Whether each gate has layers of its own."""
+        """Whether each gate has its own layers."""
         return "i" not in self.children
 
     def at(self, child: str, leaf: str) -> str:
-        """Flax's array, by the name that PyTorch would give it."""
+        """The name of a child's array in PyTorch's spelling."""
         return ".".join((*self.path, self.children[child], leaf))
 
 
 def groups(wanted: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
-    """The layers of PyTorch with stacked arrays, from its names with those to look for."""
+    """The PyTorch layers with stacked arrays; `wanted` maps PyTorch names to names to look for."""
     recurrent: dict[str, dict[str, str]] = defaultdict(dict)
     attention: dict[str, dict[str, str]] = defaultdict(dict)
     for key, name in wanted.items():
@@ -114,7 +113,7 @@ def _attention(module: str, keys: dict[str, str], shapes: Mapping[str, Any]) -> 
 
 
 def blocks(shapes: Mapping[Name, tuple[int, ...]]) -> list[Block]:
-    """The recurrent cells and attention layers among the arrays of a Flax model."""
+    """The recurrent cells and attention layers of a Flax model, from its arrays."""
     inside: dict[tuple[str, ...], dict[str, dict[str, Any]]] = defaultdict(
         lambda: defaultdict(dict)
     )
@@ -129,7 +128,7 @@ def blocks(shapes: Mapping[Name, tuple[int, ...]]) -> list[Block]:
 
 
 def _block(path: tuple[str, ...], arrays: dict[str, dict[str, Any]]) -> Block | None:
-    """The cell or attention that these layers make up. `if` is `if_` where it is an attribute."""
+    """The cell or attention layer that consists of these; in nnx, layer `if` is called `if_`."""
     plain = {child.removesuffix("_"): child for child in arrays}
     biased = {name for name, child in plain.items() if "bias" in arrays[child]}
     kernels = {name: arrays[child]["kernel"] for name, child in plain.items()}

@@ -1,4 +1,4 @@
-"""Layers that may come after a flatten, of which PyTorch and Flax have another order."""
+"""Find layers that may follow a flatten, which PyTorch and Flax order differently."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,43 +18,45 @@ class Step(NamedTuple):
     path: str
     inputs: int
     outputs: int
-    rank: int = 0  # of a conv, its spatial axes
+    rank: int = 0  # the number of spatial axes of a conv
 
     def several_in(self, other: "Step") -> bool:
-        """Whether another layer takes several values for each output of this conv."""
+        """Whether another layer has several inputs per output channel of this conv."""
+        if self.kind != "conv" or not self.outputs:
+            return False
         times, rest = divmod(other.inputs, self.outputs)
-        return self.kind == "conv" and times > 1 and not rest
+        return times > 1 and not rest
 
 
 class Suspect(NamedTuple):
-    """A layer that takes several values for each channel of a conv before it."""
+    """A layer with several inputs per channel of the preceding conv."""
 
     path: str
     inputs: int
     conv: Step
 
 
-def suspects(pairs: Mapping[str, tuple[Name, Layout]], rules: Rules, told: bool) -> list[Suspect]:
-    """The dense layers, recurrent cells and normalizations that may come after a flatten.
+def suspects(pairs: Mapping[str, tuple[Name, Layout]], rules: Rules, given: bool) -> list[Suspect]:
+    """The dense layers, recurrent cells and normalizations that may follow a flatten.
 
     Args:
         pairs: the arrays in PyTorch's order.
-        rules: those with what the user has told of them.
-        told: the user has told of layers after a flatten. Then it is a normalization alone that may
-            be forgotten, just before such a layer.
+        rules: the rules, with the layers in `flatten`.
+        given: whether `flatten` names any layers. If so, assume that only a normalization just
+            before one of them was forgotten.
     """
     steps = list(_steps(pairs, rules))
     known = {"/".join(name.module[:end]) for name in rules.flattened for end in (None, -1)}
     found: list[Suspect] = []
     before: Step | None = None
-    concatenates = False  # as a DenseNet joins the channels of several convs before a norm
+    concatenates = False  # as in a DenseNet, where a norm takes the channels of several convs
     for number, step in enumerate(steps):
         if step.kind == "conv":
             before = step
         elif before is None:
             continue
         elif step.kind == "dense":
-            if before.several_in(step) and step.path not in known and not told:
+            if before.several_in(step) and step.path not in known and not given:
                 found.append(Suspect(step.path, step.inputs, before))
             before = None
         elif step.inputs != before.outputs:
@@ -63,26 +65,26 @@ def suspects(pairs: Mapping[str, tuple[Name, Layout]], rules: Rules, told: bool)
             is_last = after.kind == "dense" and after.inputs == step.inputs
             if concatenates or not is_last or not before.several_in(step):
                 before, concatenates = step, True
-            elif step.path not in known and (not told or after.path in known):
+            elif step.path not in known and (not given or after.path in known):
                 found.append(Suspect(step.path, step.inputs, before))
     return found
 
 
 def warnings(found: list[Suspect]) -> Iterator[str]:
-    """What to tell of these layers, those after one conv together."""
+    """A warning for all suspects after the same conv with the same number of inputs."""
     for conv in dict.fromkeys(each.conv for each in found):
         those = [each for each in found if each.conv == conv]
         for size in dict.fromkeys(each.inputs for each in those):
             paths = [each.path for each in those if each.inputs == size]
             axes, number = _AXES.get(conv.rank, "..."), size // conv.outputs
             shapes = ", ".join(f'"{path}": ({conv.outputs}, {axes})' for path in paths)
-            takes = "takes" if len(paths) == 1 else "take"
+            has = "has" if len(paths) == 1 else "have"
             product = axes.replace(", ", " * ")
             yield (
-                f"{' and '.join(map(repr, paths))} {takes} {number} values for each of the "
+                f"{' and '.join(map(repr, paths))} {has} {number} inputs for each of the "
                 f"{conv.outputs} channels of {conv.path!r}, as after a flatten: PyTorch flattens "
-                f"(C, {axes}), Flax ({axes}, C). Pass flatten={{{shapes}}}, where {product} = "
-                f"{number}, or flatten={{}} if both flatten alike or neither does."
+                f"(C, {axes}), Flax ({axes}, C). Pass flatten={{{shapes}}} with {product} = "
+                f"{number}, or flatten={{}} if both flatten in the same order, or neither flattens."
             )
 
 
@@ -110,4 +112,4 @@ def _steps(pairs: Mapping[str, tuple[Name, Layout]], rules: Rules) -> Iterator[S
             yield Step("norm", path, shape[0], shape[0])
             seen.add(path)
         elif len(shape) > 1 and name.leaf in ("kernel", "embedding"):
-            yield Step("dense", path, 0, 0)  # no order of channels comes through
+            yield Step("dense", path, 0, 0)  # the order of channels ends here

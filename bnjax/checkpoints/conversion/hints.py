@@ -1,4 +1,4 @@
-"""What would make names fit: prefixes of wrappers, other networks, parametrizations taken off."""
+"""Suggest how to make names match: remove prefixes or parametrizations, skip other networks."""
 
 import re
 from collections import Counter
@@ -11,18 +11,17 @@ from bnjax.checkpoints.conversion.names import COUNTER, Name, Rename, match
 from bnjax.checkpoints.conversion.order import by_order
 from bnjax.checkpoints.conversion.words import few, option
 
-# Modules that only hold another one: DataParallel, torch.compile, FSDP, checkpointing, DeepSpeed.
+# Modules that only wrap another: DataParallel, torch.compile, FSDP, checkpointing, DeepSpeed.
 _WRAPPERS = frozenset(
     ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 )
-_TRIED = 12  # prefixes
-_WRITTEN = 12  # entries of a mapping
-_NETWORKS = 3
-_DEPTH = 4
+_TRIED = 12  # the most prefixes to try
+_WRITTEN = 12  # the most entries of a mapping to write out
+_NETWORKS = 3  # the most networks to suggest
+_DEPTH = 4  # the most modules in a prefix
 
 _TORCH = "torch.nn.utils"
-# Of weights that are computed: what one of the arrays ends with, and another, what it is, and what
-# computes them for good.
+# Parametrizations: the suffixes of two of their arrays, their name, and the call that removes them.
 _PARAMETRIZED = (
     ("_g", "_v", "weight norm", f"{_TORCH}.remove_weight_norm(module)"),
     ("_orig", "_u", "spectral norm", f"{_TORCH}.remove_spectral_norm(module)"),
@@ -33,7 +32,7 @@ _REMOVE = f"{_TORCH}.parametrize.remove_parametrizations(module, 'weight')"
 
 
 def parametrized(found: Any) -> tuple[list[str], set[str], set[Name]]:
-    """A line for each kind of weight that is computed, its arrays in PyTorch, those in Flax."""
+    """A line for each kind of parametrization, their arrays in PyTorch, and the weights in Flax."""
     if any("/" in name.leaf for name in found.flax_only):  # Flax's own WeightNorm or SpectralNorm
         return [], set(), set()
     modules: dict[tuple[str, str], dict[str, list[str]]] = {}
@@ -47,15 +46,15 @@ def parametrized(found: Any) -> tuple[list[str], set[str], set[Name]]:
             weights[key] = weight
     there = match({weight: weight for weight in weights.values()}, found.flax_only).pairs
     lines = [
-        f"{kind} of {few(list(each))}: a parametrization, by which the weight is computed and not "
-        f"saved. Take it off before `state_dict()`: {call}"
+        f"{kind} of {few(list(each))}: this parametrization computes the weight instead of saving "
+        f"it. Remove it before `state_dict()`: {call}"
         for (kind, call), each in modules.items()
     ]
     return lines, {*weights}, {*there.values()}
 
 
 def _computed(name: str, names: set[str]) -> tuple[str, str, str] | None:
-    """What an array is for, if a weight is computed of it: the kind, the call, the weight."""
+    """The kind, the removing call and the weight, if an array is part of a parametrization."""
     if new := _NEW.fullmatch(name):
         inside = {other for other in names if other.startswith(name.removesuffix(new[3]))}
         kind = "parametrization"
@@ -80,13 +79,13 @@ def renames(
     rename: Rename | None,
     attempt: Callable[..., Any],
 ) -> Iterator[str]:
-    """The `rename` by which all arrays of the Flax model have a counterpart."""
+    """Lines with a `rename` that gives every array of the Flax model a counterpart."""
     if not found.torch_only or not found.flax_only or found.ambiguous or callable(rename):
         return
     if rename is None:
-        fitting = list(_prefixes(found, attempt))
-        if fitting:
-            yield from fitting
+        lines = list(_prefixes(found, attempt))
+        if lines:
+            yield from lines
             return
     for front in ("", *dict.fromkeys(name.partition(".")[0] for name in found.torch_only)):
         inside = {k: v for k, v in found.torch_only.items() if not front or _in(k, front)}
@@ -94,15 +93,15 @@ def renames(
         mapping, ways = proposed or ({}, 0)
         after = attempt({**(rename or {}), **mapping}) if mapping else None
         if after is not None:
-            several = ", though another order fits as well" if ways > 1 else ""
-            beside = _ignored([*after.torch_only], [*found.torch_only])
-            options = _beside(option("rename", {**(rename or {}), **mapping}), beside)
-            yield f"by order and shape, these names fit: {options}{several}. Make sure with `check`"
+            several = ", but another order matches too" if ways > 1 else ""
+            others = _ignored([*after.torch_only], [*found.torch_only])
+            options = _options(option("rename", {**(rename or {}), **mapping}), others)
+            yield f"by order and shape, names match with {options}{several}. Verify it with `check`"
             return
 
 
 def _prefixes(found: Any, attempt: Callable[..., Any]) -> Iterator[str]:
-    """The names fit without those of wrappers, below a module of PyTorch, or one of Flax."""
+    """Try to remove wrappers, to start below a PyTorch module, and to add modules of Flax."""
     lost = [name for name in found.torch_only if not name.endswith(COUNTER)]
     plain = [_plain(name) for name in lost]
     fronts = Counter(
@@ -112,7 +111,7 @@ def _prefixes(found: Any, attempt: Callable[..., Any]) -> Iterator[str]:
     size = len(found.flax_only)
     nearly = sorted(fronts, key=lambda front: (front != "", abs(fronts[front] - size)))
     for back in backs:
-        told = 0
+        suggested = 0
         for front in nearly[:_TRIED]:
             mapping = _without(lost, front, back)
             if not mapping:
@@ -120,30 +119,30 @@ def _prefixes(found: Any, attempt: Callable[..., Any]) -> Iterator[str]:
             after = attempt(mapping)
             if after is None:
                 continue
-            beside = _ignored([*after.torch_only], [*found.torch_only])
-            yield _fitting(mapping, front, beside)
-            told += 1
-            if told == _NETWORKS or not beside:
+            others = _ignored([*after.torch_only], [*found.torch_only])
+            yield _suggestion(mapping, front, others)
+            suggested += 1
+            if suggested == _NETWORKS or not others:
                 return
-        if told:
+        if suggested:
             return
 
 
-def _fitting(mapping: Mapping[str, str], front: str, beside: Sequence[str]) -> str:
-    """What to write, in words."""
+def _suggestion(mapping: Mapping[str, str], front: str, others: Sequence[str]) -> str:
+    """A line with the options to pass."""
     rename = option("rename", mapping)
     if (len(mapping) > _WRITTEN and "" not in mapping.values()) or len(mapping) > 2 * _WRITTEN:
         wrappers = "|".join(sorted(_WRAPPERS))
-        taken = f'.removeprefix("{front}.")' if front else ""
-        rename = f'rename=lambda name: re.sub(r"\\b({wrappers})\\.", "", name){taken}'
-    if [*mapping.values()] == [""] and not beside:
+        removed = f'.removeprefix("{front}.")' if front else ""
+        rename = f'rename=lambda name: re.sub(r"\\b({wrappers})\\.", "", name){removed}'
+    if [*mapping.values()] == [""] and not others:
         (prefix,) = mapping
-        return f"one prefix too many: {rename} takes {prefix!r} off"
-    return f"these names fit with {_beside(rename, beside)}"
+        return f"extra prefix {prefix!r}: remove it with {rename}"
+    return f"names match with {_options(rename, others)}"
 
 
-def _beside(rename: str, beside: Sequence[str]) -> str:
-    return rename + (f", {option('ignore', beside)}" if beside else "")
+def _options(rename: str, ignored: Sequence[str]) -> str:
+    return rename + (f", {option('ignore', ignored)}" if ignored else "")
 
 
 def _in(name: str, module: str) -> bool:
@@ -151,12 +150,12 @@ def _in(name: str, module: str) -> bool:
 
 
 def _plain(name: str) -> list[str]:
-    """The modules and the name, without those of wrappers."""
+    """The parts of a name, without wrappers."""
     return [part for part in name.split(".") if part not in _WRAPPERS]
 
 
 def _common(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """What all paths begin with, shortest first."""
+    """The common prefixes of all paths, shortest first."""
     first, last = min(paths), max(paths)
     length = next(
         (i for i, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), 0
@@ -166,7 +165,7 @@ def _common(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def _without(names: Sequence[str], front: str, back: tuple[str, ...]) -> dict[str, str]:
-    """A mapping that takes wrappers and a prefix off, and puts a path of Flax in front."""
+    """A mapping that removes wrappers and a prefix, and prepends a Flax path."""
     taken = front.split(".") if front else []
     mapping: dict[str, str] = {}
     for name in names:
@@ -186,7 +185,7 @@ def _without(names: Sequence[str], front: str, back: tuple[str, ...]) -> dict[st
 
 
 def _ignored(names: Sequence[str], lost: Sequence[str]) -> list[str]:
-    """Globs for these names of all that are lost, by the modules at the top where all are in it."""
+    """Globs for these names; a whole top-level module where all its lost names are among them."""
     tops = dict.fromkeys(name.partition(".")[0] for name in names)
     globs: list[str] = []
     for top in tops:

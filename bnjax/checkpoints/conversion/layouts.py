@@ -1,4 +1,4 @@
-"""How one array of a layer lies in PyTorch and in Flax."""
+"""The layout of an array in PyTorch and in Flax, and the conversion between them."""
 
 import math
 from collections.abc import Sequence
@@ -8,24 +8,25 @@ import numpy as np
 
 
 class Layout(NamedTuple):
-    """A layout of a Flax array, as what it takes to reach PyTorch's.
+    """The layout of a Flax array, described by the operations that convert it to PyTorch's.
 
-    Flax: dense kernels (in, out), convs (*kernel, in / groups, out). PyTorch: (out, in), and
-    (out, in / groups, *kernel). The kernel of a Flax `ConvTranspose` is (*kernel, in, out) and
-    spatially flipped against PyTorch's (in, out, *kernel), unless it has `transpose_kernel=True`:
-    then it is (*kernel, out, in), not flipped, and so lies as that of a conv does. A `DenseGeneral`
-    has several axes where PyTorch's linear layer has one, and the scalar of a `PReLU` is (1,).
+    Flax has dense kernels (in, out) and conv kernels (*kernel, in / groups, out); PyTorch has
+    (out, in) and (out, in / groups, *kernel). The kernel of a Flax `ConvTranspose` is
+    (*kernel, in, out), spatially flipped relative to PyTorch's (in, out, *kernel). With
+    `transpose_kernel=True` it is (*kernel, out, in) and not flipped, which is the layout of a conv.
+    A `DenseGeneral` has several axes for one of PyTorch's, and the scalar of a `PReLU` becomes
+    (1,).
     """
 
     shape: tuple[int, ...]  # in Flax
-    merged: tuple[int, ...]  # the same with axes joined, or one more; `axes` are those of it
-    axes: tuple[int, ...]
+    merged: tuple[int, ...]  # in Flax, with the axes of a `DenseGeneral` merged
+    axes: tuple[int, ...]  # a permutation of those of `merged`
     flipped: tuple[int, ...] = ()
-    # Of a layer after a flatten: (C, *spatial), the order in which PyTorch flattens.
+    # For a layer after a flatten: (C, *spatial), in the order in which PyTorch flattens.
     unflattened: tuple[int, ...] = ()
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """The array as PyTorch has it."""
+        """The array in PyTorch's layout."""
         array = array.reshape(self.merged)
         if self.unflattened:
             channels, *spatial = self.unflattened
@@ -34,7 +35,7 @@ class Layout(NamedTuple):
         return np.flip(array, self.flipped).transpose(self.axes)
 
     def to_flax(self, array: np.ndarray) -> np.ndarray:
-        """The array as Flax has it."""
+        """The array in Flax's layout."""
         array = np.flip(array.transpose(np.argsort(self.axes)), self.flipped)
         if self.unflattened:
             array = array.reshape(*self.unflattened, *self.merged[1:])
@@ -55,14 +56,14 @@ def layout(
     transposed: bool = False,
     unflattened: Sequence[int] = (),
 ) -> Layout:
-    """The layout of the Flax array of this name and shape.
+    """The layout of a Flax array with this name and shape.
 
     Args:
         leaf: its name in its layer.
         shape: its shape.
-        inputs: how many of its axes are inputs of a `DenseGeneral`; None if it is of none.
-        transposed: it is the flipped kernel of a `ConvTranspose`.
-        unflattened: (C, *spatial), if its first axis is what was flattened.
+        inputs: how many of its axes are inputs of a `DenseGeneral`; None for other layers.
+        transposed: whether it is the flipped kernel of a `ConvTranspose`.
+        unflattened: (C, *spatial), if its first axis was flattened.
     """
     shape, ndim = tuple(shape), len(shape)
     if inputs is not None:
@@ -82,7 +83,7 @@ def layout(
 
 
 def inputs_of(shape: Sequence[int], torch_shape: Sequence[int]) -> int | None:
-    """How many axes of a kernel of several are inputs, by the two that it has in PyTorch."""
+    """How many axes of a `DenseGeneral` kernel are inputs, from its (out, in) in PyTorch."""
     splits = range(1, len(shape))
-    fitting = (s for s in splits if math.prod(shape[:s]) == torch_shape[1])
-    return next((s for s in fitting if math.prod(shape[s:]) == torch_shape[0]), None)
+    matching = (s for s in splits if math.prod(shape[:s]) == torch_shape[1])
+    return next((s for s in matching if math.prod(shape[s:]) == torch_shape[0]), None)

@@ -1,4 +1,4 @@
-"""Which name of a PyTorch state dict is which array of a Flax model."""
+"""Match the names of a PyTorch state dict with the arrays of a Flax model."""
 
 import re
 from collections import defaultdict
@@ -21,7 +21,7 @@ COUNTER = _STATISTICS["count"]
 
 
 class Name(NamedTuple):
-    """The name of an array of a Flax model: its module, its own name, and what it is."""
+    """The name of an array in a Flax model: its module, its own name, and its kind."""
 
     module: tuple[str, ...]
     leaf: str
@@ -32,19 +32,19 @@ class Name(NamedTuple):
 
     @property
     def in_torch(self) -> str:
-        """The same name as PyTorch writes it."""
+        """The name in PyTorch's spelling."""
         names = _STATISTICS if self.statistic else _PARAMETERS
         return ".".join((*self.module, names.get(self.leaf, self.leaf)))
 
     @property
     def exported(self) -> str:
-        """A name for PyTorch if there is none to match: a number at an end becomes a module."""
+        """A name for PyTorch without a state dict to match: trailing numbers become modules."""
         module = "".join(re.sub(r"_(\d+)$", r".\1", name) + "." for name in self.module)
         return module + self.in_torch.rpartition(".")[2]
 
 
 class Matching(NamedTuple):
-    """Names of PyTorch with their counterparts in Flax, and what is left over on both sides."""
+    """PyTorch names with their counterparts in Flax, and those without on either side."""
 
     pairs: dict[str, Name]
     ambiguous: list[tuple[list[str], list[Name]]]
@@ -53,14 +53,14 @@ class Matching(NamedTuple):
 
 
 def respelled(name: str) -> str:
-    """The arrays of a recurrent layer as those of a module of their own: `rnn.l0.weight_ih`."""
+    """The name of a recurrent layer's array with its number as a module: `rnn.l0.weight_ih`."""
     return re.sub(r"(weight|bias)_(ih|hh)_(l\d+(?:_reverse)?)$", r"\3.\1_\2", name)
 
 
 def renamed(
     names: Sequence[str], rename: Rename | None, flax: Iterable[str] = ()
 ) -> dict[str, str]:
-    """Each PyTorch name with the name to look for. Of a mapping, the longest prefix counts."""
+    """Each PyTorch name with the name to look for; in a mapping, the longest prefix wins."""
     if rename is None:
         return {name: name for name in names}
     if isinstance(rename, Mapping):
@@ -68,21 +68,19 @@ def renamed(
         return {name: _by_prefix(name, rename) for name in names}
     if not callable(rename):
         raise TypeError(
-            "`rename` must be a mapping from names of PyTorch to those of Flax, such as "
-            '{"backbone.stem": "encoder/conv1"}, or a function from name to name, got '
+            "`rename` must map PyTorch names to Flax names, such as "
+            '{"backbone.stem": "encoder/conv1"}, or be a function from name to name, got '
             f"{type(rename).__name__}."
         )
     given = {name: rename(name) for name in names}
     for name, new in given.items():
         if not isinstance(new, str):
-            raise TypeError(
-                f"`rename` must return a name as a str, got {type(new).__name__} for {name!r}."
-            )
+            raise TypeError(f"`rename` must return a str, got {type(new).__name__} for {name!r}.")
     return {name: new.replace("/", ".") for name, new in given.items()}
 
 
 def modules(names: Iterable[str]) -> list[str]:
-    """The names and those of all modules that they are in, each once."""
+    """The names and the names of all modules around them, each once."""
     found: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
@@ -91,27 +89,27 @@ def modules(names: Iterable[str]) -> list[str]:
 
 
 def _check_mapping(rename: Mapping[Any, Any], names: Sequence[str], flax: Sequence[str]) -> None:
-    """Raise for what is no str, and for a name that PyTorch does not have."""
+    """Raise if a name is not a str, or PyTorch has no such name."""
     there = {"", *modules(names), *modules(map(respelled, names))}
     for old, new in rename.items():
         if not isinstance(old, str) or not isinstance(new, str):
-            raise TypeError(f"`rename` must map names to names, each a str, got {old!r}: {new!r}.")
+            raise TypeError(f"`rename` must map str to str, got {old!r}: {new!r}.")
         if old in there:
             continue
         swapped = new.replace("/", ".")
         if swapped in there and old.replace("/", ".") in {*modules(flax)}:
             raise ValueError(
-                "`rename` goes from names of PyTorch to those of Flax, and here it is reversed: "
-                f"write {option('rename', {swapped: old})}."
+                "`rename` must map PyTorch names to Flax names, not the reverse: write "
+                f"{option('rename', {swapped: old})}."
             )
         raise ValueError(
-            "`rename` goes from names of PyTorch to those of Flax, and PyTorch has no "
+            "`rename` must map PyTorch names to Flax names, but PyTorch has no "
             f"{old!r}{nearest(old, modules(names))}."
         )
 
 
 def _by_prefix(name: str, rename: Mapping[str, str]) -> str:
-    """The name with the longest of its modules that is renamed."""
+    """The name, with the longest prefix in the mapping replaced."""
     forms = {form: modules([form]) for form in (respelled(name), name)}
     found = [(old, form) for form, olds in forms.items() for old in ("", *olds) if old in rename]
     if not found:
@@ -124,9 +122,9 @@ def _by_prefix(name: str, rename: Mapping[str, str]) -> str:
 def match(
     wanted: Mapping[str, str], names: Iterable[Name], passes: Sequence[Any] | None = None
 ) -> Matching:
-    """Pair each PyTorch name, by the one `wanted` in its place, with one of Flax's.
+    """Pair each PyTorch name, replaced as in `wanted`, with a Flax name.
 
-    First those that are the same, and then those that are nearly, as `_PASSES` says.
+    The passes go from exact matches to looser ones, by default those of `_PASSES`.
     """
     torch, flax = list(wanted), list(names)
     pairs: dict[str, Name] = {}
@@ -149,7 +147,7 @@ def match(
 
 
 def match_modules(wanted: Sequence[str], paths: Iterable[tuple[str, ...]]) -> dict[str, tuple]:
-    """Pair names of PyTorch's recurrent layers and attention with the paths of Flax's."""
+    """Pair the names of recurrent and attention layers in PyTorch with their paths in Flax."""
     names = {name: name for name in wanted}
     found = match(names, [Name(path, "") for path in paths], _MODULE_PASSES)
     return {name: there.module for name, there in found.pairs.items()}
@@ -176,7 +174,7 @@ def _without_layers(name: str) -> tuple[str, ...]:
 
 
 def _as_layers(name: str) -> tuple[str, ...]:
-    """Without `cell`; `l1_reverse`, and what is in the second `backward_rnn`, are 1, reverse."""
+    """Tokens without `cell`; both `l1_reverse` and a second `backward_rnn` are (1, reverse)."""
     name = re.sub(r"(^|\.)l(\d+)(?=[._]|$)", r"\1\2", name)
     name = re.sub(r"(^|\.)forward_rnn(?=\.|$)", r"\1cell", name)
     name = re.sub(r"(^|\.)backward_rnn(?=\.|$)", r"\1reverse", name)
@@ -187,13 +185,13 @@ def _as_one_layer(name: str) -> tuple[str, ...]:
     return _as_layers(re.sub(r"(^|\.)l0(?=[._]|$)", r"\1cell", name))
 
 
-# First the names in Flax, which `rename` may give in full; then those in PyTorch: `layer1.0.bn1` is
-# `layer1/0/bn1`; then `layer1_0/bn1`; and the `0` of a PyTorch `Sequential` is Flax's `layers_0`.
+# Full Flax names, which `rename` may give; then `layer1.0.bn1` as `layer1/0/bn1`, or as
+# `layer1_0/bn1`; and the `0` of a PyTorch `Sequential` as Flax's `layers_0`.
 _PASSES: tuple[tuple[Callable[[Name], str], Callable[[str], Any]], ...] = (
     (_in_flax, str),
     (_in_torch, str),
     (_in_torch, _tokens),
     (_in_torch, _without_layers),
 )
-# `rnn.l0` of PyTorch is `rnn/0/cell` or, if it is the only layer, `rnn/cell`.
+# PyTorch's `rnn.l0` is `rnn/0/cell`, or `rnn/cell` if it is the only layer.
 _MODULE_PASSES = tuple((_module, form) for form in (str, _tokens, _as_layers, _as_one_layer))

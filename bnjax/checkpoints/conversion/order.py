@@ -1,4 +1,4 @@
-"""The layers of an auto-named Flax model, by the order and the shapes of PyTorch's."""
+"""Match the layers of an auto-named Flax model with PyTorch's by order and shape."""
 
 import re
 from collections import defaultdict
@@ -10,18 +10,18 @@ import numpy as np
 from bnjax.checkpoints.conversion.blocks import ATTENTION
 from bnjax.checkpoints.conversion.names import COUNTER, Name
 
-_STATES = 20_000  # how much is tried
+_STATES = 20_000  # the most states to search
 
 
 class Unit(NamedTuple):
-    """A layer: its name and what another one must have alike."""
+    """A layer: its name, and its kind and shapes, which a counterpart must share."""
 
     name: str
     like: Hashable
 
 
 class Node(NamedTuple):
-    """A module of Flax: its own arrays, if any, and its parts, those of one base name in order."""
+    """A Flax module: its own arrays, if any, and its submodules in chains (`Conv_0`, `Conv_1`)."""
 
     unit: Unit | None
     chains: tuple[tuple["Node", ...], ...]
@@ -31,10 +31,10 @@ class Node(NamedTuple):
 def by_order(
     found: Any, torch: Mapping[str, np.ndarray], leaves: Mapping[Name, Any], ruled: Any
 ) -> tuple[dict[str, str], int] | None:
-    """Names of PyTorch's layers with paths of Flax's, and in how many ways that is possible.
+    """PyTorch layer names with Flax paths, and the number of ways to match them.
 
-    PyTorch names its layers in order. Those of Flax are known in order among the ones of a kind in
-    a module, `Conv_0` before `Conv_1`, and a module's are together.
+    PyTorch's layers are in order. Flax orders only modules of the same class in the same parent,
+    `Conv_0` before `Conv_1`, and the layers of a module stay together.
     """
     theirs, ours = _of_torch(found, torch), _of_flax(found, leaves, ruled)
     if len(theirs) != len(ours) or not ours:
@@ -49,7 +49,7 @@ def by_order(
 
 
 def _by_kind(theirs: Sequence[Unit], ours: Sequence[Unit]) -> tuple[dict[str, str], int] | None:
-    """Those of a shape in their order, where no order of all fits."""
+    """Match the layers of each shape in order, if no order of all layers matches."""
     kinds = []
     for units in (theirs, ours):
         kinds.append(defaultdict(list))
@@ -101,13 +101,13 @@ def _natural(path: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 def _numbered(name: str) -> tuple[str, int]:
-    """The base of a name and its number; 0 without."""
+    """The base of a name and its number, 0 if it has none."""
     base, number = re.fullmatch(r"(.*?)_?(\d*)", name).groups()  # type: ignore[union-attr]
     return base, int(number or 0)
 
 
 def _node(path: tuple[str, ...], units: Mapping[tuple[str, ...], Unit]) -> Node:
-    """The module at this path, of the layers that are in it."""
+    """The module at this path, with the layers inside it."""
     depth = len(path)
     parts: dict[str, dict[tuple[str, ...], Unit]] = defaultdict(dict)
     for each, unit in units.items():
@@ -123,20 +123,20 @@ def _node(path: tuple[str, ...], units: Mapping[tuple[str, ...], Unit]) -> Node:
 
 
 class _Search:
-    """How the parts of modules can be put in the order of these layers."""
+    """A search for orders of submodules in which their layers match a given sequence."""
 
     def __init__(self, likes: Sequence[Hashable]) -> None:
         self._likes, self._known, self._budget = likes, {}, _STATES
 
     def ways(self, node: Node, start: int) -> int:
-        """In how many ways the layers of a node are those from `start` on."""
+        """The number of orders in which the layers of a node match the sequence from `start`."""
         key = id(node), start
         if key not in self._known:
             self._known[key] = self._merges(node, (0,) * len(node.chains), start, {})
         return self._known[key]
 
     def order(self, node: Node, start: int) -> Iterator[Unit]:
-        """The layers of a node in the first such order."""
+        """The layers of a node in the first matching order."""
         if node.unit is not None:
             yield node.unit
             start += 1
@@ -161,7 +161,7 @@ class _Search:
         return self._rest(node, taken, start, memo)
 
     def _rest(self, node: Node, taken: tuple[int, ...], start: int, memo: dict[Any, int]) -> int:
-        """In how many ways the parts that are not taken come from `start` on."""
+        """The number of orders in which the submodules not yet taken match from `start`."""
         if taken in memo:
             return memo[taken]
         self._budget -= 1

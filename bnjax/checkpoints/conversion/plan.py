@@ -1,4 +1,4 @@
-"""Which array goes where, how it lies there, and everything that keeps it from going."""
+"""Plan a conversion: the counterpart and the layout of each array, and all problems."""
 
 import dataclasses
 from collections import defaultdict
@@ -11,7 +11,7 @@ from bnjax.checkpoints.conversion import problems
 from bnjax.checkpoints.conversion.blocks import Block, Group, groups
 from bnjax.checkpoints.conversion.layouts import Layout
 from bnjax.checkpoints.conversion.names import COUNTER, Name, match, match_modules, renamed
-from bnjax.checkpoints.conversion.rules import Options, Rules, fitting, rules
+from bnjax.checkpoints.conversion.rules import Options, Rules, matching, rules
 from bnjax.checkpoints.conversion.stacked import Attention, Recurrent, stacked
 from bnjax.checkpoints.conversion.trees import Leaf
 from bnjax.checkpoints.tensors import as_numpy
@@ -20,20 +20,20 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Found(NamedTuple):
-    """All pairs of names, those of parts of stacked arrays too, and what is left over."""
+    """All pairs of names, including parts of stacked arrays, and the names without counterparts."""
 
     pairs: dict[str, Name]
     stacks: list[Attention | Recurrent]
-    twins: dict[str, list[str]]  # other names of PyTorch for the same array
+    twins: dict[str, list[str]]  # other PyTorch names of the same array
     ambiguous: list[tuple[list[str], list[Name]]]
     torch_only: dict[str, str]  # with the names to look for
     flax_only: list[Name]
-    groups: list[Group]  # with names in `torch_only`
-    blocks: list[Block]  # with names in `flax_only`
+    groups: list[Group]  # whose names are in `torch_only`
+    blocks: list[Block]  # whose names are in `flax_only`
 
     @property
-    def read(self) -> set[str]:
-        """The names of PyTorch's arrays that are converted."""
+    def converted(self) -> set[str]:
+        """The names of all PyTorch arrays that are converted."""
         stacks = {key for each in self.stacks for key in each.group.keys.values()}
         twins = {key for others in self.twins.values() for key in others}
         return {*self.pairs, *stacks, *twins}
@@ -41,31 +41,31 @@ class Found(NamedTuple):
 
 @dataclasses.dataclass
 class Plan:
-    """For each PyTorch name its counterpart and layout, and what is wrong."""
+    """The counterpart and layout of each PyTorch array, and all problems."""
 
     pairs: dict[str, tuple[Name, Layout]]
     problems: list[str]
     stacks: list[Attention | Recurrent] = dataclasses.field(default_factory=list)
     twins: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    ignored: list[str] = dataclasses.field(default_factory=list)  # names of PyTorch
+    ignored: list[str] = dataclasses.field(default_factory=list)  # PyTorch names
     rules: Rules | None = None
 
     def check(self, arrays: Arrays) -> None:
-        """Raise one error with all problems, those of the values by PyTorch's names among them."""
+        """Raise one error with all problems, including values of these arrays by PyTorch name."""
         values = [
             line
             for key, (name, _) in self.pairs.items()
-            for line in problems.impossible(key, name, arrays[key])
+            for line in problems.invalid(key, name, arrays[key])
         ]
         problems.refuse(self.problems, values)
 
     def split(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """PyTorch's arrays, and the parts of those that are stacked, on the way to Flax."""
+        """PyTorch's arrays, together with the parts of stacked ones."""
         self.problems += [line for each in self.stacks for line in each.lost(arrays)]
         return {**arrays, **_parts(self.stacks, arrays)}
 
     def join(self, arrays: dict[str, np.ndarray], old: Arrays) -> dict[str, np.ndarray]:
-        """PyTorch's arrays again, by all their names."""
+        """PyTorch's arrays with stacked ones joined, under all their names."""
         for each in self.stacks:
             labels = {part: each.label(part) for part in each.split(old)}
             parts = {part: arrays[label] for part, label in labels.items()}
@@ -77,50 +77,50 @@ class Plan:
         return {key: arrays[key] for key in old}
 
     def stale(self, arrays: Arrays, old: Arrays) -> dict[str, str]:
-        """Ignored names with old values, and the names of arrays that were the same before."""
+        """Ignored arrays with old values, each with the array that it equalled before."""
         equal = problems.equal_ones(old, self.ignored, self.pairs)
         return {k: o for k, o in equal.items() if not np.array_equal(arrays[o], old[o])}
 
 
 def state_arrays(state_dict: Any, argument: str) -> dict[str, np.ndarray]:
-    """The arrays of a state dict, or an error that names all that are none."""
+    """The arrays of a state dict; an error names all values that are not arrays."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"`{argument}` must be a mapping of names to arrays, got "
-            f"{type(state_dict).__name__}. Of a torch module, pass `module.state_dict()`."
+            f"{type(state_dict).__name__}. For a torch module, pass `module.state_dict()`."
         )
     arrays = {name: as_numpy(value) for name, value in state_dict.items()}
     wrong = {n: type(state_dict[n]).__name__ for n, array in arrays.items() if array is None}
     if wrong:
         nested = [name for name in wrong if isinstance(state_dict[name], Mapping)]
-        repair = f" Is {argument}[{nested[0]!r}] what you mean?" if nested else ""
+        repair = f" Did you mean {argument}[{nested[0]!r}]?" if nested else ""
         raise TypeError(
-            f"`{argument}` must hold dense arrays of numbers alone, but these are none: {wrong}."
+            f"`{argument}` must hold only dense arrays of numbers, but these are not: {wrong}."
             f"{repair}"
         )
     return {name: array for name, array in arrays.items() if array is not None}
 
 
 def find(torch: Arrays, leaves: Mapping[Name, Leaf], ruled: Rules, options: Options) -> Found:
-    """Pair the names of both sides, arrays first and then layers whose arrays are stacked."""
+    """Pair the names of both sides: arrays first, then layers with stacked arrays."""
     as_path = {name: name.replace(".", "/") for name in torch}
-    ignored = fitting("ignore", options.ignore, {*as_path.values(), *map(str, leaves)}, "name")
+    ignored = matching("ignore", options.ignore, {*as_path.values(), *map(str, leaves)}, "name")
     kept = [name for name in torch if as_path[name] not in ignored]
     wanted = renamed(kept, options.rename, map(str, leaves))
-    matching = match(wanted, [name for name in leaves if str(name) not in ignored])
-    pairs, ambiguous = dict(matching.pairs), []
-    for keys, names in matching.ambiguous:
+    matched = match(wanted, [name for name in leaves if str(name) not in ignored])
+    pairs, ambiguous = dict(matched.pairs), []
+    for keys, names in matched.ambiguous:
         if len(names) == 1 and all(_equal(torch[keys[0]], torch[key]) for key in keys[1:]):
             pairs |= dict.fromkeys(keys, names[0])
         else:
             ambiguous.append((keys, names))
-    lost = {key: wanted[key] for key in matching.torch_only}
+    lost = {key: wanted[key] for key in matched.torch_only}
     owners = {name: key for key, name in pairs.items()}
     for key, name in match(lost, owners).pairs.items():
         if _equal(torch[key], torch[owners[name]]):
             pairs[key] = name
             del lost[key]
-    alone = {*matching.flax_only}
+    alone = {*matched.flax_only}
     left = [each for each in ruled.blocks if _inside(each) <= alone]
     stacks, layers = _stacks(lost, torch, left)
     alone -= {name for each in stacks for name in _inside(each.block)}
@@ -144,14 +144,14 @@ def find(torch: Arrays, leaves: Mapping[Name, Leaf], ruled: Rules, options: Opti
             for key, name in lost.items()
             if key not in paired and key not in same and not _counts_batches(key, pairs)
         },
-        [name for name in matching.flax_only if name in alone],
+        [name for name in matched.flax_only if name in alone],
         [each for each in layers if not {*each.keys.values()} & paired],
         [each for each in left if _inside(each) <= alone],
     )
 
 
 def plan(torch: Arrays, leaves: Mapping[Name, Leaf], options: Options, model: Any = None) -> Plan:
-    """Pair all arrays of both sides, and note each that has no counterpart or does not fit it."""
+    """Pair the arrays of both sides, and describe each that has no counterpart or mismatches it."""
     ruled = rules(leaves, options, model)
     found = find(torch, leaves, ruled, options)
     arrays = {**torch, **_parts(found.stacks, torch)}
@@ -161,7 +161,7 @@ def plan(torch: Arrays, leaves: Mapping[Name, Leaf], options: Options, model: An
     }
 
     def attempt(rename: Mapping[str, str]) -> Found | None:
-        """What is found so, if everything that is missing now is, and in its shape."""
+        """The result with this `rename`, if it pairs all missing arrays in the right shapes."""
         after = find(torch, leaves, ruled, options._replace(rename=rename))
         new, arrays = {*found.flax_only}, {**torch, **_parts(after.stacks, torch)}
         for key, name in after.pairs.items():
@@ -173,17 +173,17 @@ def plan(torch: Arrays, leaves: Mapping[Name, Leaf], options: Options, model: An
 
     lines = problems.of_names(found, torch, leaves, ruled, options.rename, attempt)
     for key, (name, placed) in pairs.items():
-        lines += problems.misfits(key, arrays[key], leaves[name], name, placed)
-    ignored = [key for key in torch if key not in found.torch_only and key not in found.read]
+        lines += problems.mismatches(key, arrays[key], leaves[name], name, placed)
+    ignored = [key for key in torch if key not in {*found.torch_only, *found.converted}]
     return Plan(pairs, lines, found.stacks, found.twins, ignored, ruled)
 
 
 def exported(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> Plan:
-    """Each array of a Flax model under a name for PyTorch that is made of its path."""
+    """Plan an export without a state dict: each array gets a PyTorch name made from its path."""
     if options.rename is not None:
         raise ValueError(
-            "`rename` goes from names of PyTorch to those of Flax, so it needs those of PyTorch: "
-            "pass `like=torch_model.state_dict()`."
+            "`rename` maps PyTorch names to Flax names, so it needs the PyTorch names: pass "
+            "`like=torch_model.state_dict()`."
         )
     planned, ruled = Plan({}, []), rules(leaves, options, model)
     for name, leaf in leaves.items():
@@ -196,14 +196,14 @@ def exported(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> Plan:
 
 def without(leaves: Mapping[Name, Leaf], ignore: Any) -> dict[Name, Leaf]:
     """The arrays of a Flax model that are not ignored."""
-    ignored = fitting("ignore", ignore, map(str, leaves), "name")
+    ignored = matching("ignore", ignore, map(str, leaves), "name")
     return {name: leaf for name, leaf in leaves.items() if str(name) not in ignored}
 
 
 def _stacks(
     wanted: Mapping[str, str], torch: Arrays, there: Iterable[Block]
 ) -> tuple[list[Attention | Recurrent], list[Group]]:
-    """The layers with stacked arrays that are one of the blocks, and all of them."""
+    """The layers with stacked arrays that match a block, and all such layers."""
     layers = groups(wanted, {key: torch[key].shape for key in wanted})
     by_path = {each.path: each for each in there}
     paths = match_modules([each.module for each in layers], by_path)
@@ -237,9 +237,9 @@ def _ordered(
 def _twins(
     torch: Arrays, pairs: Mapping[str, Name], stacks: set[str]
 ) -> tuple[dict[str, list[str]], dict[str, Name]]:
-    """Names for the same array, by the first that has a counterpart, and the pairs without them.
+    """Other names of each array, by its first name with a counterpart; and the pairs without them.
 
-    It is the same if it is the same memory, or if `rename` gives equal arrays one name.
+    Names share an array if they share memory, or if `rename` gives equal arrays one name.
     """
     places: dict[Any, list[str]] = defaultdict(list)
     for key, array in torch.items():
@@ -267,7 +267,7 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _counts_batches(name: str, pairs: Mapping[str, Name]) -> bool:
-    """Whether it is the counter of a batch norm that needs none in Flax."""
+    """Whether it is the counter of a batch norm, which Flax may not need."""
     module, _, leaf = name.rpartition(".")
     mean = f"{module}.running_mean" if module else "running_mean"
     return leaf == COUNTER and mean in pairs and pairs[mean].statistic

@@ -1,4 +1,4 @@
-"""Everything that keeps a conversion from going, one line for each."""
+"""Describe everything that prevents a conversion, in one line each."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,26 +14,23 @@ from bnjax.checkpoints.conversion.names import Name, Rename
 from bnjax.checkpoints.conversion.trees import Leaf
 from bnjax.checkpoints.conversion.words import near
 
-# Pairs of names that are compared to find the nearest, on each side.
+# The most pairs of names to compare for the nearest ones, on each side.
 _COMPARED = 6_000
 _KINDS = (np.bool_, np.integer, np.floating, np.complexfloating)
-# A running variance that is this little below 0 is no damage.
-_SLIGHTLY = -1e-3
+# Variances between this and 0 come from rounding or a subtracted eps.
+_SLIGHTLY_NEGATIVE = -1e-3
 
 
 def refuse(names: Sequence[str], values: Sequence[str]) -> None:
-    """Raise one error with all problems."""
+    """Raise one error that lists all problems with names and values."""
     lines = "".join(f"\n  {line}" for line in (*names, *values))
     if names:
         raise ValueError(
-            f"PyTorch's state dict and the `variables` do not fit, so nothing was converted. "
-            f"Match names with `rename`, or leave them out with `ignore`.{lines}"
+            "The PyTorch state dict and `variables` do not match, so nothing was converted. Map "
+            f"names with `rename`, or skip them with `ignore`.{lines}"
         )
     if values:
-        raise ValueError(
-            "There are running statistics that no batch norm can have, so nothing was converted."
-            f"{lines}"
-        )
+        raise ValueError(f"Some running statistics are invalid, so nothing was converted.{lines}")
 
 
 def of_names(
@@ -44,12 +41,12 @@ def of_names(
     rename: Rename | None,
     attempt: Callable[..., Any],
 ) -> list[str]:
-    """What has no counterpart, or several, with the repair where one is known."""
+    """A line for each name without a counterpart, or with several, and the repair if known."""
     lines = [
         f"ambiguous: {', '.join(keys)} for {', '.join(leaves[name].path for name in names)}"
         for keys, names in found.ambiguous
     ]
-    computed, told, told_flax = hints.parametrized(found)
+    computed, parts, weights = hints.parametrized(found)
     lines += computed
     lines += hints.renames(found, torch, leaves, ruled, rename, attempt)
     lines += _layers(found)
@@ -60,8 +57,8 @@ def of_names(
         for name in leaves
         if name.module[:-1] == each.path and name.module[-1] in each.children.values()
     }
-    lost = {k: name for k, name in found.torch_only.items() if k not in groups and k not in told}
-    alone = [n for n in found.flax_only if n not in blocks and n not in told_flax]
+    lost = {k: name for k, name in found.torch_only.items() if k not in groups | parts}
+    alone = [name for name in found.flax_only if name not in blocks | weights]
     paired = {str(name) for name in found.pairs.values()}
     others = alone or [name for name in leaves if str(name) in paired]
     same = equal_ones(torch, lost, found.pairs)
@@ -69,51 +66,51 @@ def of_names(
     lines += _only_in(
         "PyTorch",
         [
-            _Lost(v, f"{k} {torch[k].shape}{_looked_for(k, v)}", torch[k].shape)
+            _Array(v, f"{k} {torch[k].shape}{_renamed(k, v)}", torch[k].shape)
             for k, v in lost.items()
         ],
-        [_Lost(name.in_torch, leaves[name].path, shape(name)) for name in others],
+        [_Array(name.in_torch, leaves[name].path, shape(name)) for name in others],
         [_note(key, same) for key in lost],
     )
     wanted = lost or {key: key for key in found.pairs if key in torch}
     lines += _only_in(
         "Flax",
         [
-            _Lost(n.in_torch, f"{leaves[n].path} {tuple(leaves[n].value.shape)}", shape(n))
+            _Array(n.in_torch, f"{leaves[n].path} {tuple(leaves[n].value.shape)}", shape(n))
             for n in alone
         ],
-        [_Lost(name, key, torch[key].shape) for key, name in wanted.items()],
+        [_Array(name, key, torch[key].shape) for key, name in wanted.items()],
         [""] * len(alone),
     )
     return lines
 
 
-class _Lost(NamedTuple):
-    """An array without a counterpart."""
+class _Array(NamedTuple):
+    """An array without a counterpart, or a candidate for one."""
 
-    name: str  # as PyTorch writes it
+    name: str  # in PyTorch's spelling
     shown: str
     shape: tuple[int, ...]  # in PyTorch
 
 
-def _looked_for(key: str, name: str) -> str:
-    return "" if key == name else f", looked for as {name}"
+def _renamed(key: str, name: str) -> str:
+    return "" if key == name else f", renamed to {name}"
 
 
 def _note(key: str, same: Mapping[str, str]) -> str:
     if "weight_hr" in key:
-        return ". It is the projection of an LSTM (proj_size), which Flax's cells do not have"
+        return ". It is an LSTM projection (proj_size), which Flax's cells do not support"
     if key in same:
-        return f". It equals {same[key]}: leave it out with `ignore`, or `rename` both to one"
+        return f". It equals {same[key]}: skip it with `ignore`, or `rename` both to one name"
     return ""
 
 
 def equal_ones(
     torch: Mapping[str, np.ndarray], keys: Iterable[str], paired: Iterable[str]
 ) -> dict[str, str]:
-    """Those of the arrays that equal one that has a counterpart, of the same name in its layer.
+    """The arrays that equal a paired one with the same name in its layer, and that one's name.
 
-    An array of one value alone, as new biases are, says nothing.
+    Constant arrays, such as new biases, do not count: they are equal by chance.
     """
     alike: dict[Any, list[str]] = defaultdict(list)
     for key in paired:
@@ -130,7 +127,7 @@ def equal_ones(
 
 
 def _layers(found: Any) -> Iterator[str]:
-    """Layers with stacked arrays, and what they would go to."""
+    """A line for each layer with stacked arrays, and each cell or attention in Flax."""
     for each in found.groups:
         yield f"only in PyTorch: {each}"
     for each in found.blocks:
@@ -140,11 +137,11 @@ def _layers(found: Any) -> Iterator[str]:
 
 
 def _only_in(
-    side: str, names: Sequence[_Lost], there: Sequence[_Lost], notes: Sequence[str]
+    side: str, names: Sequence[_Array], there: Sequence[_Array], notes: Sequence[str]
 ) -> Iterator[str]:
-    """Names without a counterpart, and those of the other side that they may be meant to be.
+    """A line for each array without a counterpart, with the nearest names on the other side.
 
-    Those of the same shape are looked at alone, if there are some.
+    Only names of the same shape are considered, if there are any.
     """
     by_shape: dict[Any, dict[str, str]] = defaultdict(dict)
     for each in there:
@@ -158,8 +155,10 @@ def _only_in(
         yield f"only in {side}: {each.shown}{note}{nearest and '; nearest: '}{nearest}"
 
 
-def misfits(key: str, array: np.ndarray, leaf: Leaf, name: Name, placed: Layout) -> Iterator[str]:
-    """An array of another shape, of another kind, or with numbers that do not go in."""
+def mismatches(
+    key: str, array: np.ndarray, leaf: Leaf, name: Name, placed: Layout
+) -> Iterator[str]:
+    """A line for each way an array differs: in shape, in kind of dtype, or by values too large."""
     shape, expected = tuple(leaf.value.shape), placed.torch_shape
     if array.shape != expected:
         yield (
@@ -171,9 +170,9 @@ def misfits(key: str, array: np.ndarray, leaf: Leaf, name: Name, placed: Layout)
         next((k for k in _KINDS if jnp.issubdtype(d, k)), None) for d in (array.dtype, dtype)
     )
     if is_count(name) and kind is np.floating and other is np.integer:
-        # An average of counters, or one in half precision.
+        # An averaged counter, or one in half precision.
         if not np.isfinite(array).all():
-            yield f"impossible count: {key} is {array!s}; leave it out with `ignore`"
+            yield f"invalid count: {key} is {array!s}; skip it with `ignore`"
             return
         array = counted(array)
     elif kind is not other or kind is None:
@@ -181,18 +180,18 @@ def misfits(key: str, array: np.ndarray, leaf: Leaf, name: Name, placed: Layout)
         return
     if other is np.integer and array.size:
         limits = jnp.iinfo(dtype)
-        for value in (int(array.min()), int(array.max())):
+        for value in sorted({int(array.min()), int(array.max())}):
             if not limits.min <= value <= limits.max:
-                yield f"too large a number for {leaf.path} {dtype}: {key} has {value}"
+                yield f"out of range: {key} has {value}, but {leaf.path} is {dtype}"
 
 
 def is_count(name: Name) -> bool:
-    """Whether it counts the batches of a batch norm."""
+    """Whether this is the number of batches that a batch norm has counted."""
     return name.statistic and name.leaf == "count"
 
 
 def counted(array: np.ndarray) -> np.ndarray:
-    """A count that may have been averaged, as a whole number."""
+    """A count as a whole number, even if it was averaged."""
     if jnp.issubdtype(array.dtype, np.floating):
         return np.rint(array.astype(np.float64)).astype(np.int64)
     return array
@@ -206,13 +205,14 @@ def _reason(shape: tuple[int, ...], expected: tuple[int, ...], name: Name) -> st
     swapped = (expected[1], expected[0], *expected[2:])
     if shape == swapped:
         return ". That is the shape of a transposed convolution: is `transposed` right?"
-    if shape[2:] == expected[2:] and shape[0] == expected[0] and not expected[1] % shape[1]:
-        return ". Flax has no transposed convolution with groups" if shape[1] < expected[1] else ""
+    is_grouped = 0 < shape[1] < expected[1] and not expected[1] % shape[1]
+    if is_grouped and shape[2:] == expected[2:] and shape[0] == expected[0]:
+        return ". Flax's ConvTranspose does not support groups"
     return ""
 
 
-def impossible(key: str, name: Name, array: np.ndarray) -> Iterator[str]:
-    """What running statistics can't be."""
+def invalid(key: str, name: Name, array: np.ndarray) -> Iterator[str]:
+    """A line for running statistics that are not finite, or a variance that is negative."""
     what = {"mean": "mean", "var": "variance"}.get(name.leaf)
     if what is None or not name.statistic:
         return
@@ -221,10 +221,10 @@ def impossible(key: str, name: Name, array: np.ndarray) -> Iterator[str]:
         with np.errstate(invalid="ignore"):  # NaN in bfloat16
             negative = array < 0
         counts["negative"] = negative.sum()
-        if negative.any() and array[negative].min() >= _SLIGHTLY:
+        if negative.any() and array[negative].min() >= _SLIGHTLY_NEGATIVE:
             repair = (
-                f", none below {float(array[negative].min()):.1g}. Set those to 0, if they are of "
-                "rounding, or add the eps again that was taken off all of them"
+                f", none below {float(array[negative].min()):.1g}. Set them to 0 if they come from "
+                "rounding, or add the eps back if one was subtracted from all variances"
             )
     if found := " and ".join(f"{count} {kind}" for kind, count in counts.items() if count):
-        yield f"impossible {what}: {key} has {found} of {array.size} values{repair}"
+        yield f"invalid {what}: {key} has {found} of {array.size} values{repair}"

@@ -1,4 +1,4 @@
-"""How the arrays of a Flax model lie in PyTorch: what its layers say, and what a user does."""
+"""Choose a layout for each array of a Flax model, from its layers and the user's options."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,13 +12,13 @@ from bnjax.checkpoints.conversion.blocks import ATTENTION, Block, blocks
 from bnjax.checkpoints.conversion.layouts import Layout, inputs_of, layout
 from bnjax.checkpoints.conversion.names import Name, Rename
 from bnjax.checkpoints.conversion.trees import Leaf, flipped_layers, mentions_conv_transpose
-from bnjax.checkpoints.conversion.words import check_fits
+from bnjax.checkpoints.conversion.words import check_known
 
 Path = tuple[str, ...]
 
 
 class Options(NamedTuple):
-    """What a user says about names and layouts, as `from_torch` documents it."""
+    """The user's options about names and layouts, as documented in `from_torch`."""
 
     rename: Rename | None
     flatten: Mapping[str, Sequence[int]] | None
@@ -27,17 +27,17 @@ class Options(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What decides about layouts beside names and shapes."""
+    """Everything besides names and shapes that determines layouts."""
 
-    flipped: set[str]  # paths of the transposed convolutions with flipped kernels
-    flattened: Mapping[Name, tuple[int, ...]]  # (C, *spatial), of what comes after a flatten
-    general: Mapping[Path, int]  # how many axes of each `DenseGeneral` are inputs
+    flipped: set[str]  # paths of transposed convolutions with flipped kernels
+    flattened: Mapping[Name, tuple[int, ...]]  # (C, *spatial) of arrays after a flatten
+    general: Mapping[Path, int]  # the number of input axes of each `DenseGeneral`
     blocks: list[Block]
 
     def layout(
         self, name: Name, shape: Sequence[int], torch: Sequence[int] | None = None
     ) -> Layout:
-        """The layout of an array; with the shape that it has in PyTorch, where that is known."""
+        """The layout of an array; `torch` is its shape in PyTorch, if known."""
         if torch is not None and _is_same_row(name.leaf, shape, torch):
             return Layout(tuple(shape), tuple(torch), tuple(range(len(torch))))
         inputs = None
@@ -71,26 +71,26 @@ def rules(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> Rules:
     return Rules(flipped, _flattened(shapes, found, options.flatten), general, found)
 
 
-def fitting(argument: str, patterns: globs.Paths, paths: Iterable[str], what: str) -> set[str]:
-    """The paths that fit one of the patterns; each pattern fits one."""
+def matching(argument: str, patterns: globs.Paths, paths: Iterable[str], what: str) -> set[str]:
+    """The paths that match any of the patterns; a pattern that matches none is an error."""
     there, found = set(paths), set()
     for pattern in globs.as_tuple(patterns):
-        fits = globs.matcher(pattern.replace(".", "/"))
-        fitting = {path for path in there if fits(path)}
-        check_fits(argument, pattern, bool(fitting), there, what)
-        found |= fitting
+        matches = globs.matcher(pattern.replace(".", "/"))
+        new = {path for path in there if matches(path)}
+        check_known(argument, pattern, bool(new), there, what)
+        found |= new
     return found
 
 
 def _is_same_row(leaf: str, shape: Sequence[int], torch: Sequence[int]) -> bool:
-    """Whether it is one number in both, or the scale of a WeightNorm: (out, 1) in PyTorch."""
+    """Whether it is a scalar in both, or the scale of a WeightNorm, (out, 1) in PyTorch."""
     if leaf.endswith("/scale"):
         return [*torch[:1]] == [*shape] and set(torch[1:]) <= {1}
     return {tuple(shape), tuple(torch)} <= {(), (1,)}
 
 
 def _general(shapes: Mapping[Name, tuple[int, ...]], found: Iterable[Block]) -> dict[Path, int]:
-    """The layers whose kernels have several axes for inputs or outputs, and are no convs."""
+    """The layers, other than convs, whose kernels have several input or output axes."""
     general = {}
     for name, shape in shapes.items():
         if name.leaf == "bias" and len(shape) > 1 and not name.statistic:
@@ -108,7 +108,7 @@ def _general(shapes: Mapping[Name, tuple[int, ...]], found: Iterable[Block]) -> 
 
 def _flipped(convs: set[str], transposed: globs.Paths | None, model: Any) -> set[str]:
     if transposed is not None:
-        return fitting("transposed", transposed, convs, "convolution")
+        return matching("transposed", transposed, convs, "convolution")
     if isinstance(model, nnx.Module):
         return flipped_layers(model)
     suspects = sorted(
@@ -117,8 +117,8 @@ def _flipped(convs: set[str], transposed: globs.Paths | None, model: Any) -> set
     if suspects or (convs and isinstance(model, nn.Module) and mentions_conv_transpose(model)):
         raise ValueError(
             "`transposed` must say which layers are a `flax.linen.ConvTranspose` with "
-            "transpose_kernel=False, its default, as the model has some ConvTranspose and a kernel "
-            f"does not show it. Give globs over {suspects or sorted(convs)}, or () if each has "
+            "transpose_kernel=False, the default: the model uses ConvTranspose, and kernels do not "
+            f"show where. Pass globs for them among {suspects or sorted(convs)}, or () if all have "
             "transpose_kernel=True."
         )
     return set()
@@ -127,21 +127,21 @@ def _flipped(convs: set[str], transposed: globs.Paths | None, model: Any) -> set
 def _flattened(
     shapes: Mapping[Name, tuple[int, ...]], found: Iterable[Block], flatten: Any
 ) -> dict[Name, tuple[int, ...]]:
-    """The arrays whose first axis is what PyTorch has flattened in another order."""
+    """The arrays whose first axis PyTorch flattened in another order, with (C, *spatial)."""
     if not isinstance(flatten, Mapping | None):
         raise TypeError(
-            "`flatten` must map the paths of layers in Flax to shapes (C, H, W), such as "
+            "`flatten` must map Flax layer paths to shapes (C, H, W), such as "
             f'{{"head/fc": (512, 7, 7)}}, got {type(flatten).__name__}.'
         )
     if not flatten:
         return {}
-    takers = _takers(shapes, found)
+    candidates = _candidates(shapes, found)
     flattened = {}
     for path, shape in flatten.items():
         path = path.replace(".", "/")
         what = "dense layer, normalization or recurrent cell"
-        check_fits("flatten", path, path in takers, takers, what)
-        inputs = shapes[takers[path][0]][0]
+        check_known("flatten", path, path in candidates, candidates, what)
+        inputs = shapes[candidates[path][0]][0]
         is_shape = isinstance(shape, Sequence) and all(isinstance(size, int) for size in shape)
         if not is_shape or len(shape) < 2 or math.prod(shape) != inputs:
             got = tuple(shape) if is_shape else repr(shape)
@@ -149,23 +149,23 @@ def _flattened(
                 f"`flatten[{path!r}]` must be the shape (C, H, W) that PyTorch flattens into the "
                 f"{inputs} inputs of this layer, got {got}."
             )
-        flattened |= dict.fromkeys(takers[path], tuple(shape))
+        flattened |= dict.fromkeys(candidates[path], tuple(shape))
     return flattened
 
 
-def _takers(
+def _candidates(
     shapes: Mapping[Name, tuple[int, ...]], found: Iterable[Block]
 ) -> dict[str, list[Name]]:
-    """The layers that may come after a flatten, with the arrays that have an axis of its size."""
+    """The layers that may follow a flatten, with the arrays that have its size as an axis."""
     kernels = {name.module: name for name, shape in shapes.items() if name.leaf == "kernel"}
-    takers: dict[str, list[Name]] = {}
+    candidates: dict[str, list[Name]] = {}
     for name, shape in shapes.items():
         is_dense = name.leaf == "kernel" and len(shape) == 2
         is_norm = len(shape) == 1 and name.module not in kernels
         if is_dense or is_norm:
-            takers.setdefault("/".join(name.module), []).append(name)
+            candidates.setdefault("/".join(name.module), []).append(name)
     for block in found:
         if block.kind != ATTENTION:
             children = [child for side, child in block.children.items() if side[0] == "i"]
-            takers["/".join(block.path)] = [Name((*block.path, c), "kernel") for c in children]
-    return takers
+            candidates["/".join(block.path)] = [Name((*block.path, c), "kernel") for c in children]
+    return candidates

@@ -1,4 +1,4 @@
-"""Stacked arrays of PyTorch, taken apart for the layers of Flax that they go to, and put back."""
+"""Split PyTorch's stacked arrays into the parts that Flax's layers hold, and join them again."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,20 +8,20 @@ import numpy as np
 from bnjax.checkpoints.conversion.blocks import ATTENTION, GATES, Block, Group
 from bnjax.core.moments import working_dtype
 
-Part = tuple[str, str]  # a layer in a block, as "ii" or "query", and its weight or bias
+Part = tuple[str, str]  # a layer in a block, such as "ii" or "query", and "weight" or "bias"
 Arrays = Mapping[str, np.ndarray]
 _SIDES = "ih"
 _STACKED = ("query", "key", "value")
 
 
 class Attention(NamedTuple):
-    """Attention of PyTorch and the one of Flax that it is."""
+    """Attention in PyTorch, paired with its counterpart in Flax."""
 
     group: Group
     block: Block
 
     def split(self, arrays: Arrays) -> dict[Part, np.ndarray]:
-        """The parts, in PyTorch's layout."""
+        """Split the arrays into parts, in PyTorch's layout."""
         parts: dict[Part, np.ndarray] = {}
         for part, key in self.group.keys.items():
             child, leaf = part.split(".")
@@ -33,7 +33,7 @@ class Attention(NamedTuple):
         return parts
 
     def join(self, parts: Mapping[Part, np.ndarray], old: Arrays) -> dict[str, np.ndarray]:
-        """PyTorch's arrays of these parts."""
+        """Join parts to PyTorch's arrays."""
         made = {}
         for part, key in self.group.keys.items():
             child, leaf = part.split(".")
@@ -43,7 +43,7 @@ class Attention(NamedTuple):
         return made
 
     def label(self, part: Part) -> str:
-        """What a part is called in messages: the name of the array, and the rows of it."""
+        """The name of a part in messages: its array, and its rows there."""
         child, leaf = part
         own = self.group.keys.get(f"{child}.{leaf}")
         if own is not None:
@@ -51,22 +51,22 @@ class Attention(NamedTuple):
         return _rows(self.group.keys[f"qkv.{leaf}"], _STACKED.index(child), self.group.sizes[1])
 
     def lost(self, arrays: Arrays) -> list[str]:
-        """What has no place in Flax, beside what has no counterpart."""
+        """What Flax's layer cannot hold: nothing, unlike for recurrent layers."""
         return []
 
     def unknown(self, parts: Mapping[Part, np.ndarray]) -> list[str]:
-        """What has no place in PyTorch."""
+        """What PyTorch's layer cannot hold: nothing."""
         return []
 
 
 class Recurrent(NamedTuple):
-    """A recurrent layer of PyTorch and the cell of Flax that it is."""
+    """A recurrent layer in PyTorch, paired with its cell in Flax."""
 
     group: Group
     block: Block
 
     def split(self, arrays: Arrays) -> dict[Part, np.ndarray]:
-        """The parts, in PyTorch's layout. Biases are added where Flax has one of the two."""
+        """Split the arrays into parts, in PyTorch's layout; sum two biases if Flax has only one."""
         keys, count = self.group.keys, len(self._gates)
         weights = [arrays[keys[f"weight_{side}h"]] for side in _SIDES]
         biases = _placed(self._biases(arrays), self._places, self._added)
@@ -85,10 +85,10 @@ class Recurrent(NamedTuple):
         }
 
     def join(self, parts: Mapping[Part, np.ndarray], old: Arrays) -> dict[str, np.ndarray]:
-        """PyTorch's arrays of these parts.
+        """Join parts to PyTorch's arrays.
 
-        Two biases of which Flax has the sum are the old ones, if those have this sum, and else the
-        sum and 0.
+        If Flax has only the sum of two biases, restore the old ones if they have this sum;
+        otherwise one is the sum and the other is 0.
         """
         keys = self.group.keys
         made = {
@@ -104,7 +104,7 @@ class Recurrent(NamedTuple):
         return made
 
     def label(self, part: Part) -> str:
-        """What a part is called in messages: the name of the array, and the rows of it."""
+        """The name of a part in messages: its array, and its rows there."""
         child, leaf = part
         keys, number = self.group.keys, 0
         if self.block.split:
@@ -115,27 +115,27 @@ class Recurrent(NamedTuple):
         return _rows(name, number, self.group.sizes[1]) if self.block.split else name
 
     def lost(self, arrays: Arrays) -> list[str]:
-        """What has no place in Flax: PyTorch's bias inside a reset gate, of most cells of nnx."""
+        """What Flax's cell cannot hold: PyTorch's bias inside a reset gate, for most nnx cells."""
         places = self._places
         kept = places | (places[::-1] & self._added)
         if not self._biases(arrays)[~kept].any():
             return []
         names = [key for part, key in self.group.keys.items() if part.startswith("bias")]
         cell, size = "/".join(self.block.path) or "the top", self.group.sizes[1]
-        line = f"no place for a bias of {' and '.join(names)} in {cell}"
+        line = f"no counterpart: {' and '.join(names)}. "
         if self.group.kind == "GRU" and not self.block.split:
-            line += (
-                ": flax.nnx.GRUCell has none inside its reset gate. Give it one before: "
-                f"cell.dense_h = nnx.Linear({size}, {3 * size}, rngs=rngs)"
-            )
-        return [line]
+            return [
+                f"{line}The flax.nnx.GRUCell at {cell} has no bias inside its reset gate; add one "
+                f"first: cell.dense_h = nnx.Linear({size}, {3 * size}, rngs=rngs)"
+            ]
+        return [f"{line}{cell} has no such bias"]
 
     def unknown(self, parts: Mapping[Part, np.ndarray]) -> list[str]:
-        """What has no place in PyTorch: a bias where that has bias=False."""
+        """What PyTorch's layer cannot hold: biases, if it has bias=False."""
         if self._has_biases or not self._found(parts).any():
             return []
         cell = "/".join(self.block.path) or "the top"
-        return [f"no place for the biases of {cell} in {self.group.place}: it has bias=False"]
+        return [f"no counterpart: biases of {cell}. {self.group.place} has bias=False in PyTorch"]
 
     @property
     def _gates(self) -> str:
@@ -157,16 +157,16 @@ class Recurrent(NamedTuple):
 
     @property
     def _added(self) -> np.ndarray:
-        """Whether both biases of a gate are only added. One of a GRU's is inside its reset gate."""
+        """Whether both biases of a gate are simply added, unlike that inside a GRU's reset gate."""
         return np.array([self.group.kind != "GRU" or gate in "rz" for gate in self._gates])
 
     @property
     def _alone(self) -> np.ndarray:
-        """Whether Flax has the sum of both biases of a gate."""
+        """Whether Flax has only the sum of both biases of a gate."""
         return (self._places.sum(0) == 1) & self._added
 
     def _biases(self, arrays: Arrays) -> np.ndarray:
-        """Both biases by side and gate, 0 where PyTorch has none."""
+        """Both biases by side and gate; 0 where PyTorch has none."""
         keys, shape = self.group.keys, (len(self._gates), self.group.sizes[1])
         held = [arrays.get(keys.get(f"bias_{side}h", "")) for side in _SIDES]
         weight = arrays[keys["weight_hh"]]
@@ -175,7 +175,7 @@ class Recurrent(NamedTuple):
         )
 
     def _found(self, parts: Mapping[Part, np.ndarray]) -> np.ndarray:
-        """Flax's biases by side and gate, 0 where it has none."""
+        """Flax's biases by side and gate; 0 where it has none."""
         some = parts[self._at("i")[0], "weight"]
         rows = (
             (self.group.sizes[1],) if self.block.split else (len(self._gates), self.group.sizes[1])
@@ -186,10 +186,10 @@ class Recurrent(NamedTuple):
 
 
 def _placed(biases: np.ndarray, places: np.ndarray, added: np.ndarray) -> np.ndarray:
-    """PyTorch's two biases, where Flax has them: their sum where it has one of the two."""
+    """PyTorch's two biases at Flax's places; their sum where Flax has only one."""
     wide = biases.astype(working_dtype(biases.dtype))
     alone = places & ~places[::-1] & added
-    with np.errstate(invalid="ignore"):  # of infinite ones
+    with np.errstate(invalid="ignore"):  # biases may be infinite
         total = wide + wide[::-1]
     return np.where(places[..., None], np.where(alone[..., None], total, biases), 0)
 
@@ -197,8 +197,8 @@ def _placed(biases: np.ndarray, places: np.ndarray, added: np.ndarray) -> np.nda
 def _unplaced(
     found: np.ndarray, places: np.ndarray, added: np.ndarray, old: np.ndarray
 ) -> np.ndarray:
-    """Flax's biases as PyTorch's two."""
-    total = np.where(places[0][:, None], found[0], found[1])  # where the other one is 0
+    """PyTorch's two biases from Flax's."""
+    total = np.where(places[0][:, None], found[0], found[1])  # the other one is 0
     placed = _placed(old, places, added).astype(found.dtype)
     before = np.where(places[0][:, None], placed[0], placed[1])
     alone = ((places.sum(0) == 1) & added)[:, None]
@@ -212,5 +212,5 @@ def _rows(name: str, number: int, size: int) -> str:
 
 
 def stacked(group: Group, block: Block) -> Attention | Recurrent:
-    """A layer of PyTorch and the block of Flax that it is."""
+    """Pair a PyTorch layer with its block in Flax."""
     return (Attention if group.kind == ATTENTION else Recurrent)(group, block)

@@ -1,4 +1,4 @@
-"""The arrays of linen variables or an nnx state by name, and the tree with new ones."""
+"""Flatten linen variables or an nnx state to arrays by name, and rebuild them with new arrays."""
 
 import contextlib
 import functools
@@ -19,24 +19,24 @@ _NOT_CONVERTED = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
 
 
 class Leaf(NamedTuple):
-    """An array of the model, or its shape and dtype, with its full path for messages."""
+    """An array of a model, or its shape and dtype, with its full path for messages."""
 
     path: str
     value: Any
 
 
 class Tree(NamedTuple):
-    """The arrays that have counterparts in PyTorch, and what makes the tree with other arrays."""
+    """The arrays that can have counterparts in PyTorch, and a function that replaces them."""
 
     leaves: dict[Name, Leaf]
     replaced: Callable[[Mapping[Name, Any]], Any]
 
 
 def tree(model: Any, variables: Any) -> Tree:
-    """The arrays of linen variables or an nnx state; of the model's own where that has them."""
+    """The arrays of linen variables or an nnx state; for an nnx model, by default its own."""
     if not isinstance(model, (nn.Module, nnx.Module, type(None))):
         raise TypeError(
-            "`model` must be an instance of a flax.linen.Module or flax.nnx.Module, or None, got "
+            "`model` must be a flax.linen.Module or flax.nnx.Module instance, or None, got "
             f"{type(model).__name__}."
         )
     if variables is None and isinstance(model, nnx.Module):
@@ -47,7 +47,7 @@ def tree(model: Any, variables: Any) -> Tree:
         got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(
             "`variables` must be a dict with the collections `params` and `batch_stats`, as "
-            f"`model.init` makes it, or the `nnx.State` of a model, got {got}."
+            f"returned by `model.init`, or an `nnx.State`, got {got}."
         )
     return _linen_tree(variables)
 
@@ -87,7 +87,7 @@ def _nnx_tree(state: nnx.State) -> Tree:
     }
 
     def replaced(arrays: Mapping[Name, Any]) -> Any:
-        # A state shares its variables with the model, so each is made anew.
+        # A state shares its variables with the model, so copy each.
         new = dict(flat)
         for path, variable in flat:
             if path in names and names[path] in arrays:
@@ -101,10 +101,10 @@ def _nnx_tree(state: nnx.State) -> Tree:
 
 
 def _like(array: np.ndarray, leaf: Any) -> Any:
-    """A new array of its own memory: of NumPy or on the devices that the leaf is."""
+    """A copy of the array: in NumPy if the leaf is, otherwise on the leaf's devices."""
     if isinstance(leaf, np.ndarray):
         return np.array(array, order="C")
-    # Never an alias: JAX may share the memory of an aligned NumPy array, which PyTorch writes to.
+    # JAX may alias an aligned NumPy array, whose memory PyTorch may later write to.
     new = jax.numpy.array(np.asarray(array, order="C"), copy=True)
     if isinstance(leaf, jax.Array) and leaf.committed:
         new = jax.device_put(new, leaf.sharding)
@@ -112,7 +112,7 @@ def _like(array: np.ndarray, leaf: Any) -> Any:
 
 
 def flipped_layers(model: nnx.Module) -> set[str]:
-    """The paths of the transposed convolutions whose kernels are flipped against PyTorch's."""
+    """The paths of transposed convolutions whose kernels are flipped relative to PyTorch's."""
     return {
         "/".join(map(str, path))
         for path, module in nnx.iter_modules(model)
@@ -121,11 +121,11 @@ def flipped_layers(model: nnx.Module) -> set[str]:
 
 
 def mentions_conv_transpose(model: nn.Module) -> bool:
-    """Whether the code of a linen model names `ConvTranspose`, as far as code can be followed.
+    """Whether the code of a linen model mentions `ConvTranspose`, as far as it can be followed.
 
-    A linen model shows its layers only when it is called with an input, which a conversion has not.
+    A linen model reveals its layers only when called, and a conversion has no input to call it on.
     """
-    seen: dict[int, Any] = {}  # the items too: an id is free again when its item is gone
+    seen: dict[int, Any] = {}  # keeps the items alive, so that no id is reused
     waiting: list[Any] = [model]
     while waiting:
         item = waiting.pop()
@@ -138,7 +138,7 @@ def mentions_conv_transpose(model: nn.Module) -> bool:
 
 
 def _reached(item: Any) -> Iterator[Any]:
-    """What a model, class or function uses, without the insides of libraries."""
+    """Everything that a model, class or function refers to, except inside libraries."""
     if isinstance(item, functools.partial):
         yield from (item.func, *item.args, *item.keywords.values())
     elif isinstance(item, (list, tuple)):
@@ -148,7 +148,7 @@ def _reached(item: Any) -> Iterator[Any]:
     elif isinstance(item, types.FunctionType) and not _of_library(item.__module__):
         yield from _named(item.__code__, item.__globals__)
         for cell in item.__closure__ or ():
-            with contextlib.suppress(ValueError):  # it is empty
+            with contextlib.suppress(ValueError):  # an empty cell
                 yield cell.cell_contents
         yield from (getattr(item, "__wrapped__", None), item.__defaults__, item.__kwdefaults__)
     elif isinstance(item, type) and issubclass(item, nn.Module):
@@ -162,10 +162,8 @@ def _reached(item: Any) -> Iterator[Any]:
         for name in type(item).__dataclass_fields__:
             value = getattr(item, name, None)
             yield value
-            if hasattr(value, "__dict__") and not _of_library(
-                type(value).__module__
-            ):  # a configuration
-                yield dict(vars(value))
+            if hasattr(value, "__dict__") and not _of_library(type(value).__module__):
+                yield dict(vars(value))  # a configuration
 
 
 def _named(code: types.CodeType, scope: Mapping[str, Any]) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Detect the format of a checkpoint from its content, and choose what reads and writes it."""
+"""Detect the format of a checkpoint from its content, and choose its reader and writer."""
 
 import re
 from collections.abc import Callable
@@ -37,7 +37,7 @@ _SUFFIXES = {
     ".msgpack": "msgpack",
     "": "orbax",
 }
-# The usual names, for files whose content does not tell, such as when their start is damaged.
+# The usual names, for files whose content is not recognized, such as when their start is damaged.
 _CALLED = re.compile(
     r".*(?:(?P<safetensors>\.safetensors)|(?P<pytorch>\.(?:pth|pt|bin|ckpt|tar)(?:[-_.]?\d+)?)"
     r"|(?P<msgpack>\.msgpack|checkpoint_\d+)|(?P<shards>\.index\.json))",
@@ -74,7 +74,7 @@ def is_read(path: Path) -> bool:
 
 
 def format_to_write(path: Path) -> tuple[str, Format]:
-    """The suffix of a path and the format that it stands for.
+    """The suffix of a path, and its format.
 
     Raises:
         ValueError: no format has this suffix.

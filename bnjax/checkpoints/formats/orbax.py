@@ -67,7 +67,7 @@ def _read(path: Path) -> Any:
         with ocp.PyTreeCheckpointer() as checkpointer:
             found: Any = checkpointer.metadata(path.absolute())
             if found.item_metadata is None:
-                raise ContentError("its metadata are damaged. Copy it again.")
+                raise ContentError("its metadata is damaged. Copy it again.")
             arguments = jax.tree.map(
                 lambda leaf: as_array if hasattr(leaf, "shape") else ocp.RestoreArgs(),
                 found.item_metadata.tree,
@@ -99,7 +99,7 @@ def _fill(tree: dict[str, Any], names: list[str], shape: tuple[int, ...], dtype:
     for name in parents:
         tree = tree[name]
     if last in tree or 0 not in shape:
-        raise ContentError(f"its metadata list an array {'/'.join(names)} that is not empty.")
+        raise ContentError(f"its metadata lists an array {'/'.join(names)} that is not empty.")
     tree[last] = np.zeros(shape, dtype)
 
 

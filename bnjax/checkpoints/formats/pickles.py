@@ -9,12 +9,12 @@ from typing import Any
 
 from bnjax.checkpoints.contents import ContentError
 
-# How files of `torch.save` began, after the protocol, before it wrote zip archives.
+# The first bytes, after the protocol, of files by `torch.save` before it wrote zip archives.
 _MAGIC = b"\x8a\n" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _SHOWN = 5
 
 
-def is_torchs(path: Path) -> bool:
+def is_by_torch(path: Path) -> bool:
     """Whether a file begins like a pickle by `torch.save`."""
     with path.open("rb") as file:
         start = file.read(2 + len(_MAGIC))
@@ -24,20 +24,20 @@ def is_torchs(path: Path) -> bool:
 def check_writer(path: Path) -> None:
     """Refuse pickles not written by torch, whatever they hold."""
     with path.open("rb") as file:
-        if file.read(1) != b"\x80" or is_torchs(path):
+        if file.read(1) != b"\x80" or is_by_torch(path):
             return
         file.seek(0)
         names = _called(file)
-    held = f", of {_shown(names)}" if names else ""
+    calls = f" (it calls {_shown(names)})" if names else ""
     raise ContentError(
-        f"it is a pickle that `torch.save` did not write{held}, or damaged at its start, and "
+        f"it is a pickle that `torch.save` did not write{calls}, or damaged at its start, and "
         "unpickling it could run code.\nIf you trust it, load it with pickle and save its arrays "
         "with `bnjax.save`."
     )
 
 
 def refusal(torch: Any, path: Path, message: str) -> str:
-    """Why torch did not unpickle a file: what it would have to call, or damage."""
+    """Why torch refused to unpickle a file: the names that it would call, or damage."""
     found = re.findall(r"GLOBAL (\S+)|but got <class '(\S+)'>", message)
     names = {*_listed(torch, path)} or {*map("".join, found)} - {""}
     if not names:
@@ -53,10 +53,10 @@ def refusal(torch: Any, path: Path, message: str) -> str:
 
 
 def _listed(torch: Any, path: Path) -> list[str]:
-    """What torch lists in a file beyond what it allows."""
+    """The names in a file that torch does not allow by default."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # it only lists archives, and each kind of damage raises its own error
+    except Exception:  # it reads only archives, and each kind of damage raises its own error
         return []
 
 
@@ -67,7 +67,7 @@ def _is_function(name: str) -> bool:
 
 
 def _called(file: Any) -> set[str]:
-    """What a pickle would call, as far as it can be read."""
+    """The names that a pickle would call, as far as it can be read."""
     names, strings, memo = set(), ["", ""], []
     try:
         for code, argument, _ in pickletools.genops(file):

@@ -17,7 +17,7 @@ from bnjax.checkpoints.tensors import as_tensor
 def is_saved(path: Path) -> bool:
     """Whether `torch.save` wrote a file, judging by its names or its first bytes."""
     if not signatures.is_zip(path):
-        return pickles.is_torchs(path)
+        return pickles.is_by_torch(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return _other_archive(archive.namelist()) is None
@@ -78,10 +78,10 @@ def _other_archive(names: list[str]) -> str | None:
     if "data.pkl" in inner:
         return None
     if names and all(name.endswith(".npy") for name in names):
-        return "it is an .npz archive of NumPy. Load it with `numpy.load`."
+        return "it is a NumPy .npz archive. Load it with `numpy.load`."
     if "model.weights.h5" in names:
-        return "it is an archive of Keras. Load it with Keras and save its arrays."
-    return f"it is a zip archive of other things, such as {names[:3]}. Unpack it first."
+        return "it is a Keras archive. Load it with Keras and save its arrays."
+    return f"it is a zip archive of other files, such as {names[:3]}. Unpack it first."
 
 
 def _tar(path: Path) -> str:
@@ -93,7 +93,7 @@ def _tar(path: Path) -> str:
             "read without running code. If you trust it, load it with `torch.load(path, "
             "weights_only=False)` and save its `state_dict()`."
         )
-    return f"it is a tar archive of other things, such as {names[:3]}. Unpack it first."
+    return f"it is a tar archive of other files, such as {names[:3]}. Unpack it first."
 
 
 def _check_sizes(torch: Any, tree: Any, size: int) -> None:
@@ -111,7 +111,7 @@ def _check_sizes(torch: Any, tree: Any, size: int) -> None:
 
 
 def _leaves(tree: Any) -> Iterator[Any]:
-    """Each leaf and container, once for each place where it occurs."""
+    """Each leaf and container, as often as it occurs."""
     yield tree
     node = plain(tree)
     for part in node.parts.values() if node else ():

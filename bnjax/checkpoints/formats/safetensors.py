@@ -23,7 +23,7 @@ def read(path: Path, wanted: Only) -> dict[str, Any]:
             if wanted(name, tuple(there.get_shape())):
                 if there.get_dtype().startswith("F8_"):
                     raise ContentError(
-                        f"{name!r} is of dtype {there.get_dtype()}, which NumPy does not have. "
+                        f"{name!r} has dtype {there.get_dtype()}, which NumPy does not support. "
                         "Load it with `safetensors.torch`, or leave it out with `only`."
                     )
                 parent, last = _place(tree, name)

@@ -23,7 +23,9 @@ def read(path: Path, wanted: Only) -> dict[str, Any]:
     places = _weight_map(path)
     files = sorted({*places.values()})
     if missing := [file for file in files if not (path.parent / file).is_file()]:
-        raise ContentError(f"these shards are not beside it: {', '.join(missing)}. Copy them too.")
+        raise ContentError(
+            f"these shards are missing: {', '.join(missing)}. Copy them to its folder."
+        )
     found: dict[str, Any] = {}
     for file in files:
         here = {name for name, place in places.items() if place == file}
@@ -58,7 +60,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ContentError("its `weight_map` does not give a file for each name.") from error
     if elsewhere := sorted(file for file, name in there.items() if file != name or not name):
-        raise ContentError(f"its shards must lie beside it, got {', '.join(elsewhere[:3])}.")
+        raise ContentError(f"its shards must be in its folder, got {', '.join(elsewhere[:3])}.")
     return places
 
 

@@ -4,24 +4,24 @@ from pathlib import Path
 
 _HEAD = 512
 _ZIP, _TAR = b"PK", b"ustar"
-_STRINGS = {*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB}  # how msgpack begins one
+_STRINGS = {*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB}  # the first byte of a string in msgpack
 _LONGEST_HEADER = 100_000_000  # of safetensors
-# Other files that people mistake for checkpoints: first bytes, what it is, and what to do.
+# Other files that people mistake for checkpoints: first bytes, kind, and what to do.
 _OTHERS = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes it. Load it with Keras or h5py"),
-    (b"\x93NUMPY", "one array of NumPy. Load it with `numpy.load`"),
-    (b"GGUF", "a GGUF file. Load it with the package gguf"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself: run `git lfs pull`"),
+    (b"\x93NUMPY", "a single NumPy array. Load it with `numpy.load`"),
+    (b"GGUF", "a GGUF file. Load it with the gguf package"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
     (b"<", "a web page or XML. Did the link lead to a page about the file? Download it again"),
-    (b"\x1f\x8b", "compressed by gzip. Unpack it first"),
-    (b"BZh", "compressed by bzip2. Unpack it first"),
-    (b"\xfd7zXZ\x00", "compressed by xz. Unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd. Unpack it first"),
+    (b"\x1f\x8b", "compressed with gzip. Unpack it first"),
+    (b"BZh", "compressed with bzip2. Unpack it first"),
+    (b"\xfd7zXZ\x00", "compressed with xz. Unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd. Unpack it first"),
 )
 
 
 def signature(path: Path) -> str | None:
-    """The readable format that a file begins like; None if there is none."""
+    """The readable format that a file's first bytes indicate; None for any other."""
     head = _head(path)
     if _is_safetensors(head):  # first, because its leading length may look like another format
         return "safetensors"

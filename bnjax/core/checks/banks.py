@@ -88,7 +88,7 @@ def bank(
     if banks is None:
         raise ValueError(
             f"`bank` chooses among several sets of statistics, got {value!r}, but `batch_stats` "
-            "keeps one set, or none. Make it by bnjax.init(..., banks=2), or leave `bank` out."
+            "keeps one set, or none. Create it with bnjax.init(..., banks=2), or omit `bank`."
         )
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):

@@ -58,16 +58,18 @@ def diagnose(
     Args:
         model: a linen or nnx model with bnjax's or Flax's own batch norms. An nnx model is
             evaluated as after `.eval()`; if it is in training mode, the report warns.
-        variables: its variables, or what a training has saved, as for `recalibrate`. Statistics
-            with a leading device axis are compared between devices, and merged.
-        batches: inputs of the model; or dicts with `"x"`, perhaps `"mask"`, bool (N,), and what the
-            loss needs. Use batches of the training's data and size; eight are enough.
+        variables: its variables, a `TrainState` or the result of `bnjax.load`, as for
+            `recalibrate`. Statistics with a leading device axis are compared between devices, and
+            merged.
+        batches: inputs of the model, or dicts with `"x"`, optionally `"mask"`, bool (N,), and what
+            the loss needs. Use training data and the batch size of the training; eight batches are
+            enough.
         loss_fn: `loss_fn(outputs, batch)`, as for `training.train_step`: adds loss and metrics in
             both modes to the report.
         steps: how many steps the model was trained for, to recognize statistics that lag.
-        history: the record of `training.history`, which has steps and batch size, and serves to
-            distinguish averaged weights from shifted data, and layers left in evaluation from new
-            ones.
+        history: a record from `training.history`. It has the steps and the batch size, and helps
+            to distinguish averaged weights from shifted data, and layers left in evaluation from
+            new ones.
         inputs: which entries of a batch to call the model with, as for `training.train_step`.
         per_example: names of the entries that have one value per example, as there.
         apply_kwargs: the arguments that you evaluate the model with, such as `{"train": False}`;
@@ -77,7 +79,7 @@ def diagnose(
         The report: `print(report)`, `report.findings`, `report.to_json()`, `report.plot(path)`.
 
     Raises:
-        ValueError: no batch, no batch norm, or variables of another model.
+        ValueError: there is no batch or no batch norm, or the variables do not fit the model.
         TypeError: the model is not a Flax model.
 
     >>> import jax, jax.numpy as jnp, bnjax

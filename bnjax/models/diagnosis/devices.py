@@ -1,4 +1,4 @@
-"""Variables of several devices as those of one: stacked, or replicas that differ."""
+"""Read variables of several devices, stacked or as replicas that differ, as those of one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

@@ -67,7 +67,7 @@ class Finding:
     repair: str
 
     def __repr__(self) -> str:
-        """What is wrong and where, in a line."""
+        """What is wrong and where, on one line."""
         return f"Finding({self.kind!r}, {self.severity}, at {self.layer or 'the top'!r})"
 
 

@@ -60,7 +60,7 @@ def poisoned(evidence: Evidence) -> Finding | None:
         ("A batch with NaN or inf" if negative < channels else "A variance that cancelled")
         + " was committed to the statistics.",
         evidence.repairs.recalibrate
-        + "  # and train with bnjax.training.train_step: it keeps such steps out",
+        + "  # and train with bnjax.training.train_step: it rejects such steps",
     )
 
 
@@ -123,7 +123,7 @@ def not_known(evidence: Evidence) -> Finding | None:
         tuple(sorted(unknown)),
         f"{strangers(unknown)}.",
         {"modules": len(unknown)},
-        "How these classes use their statistics is not known.",
+        "bnjax does not know how these classes use their statistics.",
         f"bnjax.register({unknown[min(unknown)]}, facts)  # how to read its fields and its call",
     )
 
@@ -167,7 +167,7 @@ def depends_on_batch(evidence: Evidence) -> Finding | None:
         "error",
         paths[0],
         paths,
-        f"An evaluation {does} {count_of(paths)}; among other batch mates an example's output "
+        f"An evaluation {does} {count_of(paths)}; with other batch mates, an example's output "
         f"changes by {part(measured.mates)} its deviation.",
         {"layers": len(paths), "mates": measured.mates},
         cause,

@@ -30,7 +30,7 @@ Part = tuple[Path, int | None]  # a layer, or one of its banks
 class Layer:
     """A batch norm's running statistics, and those of the batches; in float64, each (C,).
 
-    Each bank is a layer by itself.
+    Each bank counts as a layer of its own.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Layer:
     mean_spread: np.ndarray
     var_spread: np.ndarray
     values: float  # per channel in the largest batch
-    limited: np.ndarray  # in which part of the batches batch renormalization was at its limits
+    limited: np.ndarray  # the fraction of batches with batch renormalization at its limits
     lost: np.ndarray  # in how many batches the statistics were not finite
     seen: bool  # whether it ran in training; not if it is frozen, or batches are too small
 
@@ -139,7 +139,7 @@ class Measured:
     examples: int  # in the largest batch
     moved: tuple[str, ...]  # paths of statistics that an evaluation changed
     # Root mean square difference of the outputs in evaluation from those in training, and from
-    # those among other batch mates, as a part of their standard deviation over the examples.
+    # those with other batch mates, as a fraction of their standard deviation over the examples.
     gap: float
     mates: float
     losses: dict[str, dict[str, float]]  # means in "train" and "eval"; empty without a loss_fn
@@ -384,12 +384,12 @@ def _asked(kind: Kind) -> bool:
 
 
 def _banks(kind: Kind) -> Sequence[int | None]:
-    """The banks of a layer by number, each of which is diagnosed by itself."""
+    """The banks of a layer by number, each of which is diagnosed separately."""
     return range(*rows(kind)) if kind.banks is not None else (None,)
 
 
 def _label(kind: Kind, bank: int | None) -> str:
-    """What the path of a bank has at its end."""
+    """The suffix that a bank adds to the path of its layer."""
     if bank is None:
         return ""
     return f"[{bank if isinstance(kind.banks, int | None) else kind.banks[bank]}]"

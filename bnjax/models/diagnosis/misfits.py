@@ -158,7 +158,7 @@ def half_precision(evidence: Evidence, half: Sequence[Layer], stalled: Sequence[
         worst.path,
         paths_of(stalled or half),
         f"{worst.dtype.name} in {count_of(half)}: with a momentum of {worst.kind.weight} a "
-        f"value stands still within {stop:.1%} of its target; they are {worst.distance:.2g} "
+        f"value stalls within {stop:.1%} of its target; they are {worst.distance:.2g} "
         "standard deviations away.",
         {"stops_at": stop, "distance": worst.distance},
         f"Steps smaller than the resolution of {worst.dtype.name} ({unit:.1e}) are rounded away.",
@@ -197,7 +197,7 @@ def lagging_behind(
 
 
 def data_differ(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer]) -> Finding:
-    """Data that differ from those of the training."""
+    """Data that differ from the training data."""
     start = far[0]
     ratio, mean = start.var_off, start.mean_off
     most = len(layers) > 1 and start is farthest(layers)
@@ -210,12 +210,12 @@ def data_differ(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer
         f"running variance is {ratio:.2g} times that of these data"
         + (f"; it is the farthest of {len(layers)} layers." if most else "."),
         {"mean_distance": mean, "var_ratio": ratio, "distance": start.distance},
-        "These inputs differ in mean, scale or content from those of the training."
+        "These inputs differ in mean, scale or content from the training inputs."
         if evidence.same_weights
-        else "These inputs differ in mean, scale or content from those of the training, if the "
+        else "These inputs differ in mean, scale or content from the training inputs, if the "
         "weights belong to the statistics: pass `history=` to be sure.",
         "x = (x - train_mean) / train_std"
-        f"  # as in the training; if the data are new: {evidence.repairs.recalibrate}",
+        f"  # as in training; if the data are new: {evidence.repairs.recalibrate}",
     )
 
 

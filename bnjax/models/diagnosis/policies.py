@@ -21,7 +21,7 @@ def by_policy(evidence: Evidence) -> Finding | None:
         first,
         tuple(policies),
         f"using={policies[first]} in {count_of([*policies])}: in evaluation, an example's output "
-        f"changes by {part(evidence.measured.mates)} its deviation among other batch mates.",
+        f"changes by {part(evidence.measured.mates)} its deviation with other batch mates.",
         {"layers": len(policies), "mates": evidence.measured.mates},
         "The policy takes the statistics of the batch, so large and mixed batches matter.",
         "with bnjax.override('**', using=None):  # or larger batches, or Blend with a larger prior",

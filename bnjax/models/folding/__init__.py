@@ -1,4 +1,4 @@
-"""Batch norm folded into the conv and dense layers around it, for evaluation: fold."""
+"""Fold batch norms into the conv and dense layers around them, for evaluation."""
 
 import dataclasses
 import functools
@@ -36,50 +36,50 @@ def fold(
     apply_kwargs: Mapping[str, Any] | None = None,
     quantize: Quantize | None = None,
 ) -> Folded:
-    """The model with its batch norms folded into the conv or dense layers around them.
+    """Fold the batch norms of a model into the conv and dense layers around them.
 
-    In evaluation `(conv(x) + b - mean) * s + bias`, with `s = scale / sqrt(var + eps)`, is a conv
-    with the kernel `kernel * s` and the bias `(b - mean) * s + bias` (Jacob et al. 2018, section
-    3.2). It is done, in float64, to each `nn.Conv`, `ConvLocal`, `ConvTranspose`, `Dense` and
-    `DenseGeneral` (of nnx: `Conv`, `ConvTranspose`, `Linear` and `LinearGeneral`) whose output goes
-    into one batch norm and nowhere else, over its channels.
+    In evaluation, `(conv(x) + b - mean) * s + bias` with `s = scale / sqrt(var + eps)` is a conv
+    with kernel `kernel * s` and bias `(b - mean) * s + bias` (Jacob et al. 2018, section 3.2). This
+    applies to each `nn.Conv`, `ConvLocal`, `ConvTranspose`, `Dense` and `DenseGeneral` (in nnx,
+    `Conv`, `ConvTranspose`, `Linear` and `LinearGeneral`) whose output is used only by a batch norm
+    over its channels. The new kernels are computed in float64.
 
-    A batch norm that is left, and whose output goes into conv and dense layers alone, is folded
-    into each of these: `kernel * s` over its inputs, and a bias of `kernel * (bias - mean * s)`,
-    summed. A conv that pads with zeros then pads with what the batch norm would have made zero.
-    Branches of one input that are added, convs of other sizes or a batch norm alone, become one
-    conv (Ding et al. 2021, RepVGG).
+    A remaining batch norm whose output is used only by conv and dense layers is folded into each of
+    them: the kernel becomes `kernel * s`, scaled over its inputs, and the bias gains the sum of
+    `kernel * (bias - mean * s)`. A conv that pads with zeros then pads with the value that the
+    batch norm maps to zero. Branches of one input that are added, convs of different sizes or a
+    batch norm alone, become one conv (Ding et al. 2021, RepVGG).
 
-    What goes where is read off the program of the forward pass (its jaxpr), whatever the nesting:
-    through reshapes, transposes, slices and means, and through no nonlinearity. What stands in a
-    loop (`nn.scan`) or under `vmap` stays as it is. The result is compared with the model.
+    The traced forward pass (its jaxpr) shows what goes where, however the model nests its modules:
+    through reshapes, transposes, slices and means, but not through nonlinearities. Layers in a loop
+    (`nn.scan`) or under `vmap` stay as they are. The outputs are compared with the model's.
 
     Guide: examples/guides/folding.md
 
     Args:
-        model: a linen or nnx model with batch norms, bnjax's or Flax's own. An nnx model is taken
-            as it is after `.eval()`. Where `override` or `freeze` holds here, it holds in `apply`.
-        variables: its variables. They are not touched. Of an nnx model an `nnx.State`, or None for
-            its own.
-        example_x: an input of the model. What was folded is right for inputs that take the same
-            way through the model's Python code: of another batch size, say.
+        model: a linen or nnx model with bnjax's or Flax's batch norms. An nnx model is folded as in
+            eval mode. An `override` or `freeze` that is active here is also active in `apply`.
+        variables: its variables, which are not modified. For an nnx model, an `nnx.State`, or None
+            for its own.
+        example_x: an input of the model. The result is valid for all inputs that take the same path
+            through the model's Python code, such as those of another batch size.
         inputs: which entries of a batch to call the model with, as for `training.train_step`, such
-            as `("obs", "action")`. Then `example_x` and what `apply` gets are batches, dicts.
-        apply_kwargs: passed to the model's call, such as `{"train": False}`.
-        quantize: a function of an array that is put around each folded kernel in `apply`, such as a
-            fake quantization with a straight-through gradient; `variables` hold the kernels
-            without. To train with it see `Folded.fake_quantize`.
+            as `("obs", "action")`. Then `example_x` and the input of `apply` are batches (dicts).
+        apply_kwargs: extra arguments for the model's call, such as `{"train": False}`.
+        quantize: a function of an array, which `apply` calls on each folded kernel, such as fake
+            quantization with a straight-through gradient; `variables` hold unquantized kernels. To
+            train with it, see `Folded.fake_quantize`.
 
     Returns:
         The folded model: `variables`, `apply`, `report`, `refold` and `fake_quantize`.
 
     Raises:
-        ValueError: variables of another model, no batch norm, one in training mode, nothing to
-            fold, or an output that folding changed by more than the tolerance: the square root of
-            the machine epsilon of the coarsest dtype in the model (3.5e-4 in float32), times the
-            largest output. Integers, such as classes, are not compared.
-        TypeError: the model is no Flax model, the variables of an nnx model are no `nnx.State`, or
-            `quantize` is no function.
+        ValueError: the variables do not fit the model; it has no batch norm, or one in training
+            mode; nothing can be folded; or folding changed an output by more than the tolerance:
+            the square root of the machine epsilon of the coarsest dtype in the model (3.5e-4 in
+            float32) times the largest output. Integers, such as classes, are not compared.
+        TypeError: the model is not a Flax model, the variables of an nnx model are not an
+            `nnx.State`, or `quantize` is not a function.
 
     >>> model = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=True)])
     >>> x = jnp.ones((1, 3))
@@ -110,7 +110,7 @@ def _fold(
     checks.some_batch_norm(any(call.norm for call in program.calls), unknown)
     flat = flat_of(variables)
     edits, rows, branches = plan(program, Numbers(flat, np))
-    why = "bnjax.register({0}, ...) tells what it does; {0} is not known".format
+    why = "{0} is not a known batch norm class: register it with bnjax.register({0}, ...)".format
     rows += [Row("", path, why(kind)) for path, kind in sorted(unknown.items())]
     if not edits:
         lines = [f"\n  {row.layer or '-'}, {row.batch_norm or '-'}: {row.reason}." for row in rows]
@@ -125,10 +125,9 @@ def _fold(
     difference, scale = _difference(folded, model, variables, x)
     if not difference <= report.tolerance * scale:
         raise ValueError(
-            f"The outputs on `example_x` must stay the same, to {report.tolerance:.1e} of their "
-            f"scale {scale:.3g}, but folding changed them by {difference:.3g}. Is there NaN or inf "
-            "in them, or does a layer change its kernel before using it, or a registered batch "
-            "norm its scale?"
+            f"Folding must preserve the outputs on `example_x` to {report.tolerance:.1e} of their "
+            f"scale {scale:.3g}, but changed them by {difference:.3g}. Do they hold NaN or inf, or "
+            "does a layer change its kernel, or a registered batch norm its scale, before use?"
         )
     report = dataclasses.replace(report, max_difference=difference, scale=scale)
     folded = dataclasses.replace(folded, report=report)
@@ -140,7 +139,7 @@ def _fold(
 
 
 def _tolerance(program: Program, edits: Edits, flat: Mapping[Any, Any]) -> float:
-    """How much of their scale outputs may change, by the coarsest dtype in the model."""
+    """The change allowed in outputs, relative to their scale, for the model's coarsest dtype."""
     changed = {*edits.norms, *edits.gone, *edits.layers}
     held = (meta.unbox(leaf).dtype for key, leaf in flat.items() if key[1:-1] in changed)
     numbers = [d for d in (*program.dtypes, *held) if jnp.issubdtype(d, jnp.inexact)]
@@ -148,20 +147,20 @@ def _tolerance(program: Program, edits: Edits, flat: Mapping[Any, Any]) -> float
 
 
 def _difference(folded: Folded, model: Any, variables: Any, x: Any) -> tuple[float, float]:
-    """The largest difference to the outputs of the model, and the scale of that output."""
+    """The largest difference from an output of the model, and the scale of that output."""
 
     @jax.jit
     def both(variables: Any, new: Any, x: Any) -> Any:
         expected = folded._form(model, variables, x)
         return expected, folded.apply(new, x)
 
-    # On accelerators the default precision rounds inputs of a conv, which folding has scaled.
+    # On accelerators, the default precision rounds the inputs of a conv, which folding rescales.
     with jax.default_matmul_precision("highest"):
         outputs = both(variables, folded.variables, x)
     found = []
     for expected, actual in zip(*map(jax.tree.leaves, outputs), strict=True):
         if not jnp.issubdtype(expected.dtype, jnp.inexact):
-            continue  # rounding decides between two that are next to each other
+            continue  # rounding may move an integer to its neighbour
         a, b = (np.asarray(leaf).astype(np.complex128) for leaf in (actual, expected))
         with np.errstate(invalid="ignore"):
             difference = np.max(np.where(a == b, 0, np.abs(a - b)), initial=0)

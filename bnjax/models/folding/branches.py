@@ -1,4 +1,4 @@
-"""Branches of one input that are added and become one conv or dense layer."""
+"""Merge branches of one input that are added into a single conv or dense layer."""
 
 import math
 from collections import defaultdict
@@ -18,24 +18,24 @@ _CAST = {*_UNMOVED, "convert_element_type"}
 
 
 class _Group(NamedTuple):
-    """Calls of one input whose outputs are added."""
+    """Calls with the same input whose outputs are added."""
 
     calls: list[Place]
-    root: int | None  # the sum, if nothing else is in it
+    root: int | None  # the sum, if it has no other terms
 
 
 class Branches:
-    """The branches of a program, and those that are merged.
+    """Find and merge the branches of a program.
 
     Args:
-        program: the model's.
-        exits: for each call the value that it gives, with what was folded into it.
+        program: the program of the model.
+        exits: the output of each call, after what was folded into it.
 
     Attributes:
-        gone: paths of layers and batch norms that are parts of others now.
-        paths: those of all layers in a sum of branches, merged or not.
-        norms: the batch norms among them, with the layer.
-        report: what was merged, what not and why.
+        gone: paths of layers and batch norms that were merged into others.
+        paths: paths of all layers in a sum of branches, merged or not.
+        norms: pairs of a layer and a batch norm that was merged into it.
+        report: what was merged, and why the rest was not.
     """
 
     def __init__(self, program: Program, exits: dict[int, int]) -> None:
@@ -48,10 +48,10 @@ class Branches:
         self.report: list[Branch] = []
 
     def merge(self, links: Mapping[Path, list[Backward]]) -> list[Merge]:
-        """Merge the branches that can be, one sum of each kind at a time.
+        """Merge branches, considering each set of layers once.
 
         Args:
-            links: what was folded into each layer.
+            links: the batch norms that were folded into each layer.
         """
         groups: dict[tuple[Path, ...], list[_Group]] = defaultdict(list)
         for group in self._groups(links):
@@ -65,7 +65,7 @@ class Branches:
         return found
 
     def _merged(self, groups: list[_Group]) -> list[Merge]:
-        """Merge the groups of the same layers, which are all or none."""
+        """Merge groups with the same layers, in all of them or in none."""
         calls = sorted(groups[0].calls, key=lambda place: place.start)
         linear = [place for place in calls if not place.call.norm]
         host = max(linear, key=lambda p: _reach(p.call.linear.window, calls))
@@ -88,23 +88,23 @@ class Branches:
         return found
 
     def _merge(self, host: Place, place: Place, groups: list[_Group]) -> Merge | str:
-        """The merge of a branch into a layer, or why there is none."""
+        """The merge of a branch into a layer, or why it can't be merged."""
         for each in (host, place):
             if reason := self._program.trouble(each):
                 return reason
             visits = [v for v in self._program.visits if v.call.path == each.call.path]
             lost = any(self._program.calls[n].path == each.call.path for n in self._program.lost)
             if len(visits) != len(groups) or lost:
-                return f"'{'/'.join(each.call.path)}' is used elsewhere too"
+                return f"'{'/'.join(each.call.path)}' is also used elsewhere"
         into, window = host.call.linear, _window(place, host)
         if not place.call.norm and place.call.linear.style != into.style:
             return "it computes in another dtype or precision"
         if opaque := into.opaque or place.call.linear.opaque:
             return f"one of them {opaque}"
         if into.mask is not None:
-            return "the other has a mask for its kernel"
+            return "the other has a kernel mask"
         if into.window is None or window is None:
-            return f"a {host.call.linear.kind} and a {place.call.linear.kind} are not merged"
+            return f"a {host.call.linear.kind} and a {place.call.linear.kind} can't be merged"
         if place.call.norm and place.call.axes != (len(place.call.input) - 1,):
             return "its channels are not the last axis"
         found = taps(into.window, window, place.call.input)
@@ -113,7 +113,7 @@ class Branches:
         return Merge(host.call, place.call, found, window)
 
     def _groups(self, links: Mapping[Path, list[Backward]]) -> list[_Group]:
-        """The calls of one input that are added, in the order of the sums."""
+        """Calls with the same input whose outputs are added, in the order of the sums."""
         program = self._program
         taken = self.gone | {link.norm.path for each in links.values() for link in each}
         self._values = {*self._exits.values()}
@@ -138,7 +138,7 @@ class Branches:
         return groups
 
     def _is_inner(self, value: int) -> bool:
-        """Whether a sum is only a part of another."""
+        """Whether a sum is only a term of another."""
         users = self._program.uses[value]
         if len(users) != 1:
             return False
@@ -148,7 +148,7 @@ class Branches:
         return step.name == "add"
 
     def _leaves(self, root: int) -> list[int]:
-        """What a sum is the sum of: outputs of layers, or -1 for what is used elsewhere too."""
+        """The terms of a sum; -1 for those that are also used elsewhere."""
         program, leaves, sums = self._program, [], [root]
         while sums:
             for operand in program.steps[program.makers[sums.pop()]].operands:
@@ -169,7 +169,7 @@ class Branches:
         return literal is not None and not np.ndim(literal) and float(literal) == 0
 
     def _end(self, value: int) -> int:
-        """The value before casts, or the output of a layer."""
+        """The value before any casts, or the output of a layer."""
         while value not in self._values:
             maker = self._program.makers.get(value)
             step = None if maker is None else self._program.steps[maker]
@@ -179,7 +179,7 @@ class Branches:
         return value
 
     def _used_once(self, value: int, leaf: int) -> bool:
-        """Whether a leaf goes into a sum and nowhere else."""
+        """Whether a leaf is used only in the sum."""
         while len(self._program.uses[value]) == 1:
             if value == leaf:
                 return True
@@ -187,7 +187,7 @@ class Branches:
         return False
 
     def _origin(self, value: int) -> int:
-        """The value that an input of a layer is a copy of."""
+        """The value that the input of a layer is a copy of."""
         while (maker := self._program.makers.get(value)) is not None:
             step = self._program.steps[maker]
             if step.name not in _UNMOVED or (step.mark and step.mark[1] == "exit"):
@@ -197,7 +197,7 @@ class Branches:
 
 
 def _window(place: Place, host: Place) -> Window | None:
-    """The window of a branch; of a batch norm that of a conv with one tap and a group a channel."""
+    """The window of a branch; a batch norm is a depthwise conv with a single tap."""
     if not place.call.norm:
         return place.call.linear.window
     like = host.call.linear.window
@@ -208,7 +208,7 @@ def _window(place: Place, host: Place) -> Window | None:
 
 
 def _reach(window: Window | None, calls: Sequence[Place]) -> tuple[int, int, int]:
-    """How much of other kernels a kernel can hold."""
+    """A sort key that is largest for the kernel that can hold the others."""
     if window is None:
         return (-1, 0, 0)
     return (math.prod(window.extent), math.prod(window.size), -window.groups)

@@ -1,4 +1,4 @@
-"""What a call of a conv, dense or batch norm layer does, as far as folding must know."""
+"""What folding needs to know about a call of a conv, dense or batch norm layer."""
 
 import dataclasses
 import itertools
@@ -29,19 +29,19 @@ _GENERAL = (nn.DenseGeneral, nnx.LinearGeneral)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
-    """What a conv or dense layer does with the axes of its input.
+    """How a conv or dense layer treats the axes of its input.
 
     Attributes:
         kind: the name of its class.
-        features: how many last axes of its output are its channels.
-        bias_shape: of its bias, if it has one or not.
-        inner: the axes of its input that its kernel has, in the order of the kernel.
-        batch: how many of these it has in its output too.
-        transposed: whether the channels of its output are the last but one axis of its kernel.
-        window: where it reads its input; None where that is not known.
-        mask: what its kernel is multiplied with.
+        features: the number of trailing output axes that are channels.
+        bias_shape: the shape of its bias, whether or not it has one.
+        inner: the input axes that its kernel has, in the kernel's order.
+        batch: how many of these are batch axes, which its output also has.
+        transposed: whether its output channels are the second to last axis of its kernel.
+        window: where it reads its input; None if unknown.
+        mask: what its kernel is multiplied by.
         style: its dtype and precision.
-        opaque: what it does that is not known; None if all is.
+        opaque: what it does that folding can't see through; None if nothing.
     """
 
     kind: str
@@ -62,15 +62,15 @@ class Linear:
 
 
 class Call(NamedTuple):
-    """A call of a conv, dense or batch norm layer, as the layer said it would be."""
+    """A call of a conv, dense or batch norm layer, as described by the layer."""
 
     path: Path
     norm: bool
-    reason: str | None  # why it can't be folded, if that is known from the layer alone
+    reason: str | None  # why it can't be folded, if the layer alone rules it out
     affine: tuple[str, ...]  # which of scale and bias it has
     dtypes: tuple[Any, Any]  # of input and output
-    shapes: dict[str, tuple[int, ...]]  # of all that it marked, as the layer saw it
-    axes: tuple[int, ...] = ()  # of a batch norm: its channels
+    shapes: dict[str, tuple[int, ...]]  # of the values that it marked, as the layer saw them
+    axes: tuple[int, ...] = ()  # the channel axes of a batch norm
     eps: Any = 0.0
     linear: Linear = Linear("", 0, ())
 
@@ -85,20 +85,20 @@ def norm_facts(visit: Visit) -> dict[str, Any]:
     does = visit.facts
     if does.tracked and not visit.running:
         raise ValueError(
-            f"`model` must be in evaluation, but the batch norm at {checks.where(visit.path)} is "
-            "in training mode. Pass what turns that off, as in `apply_kwargs={'train': False}`."
+            f"`model` must be in evaluation mode, but the batch norm at {checks.where(visit.path)} "
+            "is in training mode. Switch it, as with `apply_kwargs={'train': False}`."
         )
     reason = None
     if not does.tracked:
         reason = "the batch norm has no running statistics"
     elif visit.mask is not None:
-        reason = "the batch norm is given a mask, which it does not need in evaluation"
+        reason = "the batch norm is called with a mask, which it does not need in evaluation"
     elif does.by_batch:
-        reason = f"the batch norm normalizes with its input in evaluation, by using={does.using}"
+        reason = f"the batch norm normalizes by its input in evaluation, with using={does.using}"
     elif does.banks is not None:
-        reason = "the batch norm has banks: fold what bnjax.select_bank(variables, bank) returns"
+        reason = "the batch norm has banks: fold the result of bnjax.select_bank(variables, bank)"
     elif {"scale", "bias"} & visit.extra.keys():
-        reason = "the batch norm is given a scale or a bias for each example"
+        reason = "the batch norm is called with a scale or a bias for each example"
     axes = checks.feature_axes(does.axis, jnp.ndim(visit.x))
     return {"reason": reason, "affine": does.affine, "axes": axes, "eps": does.eps}
 
@@ -140,7 +140,7 @@ def _linear(base: Any, layer: Any, shape: tuple[int, ...], ndim: int) -> Linear:
 def _opaque(layer: Any, mask: Any) -> str | None:
     functions = (getattr(layer, name, None) for name in _FUNCTIONS)
     if any(each not in (None, *_FLAX) for each in functions):
-        return "computes with a function of its own"
+        return "computes with a custom function"
     return "has a mask that is computed in the model" if is_traced(mask) else None
 
 

@@ -1,4 +1,4 @@
-"""All edits of a fold together: on the variables before training ends, and after."""
+"""Apply the edits of a fold to variables, before or after quantization."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ Quantize = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Edits:
-    """What a fold does to variables.
+    """The changes that a fold makes to variables.
 
     Attributes:
-        each: in their order.
-        quantize: what is put around folded kernels.
+        each: the edits, in order.
+        quantize: a function to call on folded kernels, if any.
     """
 
     each: tuple[Edit, ...]
@@ -31,39 +31,39 @@ class Edits:
 
     @functools.cached_property
     def norms(self) -> dict[Path, tuple[Any, Any]]:
-        """The dtypes of input and output of the batch norms that give their input."""
+        """The input and output dtypes of the batch norms that now return their input."""
         folded = (edit.norm for edit in self.each if not isinstance(edit, Merge))
         return {norm.path: norm.dtypes for norm in folded}
 
     @functools.cached_property
     def gone(self) -> dict[Path, Merge]:
-        """The merges of branches that give zeros."""
+        """The merges of the branches that now return zeros."""
         return {edit.branch.path: edit for edit in self.each if isinstance(edit, Merge)}
 
     @functools.cached_property
     def merges(self) -> dict[Path, list[Merge]]:
-        """The branches that a layer holds."""
+        """The branches that were merged into each layer."""
         hosts = {edit.host.path for edit in self.gone.values()}
         return {host: [m for m in self.gone.values() if m.host.path == host] for host in hosts}
 
     @functools.cached_property
     def padded(self) -> dict[Path, Window]:
-        """The windows of layers that pad with a value of their own."""
+        """The windows of layers that pad with a value per channel."""
         found = (edit.layer for edit in self.each if isinstance(edit, Forward) and edit.pads)
         return {call.path: call.linear.window for call in found if call.linear.window}
 
     @functools.cached_property
     def layers(self) -> frozenset[Path]:
-        """The layers with another kernel."""
+        """The layers with a new kernel."""
         changed = (e.host if isinstance(e, Merge) else e.layer for e in self.each)
         return frozenset(call.path for call in changed) - self.gone.keys()
 
     def fold(self, flat: Mapping[Key, Any], xp: Any) -> dict[Key, Any]:
-        """The folded variables of these, by collection and path."""
+        """Fold variables, by collection and path."""
         numbers = self._run(flat, xp)
         biases = numbers
         if self.quantize is not None:
-            # What a batch norm adds goes through the kernel as it is quantized.
+            # The shift of a batch norm passes through the next layer's quantized kernel.
             biases = self._run({**flat, **self.fake_quantize(flat)}, xp)
         out = {k: v for k, v in flat.items() if k[1:-1] not in {*self.norms, *self.gone}}
         for key in numbers.new:
@@ -80,7 +80,7 @@ class Edits:
         return {**flat, **kernels}
 
     def fake_quantize(self, flat: Mapping[Key, Any]) -> dict[Key, Any]:
-        """Kernels that compute before folding what the quantized ones compute after it."""
+        """Unfolded kernels that compute the same as the folded and quantized ones."""
         fixed = {
             key: jax.lax.stop_gradient(leaf) if key[0] == "batch_stats" else leaf
             for key, leaf in flat.items()
@@ -102,7 +102,7 @@ class Edits:
         value = self.quantize(kernel)
         if jnp.shape(value) != kernel.shape:
             raise ValueError(
-                f"`quantize` must return an array of the shape of its kernel, {kernel.shape} at "
+                f"`quantize` must preserve the shape of the kernel, {kernel.shape} at "
                 f"'{'/'.join(key[1:-1])}', got {jnp.shape(value)}."
             )
         return jnp.asarray(value, kernel.dtype)
@@ -115,13 +115,13 @@ class Edits:
 
 
 def _as(value: Any, key: Key, flat: Mapping[Key, Any], exact: bool) -> Any:
-    """An array as it is kept: of the dtype, box and device of what was there."""
+    """Give an array the dtype, box and device of the one that it replaces."""
     kernel = flat[(*key[:-1], "kernel")]
     box = flat.get(key, kernel)
     old = meta.unbox(box)
     dtype = jnp.promote_types(old.dtype, jnp.float32) if key[-1] == PAD else old.dtype
     new = jnp.asarray(value.astype(dtype))
-    # What is tied to no device stays so: a committed array compiles as a sharded program.
+    # Keep uncommitted arrays uncommitted: a committed one compiles as a sharded program.
     if exact and isinstance(old, jax.Array) and old.committed and old.shape == new.shape:
         new = jax.device_put(new, old.sharding)
     return meta.replace_boxed(box, new) if key in flat else new

@@ -1,7 +1,7 @@
-"""Where the channels of a value are, from one equation to the next.
+"""Follow the channels of a value from one equation to the next.
 
-Only what moves values, or takes means over those that share a channel, is followed: then an affine
-map of the channels before it is the same map after it.
+This covers only equations that move values, or take means over values of the same channel. These
+commute with an affine map of the channels.
 """
 
 import math
@@ -19,12 +19,12 @@ class Flow(NamedTuple):
     """Where the channels of a layer are in a value.
 
     Attributes:
-        channels: the number of the channel, of as many axes as the value; of length 1 along those
-            where it is the same.
-        axes: those along which there are channels.
-        weight: what the value would be if it had been 1.
-        sums: how many sums have not been divided by a number: those are no means, whatever the
-            weight is for inputs of this size.
+        channels: the channel number of each entry, with as many axes as the value, and length 1
+            along those where it is constant.
+        axes: the channel axes.
+        weight: what a value of 1 has become.
+        sums: how many sums have not been divided by a number: these are not means, even if the
+            weight is 1 for inputs of this size.
     """
 
     channels: np.ndarray
@@ -34,24 +34,24 @@ class Flow(NamedTuple):
 
     @property
     def scaled(self) -> str | None:
-        """How the value is scaled, for a reader; None if it is not."""
+        """How the value is scaled, in words; None if it is not."""
         if self.sums > 0:
             return "summed"
         return None if abs(self.weight - 1) < 1e-6 else f"multiplied by {self.weight:.3g}"
 
     def varies(self, axis: int) -> bool:
-        """Whether the channel may be another along an axis."""
+        """Whether the channel may change along an axis."""
         return self.channels.shape[axis] > 1
 
     def on(self, axes: Sequence[int]) -> np.ndarray:
-        """The numbers of the channels, with these axes alone, which hold them all."""
+        """The channel numbers along these axes only, outside of which they are constant."""
         others = tuple(a for a in range(self.channels.ndim) if a not in axes)
         order = np.argsort(np.argsort(axes))
         return np.transpose(np.squeeze(self.channels, others), order)
 
 
 def flow_of(shape: Sequence[int], axes: Sequence[int]) -> Flow:
-    """The channels of a layer in a value of this shape, numbered along these axes, sorted."""
+    """The channels of a layer in a value of this shape, numbered along these sorted axes."""
     sizes = [size if axis in axes else 1 for axis, size in enumerate(shape)]
     return Flow(np.arange(math.prod(sizes)).reshape(sizes), frozenset(axes))
 
@@ -121,7 +121,7 @@ def _reshape(flow: Flow, params: Any, shape: Any, *_: Any) -> Flow | None:
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
-    """Axes that become others, in order: numbers of the old, sizes of the new."""
+    """The old axes, by number, and the new ones, by size, of each group that is reshaped."""
     if not all(isinstance(size, int) and size for size in (*old, *new)):
         return None
     groups, at, to = [], 0, 0

@@ -1,4 +1,4 @@
-"""A model whose batch norms are folded: Folded."""
+"""A model with folded batch norms."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from bnjax.models.visits import applying, visiting
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a model is called with an input, or with the entries of a batch."""
+    """How to call a model with an input or with the entries of a batch."""
 
     layout: Layout | None
     kwargs: Mapping[str, Any]
@@ -42,9 +42,9 @@ class Folded:
     """A model in evaluation, without the batch norms that were folded.
 
     Attributes:
-        variables: its variables: folded kernels and biases, and nothing of those batch norms and
-            branches. Of an nnx model they are a dict as linen has it: of collections, by path.
-        report: what was folded, what was not and why, and what it changed in the outputs.
+        variables: its variables, with folded kernels and biases, and without folded batch norms and
+            merged branches. For an nnx model, a dict of collections, by path, as in linen.
+        report: what was folded, what was not, why, and how much the outputs changed.
     """
 
     variables: dict[str, Any]
@@ -56,7 +56,7 @@ class Folded:
     _key: Any = dataclasses.field(default_factory=object)
 
     def __repr__(self) -> str:
-        """What came of it, in a line."""
+        """The result on one line."""
         return f"Folded({self.report!r})"
 
     def __rich__(self) -> Report:
@@ -68,27 +68,27 @@ class Folded:
 
     @property
     def max_difference(self) -> float:
-        """Largest difference that folding made to an output on `example_x`."""
+        """The largest change of an output on `example_x`."""
         return self.report.max_difference
 
     def apply(self, variables: Mapping[str, Any], x: Any) -> Any:
-        """The output of the model: pure, and for `jax.jit`, `jax.grad` and `jax.export`.
+        """The output of the model: a pure function, for `jax.jit`, `jax.grad` and `jax.export`.
 
         Args:
-            variables: those of this object, or others of the same tree. Their folded kernels are
-                used as `quantize` returns them.
+            variables: those of this object, or others with the same structure. Their folded kernels
+                are quantized, if there is a `quantize`.
             x: an input like `example_x`, of any batch size.
 
         Raises:
-            ValueError: the variables still hold a batch norm that was folded; or branches were
-                merged that have another position for an input of this size.
+            ValueError: the variables still hold a folded batch norm, or merged branches would be
+                aligned differently for an input of this size.
         """
         flat = flat_of(variables)
         held = {key[1:-1] for key in flat}
         if unfolded := ["/".join(path) for path in self._edits.norms if path in held]:
             raise ValueError(
-                f"`variables` must be those of the folded model, but hold the batch norms "
-                f"{unfolded}, which are folded. Pass `folded.variables`."
+                f"`variables` must be those of the folded model, but still hold the batch norms "
+                f"{unfolded}. Pass `folded.variables`."
             )
         if self._edits.quantize is not None:
             variables = traverse_util.unflatten_dict(self._edits.quantized(flat))
@@ -97,11 +97,11 @@ class Folded:
             return self._form(self._model, variables, x)
 
     def refold(self, variables: Any) -> dict[str, Any]:
-        """Other variables of the model, folded as these were: pure, for `jax.jit` and `jax.grad`.
+        """Fold other variables of the model: a pure function, for `jax.jit` and `jax.grad`.
 
         Args:
-            variables: those of the model before folding, after more training, say; of an nnx model
-                an `nnx.State`, or the model.
+            variables: variables of the unfolded model, such as after more training; for an nnx
+                model, an `nnx.State` or the model itself.
 
         Returns:
             Variables for `apply`, computed in the precision of the parameters, float32 at least.
@@ -109,25 +109,25 @@ class Folded:
         return traverse_util.unflatten_dict(self._edits.fold(self._unfolded(variables), jnp))
 
     def fake_quantize(self, variables: Any) -> Any:
-        """The variables to train with: kernels that carry the error of quantizing folded ones.
+        """Variables for quantization-aware training of the unfolded model.
 
-        Each kernel W that is folded to `W * s`, with `s = scale / sqrt(var + eps)` by the running
-        variance, becomes `quantize(W * s) / s`. The model itself, called with it, trains as
-        `torch.ao.nn.intrinsic.qat.ConvBn2d` does, with any layer that folds: batch norms normalize
-        by the batch and move their statistics; gradients reach W and scale through `quantize`, and
-        none reaches the running variance. In evaluation the model gives what `fold` with the same
-        `quantize` gives.
+        Each kernel W that folds to `W * s`, with `s = scale / sqrt(var + eps)` from the running
+        variance, becomes `quantize(W * s) / s`. With these, the model trains as
+        `torch.ao.nn.intrinsic.qat.ConvBn2d` does, for any layer that folds: batch norms normalize
+        by the batch and update their statistics; gradients reach W and scale through `quantize`,
+        but not the running variance. In evaluation, the model computes the same as `fold` with the
+        same `quantize`.
 
-        Where s is 0, W stays as it is. Of merged branches the largest, W, carries the error of
-        their kernel K: it becomes `W + (quantize(K) - K) / s`, and where its s is 0, none does.
+        Where s is 0, W is unchanged. When branches are merged into a kernel K, the largest one, W,
+        carries the whole error: it becomes `W + (quantize(K) - K) / s`, or stays W where s is 0.
 
         Args:
-            variables: those of the model before folding. Of an nnx model its `nnx.State`, or the
-                model: what is returned then shares all but those kernels with it, so that a call
-                moves its running statistics.
+            variables: variables of the unfolded model. For an nnx model, its `nnx.State`, or the
+                model itself: the returned model then shares everything but those kernels with it,
+                so calling one updates the running statistics of both.
 
         Raises:
-            ValueError: the model was folded without `quantize`, or is another one.
+            ValueError: the model was folded without `quantize`, or the variables do not fit it.
 
         >>> import bnjax
         >>> step = 0.25
@@ -142,7 +142,7 @@ class Folded:
         """
         if self._edits.quantize is None:
             raise ValueError(
-                "The model must be folded with a quantizer to train for it, got none. Write "
+                "The model must be folded with `quantize` to train for it, got None. Write "
                 "fold(model, variables, example_x, quantize=...)."
             )
         flat = self._unfolded(variables)
@@ -155,7 +155,7 @@ class Folded:
         return traverse_util.unflatten_dict({**flat, **new})
 
     def _unfolded(self, variables: Any) -> dict[Path, Any]:
-        """Variables of the model before folding, by collection and path."""
+        """Variables of the unfolded model, by collection and path."""
         if isinstance(variables, nnx.Module):
             variables = nnx.state(variables)
         flat = arrays_of(variables) if isinstance(variables, nnx.State) else flat_of(variables)
@@ -165,8 +165,8 @@ class Folded:
         wanted += [("batch_stats", *path, "var") for path in self._edits.norms]
         if missing := sorted("/".join(key) for key in wanted if key not in flat):
             raise ValueError(
-                "`variables` must be those of the model before it was folded, but these are "
-                f"missing: {missing}."
+                "`variables` must be those of the unfolded model, but these are missing: "
+                f"{missing}."
             )
         return flat
 
@@ -198,31 +198,31 @@ class Folded:
 
 
 def _result(x: Any, dtypes: tuple[Any, Any]) -> Any:
-    """The dtype that a layer gives, which gave the second where it was given the first."""
+    """The output dtype of a layer that returned the second dtype for the first."""
     return dtypes[1] if x.dtype == dtypes[0] else x.dtype
 
 
 def _zeros(merge: Merge, x: jax.Array) -> jax.Array:
-    """What a merged branch gives: nothing, which XLA need not add."""
+    """The output of a merged branch: zeros, which XLA does not have to add."""
     linear = merge.branch.linear
     shape = merge.window.output(x.shape, linear.bias_shape[-1])
     return jnp.zeros(shape, _result(x, merge.branch.dtypes))
 
 
 def _aligned(merge: Merge, x: jax.Array) -> None:
-    """The branch reads the values of the input that it has been merged for."""
+    """Check that a branch reads the same values of the input as when it was merged."""
     window = merge.host.linear.window
     if window is not None and taps(window, merge.window, x.shape) != merge.taps:
         branch, host = ("/".join(call.path) for call in (merge.branch, merge.host))
         raise ValueError(
-            f"`x` must give '{host}' an input whose size is padded as that of `example_x` was, for "
-            f"'{branch}' was merged into it, but got {x.shape} where it was {merge.host.input}. "
-            "Fold the model with an input of this size."
+            f"`x` must be padded at '{host}' as `example_x` was, because '{branch}' was merged "
+            f"into it, but its shape there is {x.shape}, not {merge.host.input}. Fold the model "
+            "with an input of this size."
         )
 
 
 def _padded(x: jax.Array, value: jax.Array, window: Window) -> jax.Array:
-    """An input padded with a value for each channel."""
+    """Pad an input with a value per channel."""
     pads = window.pads(x.shape)
     if not any(map(any, pads)):
         return x

@@ -1,4 +1,4 @@
-"""Batch norms whose output goes into conv and dense layers alone."""
+"""Fold batch norms into the conv and dense layers after them."""
 
 from collections import defaultdict
 from collections.abc import Collection
@@ -12,18 +12,18 @@ from bnjax.models.folding.numbers import Forward, Numbers
 from bnjax.models.folding.program import OUTPUT, Place, Program, quoted
 from bnjax.models.statistics import Path
 
-_OWN = ""  # the reason of what goes to the model's output, where nothing could be done
+_OWN = ""  # for a batch norm at the model's output, which needs no reason
 
 
 def forward(
     program: Program, numbers: Numbers, taken: Collection[Path]
 ) -> tuple[list[Forward], dict[Path, str]]:
-    """Batch norms that are folded into all layers after them, and why others are not.
+    """Fold batch norms into all layers after them; also return why others can't be folded.
 
     Args:
-        program: the model's.
+        program: the program of the model.
         numbers: its variables.
-        taken: paths of batch norms and branches that are folded already.
+        taken: paths of batch norms and branches that are already folded.
     """
     visits: dict[Path, list[Place]] = defaultdict(list)
     for visit in program.visits:
@@ -53,7 +53,7 @@ def _refuse_others(
     reasons: dict[Path, str],
     taken: Collection[Path],
 ) -> None:
-    """Refuse layers that have other inputs than those of one batch norm."""
+    """Refuse layers that are also called on other inputs than one batch norm's output."""
     lost = {program.calls[number].path for number in program.lost}
     for path, each in list(found.items()):
         first: dict[Path, Forward] = {}
@@ -62,19 +62,19 @@ def _refuse_others(
             other = first.setdefault(layer, edit)
             fed = {start for start, e in each.items() if e.layer.path == layer}
             if fed != {v.start for v in visits[layer]} or layer in lost:
-                reasons[path] = f"{quoted(layer)} is used for another input too"
+                reasons[path] = f"{quoted(layer)} is also used for another input"
             elif not np.array_equal(other.channel, edit.channel):
-                reasons[path] = f"{quoted(layer)} is used for its channels in another order too"
+                reasons[path] = f"{quoted(layer)} is also used for its channels in another order"
         if path in reasons:
             del found[path]
 
 
 class _After:
-    """The layers after a batch norm, of all its calls.
+    """The layers after all calls of a batch norm.
 
     Attributes:
         found: what is folded into each call of a layer, by its start.
-        reason: why nothing is.
+        reason: why nothing is folded; None if something is.
     """
 
     def __init__(self, program: Program, numbers: Numbers, taken: Collection[Path]) -> None:
@@ -83,13 +83,13 @@ class _After:
         self.reason: str | None = None
 
     def norm(self, visit: Place) -> None:
-        """Look where the output of a call goes."""
+        """Follow the output of a call."""
         self._refuse(self._program.trouble(visit))
         shape = visit.call.shapes.get("exit")
         if self.reason is None and shape is not None:
             self._value(visit, visit.result, flow_of(shape, visit.call.axes))
             if not self.found and self.reason is None:
-                self.reason = "its output goes into nothing"
+                self.reason = "its output is not used"
 
     def _refuse(self, reason: str | None) -> None:
         self.reason = reason if self.reason is None else self.reason
@@ -99,7 +99,7 @@ class _After:
         for user in program.uses[value]:
             step, layer = program.steps[user], program.starting.get(user)
             if layer is not None and layer.call.path in self._taken:
-                continue  # a branch of another layer that has the same input
+                continue  # merged into another layer with the same input
             if layer is not None and not layer.call.norm:
                 self._layer(norm, layer, flow)
                 continue
@@ -114,15 +114,16 @@ class _After:
         name, linear = quoted(layer.call.path), layer.call.linear
         reason = self._program.trouble(layer)
         if reason is None and not linear.inner:
-            reason = f"its output goes into {name}, and a {linear.kind} is not folded into"
+            only = f"and a {linear.kind} can only fold what follows it"
+            reason = f"its output goes into {name}, {only}"
         elif reason is None and linear.opaque:
             reason = f"its output goes into {name}, which {linear.opaque}"
         elif reason is None and linear.window and set(linear.window.input_dilation) - {1}:
-            reason = f"its output goes into {name}, which puts zeros between its values"
+            reason = f"its output goes into {name}, which dilates it with zeros"
         elif reason is None and not flow.axes.issubset(linear.inner):
             axes = ", ".join(str(a) for a in sorted(flow.axes - {*linear.inner}))
             reason = (
-                f"its channels are axis {axes} of the input of {name}, which is not summed over"
+                f"its channels are axis {axes} of the input of {name}, which does not sum over it"
             )
         elif reason is None and flow.scaled:
             reason = f"its output is {flow.scaled} before {name}"
@@ -133,7 +134,7 @@ class _After:
         self._refuse(reason)
 
     def _padding(self, edit: Forward) -> str | None:
-        """Why what the layer pads with can't be replaced."""
+        """Why the layer's padding can't be replaced; None if it can."""
         if not edit.pads:
             return None
         value = np.asarray(edit.pad_value(self._numbers))
@@ -149,7 +150,7 @@ class _After:
 
 
 def _channel(layer: Place, flow: Flow) -> np.ndarray:
-    """The channel of a batch norm for each entry of the kernel of a layer, to broadcast."""
+    """The channel of a batch norm for each entry of a layer's kernel, broadcastable to it."""
     linear = layer.call.linear
     index = flow.on(linear.inner)
     if linear.window is None or linear.window.groups == 1:

@@ -1,4 +1,4 @@
-"""The arithmetic of folding: exact in float64 where it is done once, and traced where it is not."""
+"""The arithmetic of folding: in float64 with NumPy when done once, or traced with JAX."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,15 +17,15 @@ Key = tuple[str, ...]
 
 
 class Numbers:
-    """The arrays of a model, wide, and what edits have made of them.
+    """The arrays of a model in high precision, with the changes that edits make.
 
     Args:
         flat: the variables by collection and path.
-        xp: numpy, for float64, or jax.numpy, for the precision of the parameters or float32.
+        xp: numpy, for float64, or jax.numpy, for the precision of the parameters, float32 at least.
 
     Attributes:
-        new: what is not as it was, by collection and path.
-        gains: what each kernel has been multiplied with.
+        new: the changed arrays, by collection and path.
+        gains: what each kernel has been multiplied by.
     """
 
     def __init__(self, flat: Mapping[Key, Any], xp: Any) -> None:
@@ -34,7 +34,7 @@ class Numbers:
         self.gains: dict[Path, Any] = {}
 
     def read(self, collection: str, path: Path, name: str, default: float = 0) -> Any:
-        """An array of a layer."""
+        """Read an array of a layer, with all changes so far."""
         key = (collection, *path, name)
         if key in self.new:
             return self.new[key]
@@ -45,26 +45,26 @@ class Numbers:
         return jnp.asarray(value, jnp.promote_types(jnp.result_type(value), jnp.float32))
 
     def kernel(self, call: Call) -> Any:
-        """The kernel that a layer computes with."""
+        """The kernel that a layer computes with, masked if it has a mask."""
         kernel, mask = self.read("params", call.path, "kernel"), call.linear.mask
         return kernel if mask is None else kernel * mask
 
     def bias(self, call: Call) -> Any:
-        """The bias of a layer, zero where it has none."""
+        """The bias of a layer, or zeros if it has none."""
         held = "bias" in call.affine or ("params", *call.path, "bias") in self.new
         bias = self.read("params", call.path, "bias") if held else 0.0
         return self.xp.broadcast_to(bias, call.linear.bias_shape)
 
     def put(self, call: Call, kernel: Any, bias: Any, gain: Any = 1.0) -> None:
-        """A layer with another kernel and bias, the kernel multiplied by a gain among others."""
+        """Replace the kernel and bias of a layer, and record the kernel's gain."""
         self.new[("params", *call.path, "kernel")] = kernel
         self.new[("params", *call.path, "bias")] = bias
         self.gains[call.path] = self.gains.get(call.path, 1.0) * gain
 
     def affine(self, norm: Call) -> tuple[Any, Any, Any]:
-        """Factor, mean and bias of a batch norm, `(x - mean) * factor + bias`, by channel."""
+        """Factor, mean and bias of a batch norm per channel, in `(x - mean) * factor + bias`."""
         mean, var = (self.read("batch_stats", norm.path, name) for name in ("mean", "var"))
-        # A registered class may have none, though nobody said so.
+        # A layer of a registered class may lack them even if its facts name them.
         scale = self.read("params", norm.path, "scale", 1) if "scale" in norm.affine else 1.0
         bias = self.read("params", norm.path, "bias") if "bias" in norm.affine else 0.0
         factor = scale / self.xp.sqrt(var + norm.eps)
@@ -72,7 +72,7 @@ class Numbers:
         return tuple(each.reshape(-1) for each in (factor, mean, bias))
 
     def map(self, norm: Call) -> tuple[Any, Any]:
-        """Factor and shift of a batch norm, `x * factor + shift`, by channel."""
+        """Factor and shift of a batch norm per channel, in `x * factor + shift`."""
         factor, mean, bias = self.affine(norm)
         return factor, bias - mean * factor
 
@@ -84,8 +84,8 @@ class Backward:
     Attributes:
         layer: the layer.
         norm: the batch norm.
-        channel: for each output of the layer the channel of the batch norm.
-        plain: whether its output has the shape and order of the layer's.
+        channel: the channel of the batch norm for each output of the layer.
+        plain: whether its output has the shape and channel order of the layer's.
     """
 
     layer: Call
@@ -110,8 +110,8 @@ class Forward:
     Attributes:
         norm: the batch norm.
         layer: the layer.
-        channel: the channel of the batch norm for each entry of the layer's kernel, which it
-            broadcasts to.
+        channel: the channel of the batch norm for each entry of the layer's kernel, to which it
+            broadcasts.
     """
 
     norm: Call
@@ -119,7 +119,7 @@ class Forward:
     channel: np.ndarray
 
     def run(self, numbers: Numbers) -> None:
-        """Fold it; where the layer pads with zeros, what it shall pad with instead."""
+        """Fold it; if the layer pads with zeros, set the value to pad with instead."""
         linear, kernel = self.layer.linear, numbers.kernel(self.layer)
         factor, shift = numbers.map(self.norm)
         summed = tuple(range(linear.batch, kernel.ndim - linear.features))
@@ -131,15 +131,15 @@ class Forward:
 
     @property
     def pads(self) -> bool:
-        """Whether the layer pads with zeros, which the batch norm would not have given."""
+        """Whether the layer pads the output of the batch norm with zeros."""
         window = self.layer.linear.window
         return window is not None and window.may_pad and not window.by_values
 
     def pad_value(self, numbers: Numbers) -> Any:
-        """What the batch norm makes zero, for each channel of the layer's input."""
+        """The value that the batch norm maps to zero, for each input channel of the layer."""
         factor, shift = numbers.map(self.norm)
         where = numbers.xp.where
-        none = where(shift == 0, 0.0, np.inf)  # nothing becomes zero, or everything
+        none = where(shift == 0, 0.0, np.inf)  # every value maps to zero, or none does
         value = where(factor == 0, none, -shift / where(factor == 0, 1.0, factor))
         groups = self.layer.linear.window.groups if self.layer.linear.window else 1
         per_group = self.channel.shape[-1] // groups  # outputs
@@ -148,13 +148,13 @@ class Forward:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Merge:
-    """A branch that becomes a part of the kernel of another layer.
+    """A branch that is added to the kernel of another layer.
 
     Attributes:
-        host: the layer.
-        branch: another layer, or a batch norm of the same input.
-        taps: of the kernel of the host, those of the branch.
-        window: of the branch.
+        host: the layer that holds the branch.
+        branch: the merged layer or batch norm, which has the same input.
+        taps: the tap of the branch for each tap of the host's kernel.
+        window: the window of the branch.
     """
 
     host: Call
@@ -180,7 +180,7 @@ class Merge:
 
 
 def _regrouped(xp: Any, kernel: Any, groups: int, shape: tuple[int, ...]) -> Any:
-    """A kernel of groups as one of a shape with fewer groups, zero between them."""
+    """Expand a grouped kernel to the shape of one with fewer groups, with zeros between groups."""
     inner, outer = shape[-2:]
     size = kernel.shape[-2]
     group = np.arange(outer) // (outer // groups)

@@ -1,4 +1,4 @@
-"""What of a program is folded into what, in which order, and why the rest is not."""
+"""Decide what to fold into what, in which order, and report why the rest is not folded."""
 
 from collections import defaultdict
 from collections.abc import Collection
@@ -16,7 +16,7 @@ from bnjax.models.statistics import Path
 
 
 class Plan(NamedTuple):
-    """Edits in their order, and what a report says of them."""
+    """The edits in order, and the contents of the report."""
 
     edits: list[Edit]
     rows: list[Row]
@@ -24,10 +24,10 @@ class Plan(NamedTuple):
 
 
 def plan(program: Program, numbers: Numbers) -> Plan:
-    """What is folded: batch norms into layers before them, branches, batch norms into those after.
+    """Fold batch norms into the layers before them, merge branches, and fold into layers after.
 
     Args:
-        program: the model's.
+        program: the program of the model.
         numbers: its variables.
     """
     before = _Before(program)
@@ -51,13 +51,13 @@ class _Follow(NamedTuple):
 
 
 class _Before:
-    """Batch norms and the layers before them.
+    """Fold batch norms into the layers before them.
 
     Attributes:
-        links: by the path of a layer what is folded into it last.
-        exits: for each call of a layer the value that it gives, with what was folded into it.
+        links: what was folded into each layer, by its path.
+        exits: the output of each call of a layer, after what was folded into it.
         targets: the batch norms after each layer.
-        reasons: why a layer is not folded.
+        reasons: why nothing was folded into a layer.
     """
 
     def __init__(self, program: Program) -> None:
@@ -70,7 +70,7 @@ class _Before:
         self.reasons = dict(self._lost)
 
     def link(self, paths: Collection[Path]) -> list[Backward]:
-        """Fold what comes after these layers into them."""
+        """Fold the batch norms after these layers into them."""
         found: dict[Path, list[tuple[Place, _Follow]]] = defaultdict(list)
         for visit in self._program.visits:
             if visit.call.path in paths:
@@ -103,7 +103,7 @@ class _Before:
         return edits
 
     def _refuse_others(self, found: Any, new: dict[Path, list[Path]], reasons: Any) -> None:
-        """Refuse batch norms that have other inputs than those of one layer."""
+        """Refuse batch norms that are also called on outputs of other layers."""
         for _ in new:
             fed = {
                 follow.norm.start
@@ -116,10 +116,10 @@ class _Before:
             left |= {self._program.calls[number].path for number in self._program.lost}
             for path, norms in new.items():
                 for norm in left.intersection(norms):
-                    reasons.setdefault(path, f"{quoted(norm)} is used for another input too")
+                    reasons.setdefault(path, f"{quoted(norm)} is also used for another input")
 
     def _follow(self, visit: Place) -> _Follow:
-        """The batch norm that the output of a layer goes into, and why it can't be folded."""
+        """Follow the output of a layer to a batch norm; say why that can't be folded."""
         program, shape = self._program, visit.call.shapes["exit"]
         first = len(shape) - visit.call.linear.features
         value, flow, plain = self.exits[visit.start], flow_of(shape, range(first, len(shape))), True
@@ -127,9 +127,10 @@ class _Before:
             users = program.uses[value]
             norms = [v for u in users if (v := program.starting.get(u)) and v.call.norm]
             if len(users) != 1:
-                names = " and ".join(sorted({program.named(u) for u in users})) or "nothing"
+                names = " and ".join(sorted({program.named(u) for u in users}))
                 only = "only " if norms else ""
                 reason = f"its output goes into {names}, not {only}into a batch norm"
+                reason = reason if users else "its output is not used"
                 return _Follow(next(iter(norms), None), reason)
             if norms:
                 break
@@ -147,10 +148,10 @@ class _Before:
 
 
 def _channel(flow: Flow, norm: Place) -> tuple[np.ndarray, str | None]:
-    """For each output of a layer the channel of a batch norm that it goes into."""
+    """The channel of a batch norm for each output of a layer, or why it can't be folded."""
     channel = np.full(flow.channels.max() + 1, -1)
     found, channels = (", ".join(map(str, sorted(a))) for a in (norm.call.axes, flow.axes))
-    where = f"the batch norm is over axis {found} of its output, its channels are {channels}"
+    where = f"the batch norm is over axis {found} of its output, but its channels are {channels}"
     if not flow.axes.issuperset(norm.call.axes):
         return channel, where
     own = flow_of(norm.call.input, norm.call.axes).channels
@@ -170,7 +171,7 @@ def _rows(
     after: list[Forward],
     whys: dict[Path, str],
 ) -> list[Row]:
-    """A line for each layer in the order of the calls, and for each batch norm without one."""
+    """A row for each layer, in call order, and for each batch norm without a layer."""
     seen = {v.call.path: v for v in program.visits}
     there = {program.calls[number].path for number in program.lost} | set(seen)
     ahead: dict[Path, list[Path]] = defaultdict(list)
@@ -200,7 +201,7 @@ def _rows(
 def _why(
     program: Program, before: _Before, seen: dict[Path, Place], path: Path, whys: dict[Path, str]
 ) -> str:
-    """Why a batch norm is neither folded into a layer before nor after it."""
+    """Why a batch norm is folded into neither a layer before nor after it."""
     if reason := before.reasons.get(path) or program.trouble(seen[path]):
         return reason
     maker = program.makers.get(seen[path].source)

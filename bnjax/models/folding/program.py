@@ -1,8 +1,8 @@
-"""The program of a forward pass, flat, and where in it the layers are.
+"""The flattened program of a forward pass, and where its layers are.
 
-Every layer marks its input, its variables and its output while the forward pass is traced, with
-`checkpoint_name`, which is an equation that changes nothing. The traced program (a jaxpr) then
-has each use of each value, and the marks say whose values they are.
+While the forward pass is traced, each layer marks its input, variables and output with
+`checkpoint_name`, an equation that changes nothing. The traced program (a jaxpr) then shows every
+use of a value, and the marks show which layer the value belongs to.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from bnjax.models.statistics import Path
 from bnjax.models.visit import Visit
 from bnjax.models.visits import visiting
 
-# Equations that run another program once, on the same values; a loop is not among them.
+# Equations that run another program once, on the same values, unlike loops.
 _CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call"} | {
     "custom_jvp_call",
     "custom_vjp_call",
@@ -34,7 +34,7 @@ OUTPUT = "the model's output"
 
 
 class Step(NamedTuple):
-    """An equation of the flat program. Values are numbers, those of the inputs first."""
+    """An equation of the flat program. Values are numbered, the inputs first."""
 
     name: str
     operands: list[int]
@@ -45,7 +45,7 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass
 class Place:
-    """Where in the program a call stands, and the values that it takes and gives.
+    """Where a call is in the program, and the values that it reads and returns.
 
     Attributes:
         call: what it does.
@@ -65,13 +65,13 @@ class Place:
 
 
 class Program:
-    """The program of a forward pass, flat, and where in it the layers are."""
+    """The flattened program of a forward pass, and where its layers are."""
 
     def __init__(self, apply: Callable[[Any, Any], Any], variables: Any, x: Any) -> None:
         self.calls: list[Call] = []
         self.steps: list[Step] = []
         self.lost: dict[int, str] = {}  # calls that can't be followed, and why
-        self.literals: dict[int, Any] = {}  # values that are numbers
+        self.literals: dict[int, Any] = {}  # values that are constants
         with (
             checks.variables_fit(variables, ((x,), {})),
             visiting(self._norm, self._linear) as strangers,
@@ -121,7 +121,7 @@ class Program:
             for leaf, value in tree.items():
                 mark(meta.unbox(value), f"{collection}/{leaf}")
         y = run(x)
-        if not hasattr(y, "dtype"):  # of a class that was registered
+        if not hasattr(y, "dtype"):  # from a registered class
             self.calls[number] = self.calls[number]._replace(reason="it returns more than an array")
             return y
         y = mark(y, "exit")
@@ -138,7 +138,7 @@ class Program:
         return number
 
     def _flatten(self, program: Jaxpr, inputs: list[int]) -> list[int]:
-        """Append the steps of a program to which these inputs are given; its outputs."""
+        """Append the steps of a program that is called on these inputs; return its outputs."""
         values: dict[Any, int] = dict(zip(program.invars, inputs, strict=True))
         values |= zip(program.constvars, self._new(len(program.constvars)), strict=True)
 
@@ -170,7 +170,7 @@ class Program:
         for position, step in enumerate(self.steps):
             number, role = step.mark or (-1, "")
             if number in self.lost or (role != "enter" and number not in begun):
-                continue  # a loop leaves marks of its constants behind, even of a mere trial run
+                continue  # even the trial run of a loop leaves marks of its constants behind
             if role == "enter":
                 begun[number] = Place(self.calls[number], position, step.operands[0])
                 visits.append(begun[number])
@@ -181,12 +181,12 @@ class Program:
         return visits
 
     def named(self, position: int) -> str:
-        """What a step is, for a reader: an operation or a layer."""
+        """The name of a step for the report: an operation or a layer."""
         mark = self.steps[position].mark
         return quoted(self.calls[mark[0]].path) if mark else self.steps[position].name
 
     def trouble(self, visit: Place) -> str | None:
-        """Why a call can't be folded, whatever stands around it; None if it can."""
+        """Why a call can't be folded, regardless of those around it; None if it can."""
         if not visit.end:
             return visit.call.reason
         path = visit.call.path
@@ -197,7 +197,7 @@ class Program:
             if value >= len(self.inputs) or self.inputs[value] != (key[0], *path, key[1]):
                 return f"{here} is computed in the model"
             if any(not any(s <= u <= e for s, e in spans) for u in self.uses[value]):
-                return f"{here} is used outside of it"
+                return f"{here} is used outside it"
         return visit.call.reason
 
 
@@ -223,5 +223,5 @@ def _aval(variables: Sequence[Any]) -> Any:
 
 
 def quoted(path: Path) -> str:
-    """A path, for a reader."""
+    """A path in quotes, for the report."""
     return f"'{'/'.join(path)}'"

@@ -1,4 +1,4 @@
-"""What was folded, what was not and why: Report."""
+"""The report of a fold: what was folded, what was not, and why."""
 
 import dataclasses
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from bnjax._words import number_of
 
 
 class Row(NamedTuple):
-    """One line of a report: a layer, a batch norm before or after it, and why it stays."""
+    """A row of a report: a layer, a batch norm before or after it, and why it was not folded."""
 
     layer: str
     batch_norm: str
@@ -19,7 +19,7 @@ class Row(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """A branch of a sum: a layer or batch norm, the layer that it is merged into, or why not."""
+    """A branch of a sum, the layer that it was merged into, and why it was not merged."""
 
     branch: str
     into: str
@@ -28,16 +28,16 @@ class Branch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report(Shown):
-    """What was folded, what was not and why: `print(report)` shows a table, so does a notebook.
+    """What was folded, what was not, and why; `print(report)` and notebooks show it as a table.
 
     Attributes:
-        rows: each conv or dense layer and each batch norm, by path; `reason` is None where folded.
-        max_difference: largest difference that folding made to an output on `example_x`, computed
-            with the highest matmul precision, and without `quantize`.
+        rows: each conv or dense layer and each batch norm, by path; `reason` is None if folded.
+        max_difference: the largest change of an output on `example_x`, computed with the highest
+            matmul precision and without `quantize`.
         scale: the largest magnitude in that output.
         tolerance: how large `max_difference / scale` may be.
-        branches: each layer or batch norm that is added to another layer of the same input, and
-            that layer; `reason` is None where they became one.
+        branches: each layer or batch norm that is added to a layer with the same input, and that
+            layer; `reason` is None if they were merged.
     """
 
     rows: tuple[Row, ...]
@@ -47,7 +47,7 @@ class Report(Shown):
     branches: tuple[Branch, ...] = ()
 
     def __repr__(self) -> str:
-        """What came of it, in a line."""
+        """The result on one line."""
         return f"Report({self._done}; {self._difference})"
 
     @property
@@ -60,7 +60,7 @@ class Report(Shown):
     @property
     def _difference(self) -> str:
         largest = f"largest output difference {self.max_difference:.2g}"
-        return f"{largest}, of outputs up to {self.scale:.3g}"
+        return f"{largest}, for outputs up to {self.scale:.3g}"
 
     def __rich__(self) -> Table:
         """The table, for rich."""

@@ -14,15 +14,15 @@ _BY_VALUES = ("CIRCULAR", "REFLECT")
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The window of a conv; a dense layer has one without spatial axes.
+    """The window of a conv; that of a dense layer has no spatial axes.
 
     Attributes:
-        size: of the kernel, along its spatial axes.
-        strides: along each.
-        dilation: of the kernel.
-        input_dilation: of the input, with zeros.
-        padding: as `lax` takes it, or "CAUSAL", "CIRCULAR" or "REFLECT".
-        groups: how many groups of channels are convolved by themselves.
+        size: the size of the kernel along each spatial axis.
+        strides: the stride along each.
+        dilation: the dilation of the kernel along each.
+        input_dilation: the dilation of the input along each.
+        padding: as for `lax`, or "CAUSAL", "CIRCULAR" or "REFLECT".
+        groups: the number of feature groups.
     """
 
     size: tuple[int, ...] = ()
@@ -34,17 +34,17 @@ class Window:
 
     @property
     def extent(self) -> tuple[int, ...]:
-        """How far the dilated kernel reaches."""
+        """The size of the dilated kernel."""
         return tuple((k - 1) * d + 1 for k, d in zip(self.size, self.dilation, strict=True))
 
     @property
     def by_values(self) -> bool:
-        """Whether its padding are values of the input."""
+        """Whether it pads with values of the input."""
         return self.padding in _BY_VALUES
 
     @property
     def may_pad(self) -> bool:
-        """Whether inputs of some size are padded."""
+        """Whether inputs of any size are padded."""
         if isinstance(self.padding, str):
             return self.padding != "VALID" and max(self.extent, default=1) > 1
         return any(any(pair) for pair in self.padding)
@@ -80,7 +80,7 @@ class Window:
 
 
 def window_of(layer: Any) -> Window:
-    """The window of a conv of linen or nnx."""
+    """The window of a linen or nnx conv."""
     size = layer.kernel_size
     size = (size,) if isinstance(size, int) else tuple(size)
 
@@ -102,32 +102,32 @@ Taps = tuple[tuple[int, ...], ...]
 
 
 def taps(host: Window, other: Window, shape: Sequence[int]) -> Taps | str:
-    """For each tap of a kernel the one of another that reads the same value of the input, or -1.
+    """For each tap of a kernel, the tap of another that reads the same input value, or -1.
 
     Args:
-        host: the window of the first.
-        other: that of the other.
-        shape: of their input.
+        host: the window of the first kernel.
+        other: the window of the other.
+        shape: the shape of their input.
 
     Returns:
-        The taps along each spatial axis; or why the other can't be a part of the first.
+        The taps along each spatial axis, or why the other kernel can't be merged into the first.
     """
     if host.strides != other.strides:
         return "its strides differ"
     if host.input_dilation != other.input_dilation:
         return "its input dilation differs"
     if other.groups % host.groups:
-        return "its groups are not parts of those of the other"
+        return "its number of groups is not a multiple of the other's"
     pads = host.pads(shape), other.pads(shape)
     if host.padding != other.padding and any(itertools.chain(*pads[1])):
         if host.by_values or other.by_values:
-            return "it is padded with other values"
+            return "it pads with other values"
     found = []
     for axis, size in enumerate(host.size):
         here = np.arange(size) * host.dilation[axis] - pads[0][axis][0]
         there = np.arange(other.size[axis]) * other.dilation[axis] - pads[1][axis][0]
         if not np.isin(there, here).all():
-            return "its kernel reaches where that of the other does not"
+            return "its kernel reaches beyond the other's"
         at = {position: number for number, position in enumerate(there)}
         found.append(tuple(at.get(position, -1) for position in here))
     return tuple(found)
