@@ -321,3 +321,13 @@ def test_names_and_lists_in_a_batch_are_refused(bank):
     ):
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
             call()
+
+
+def test_recalibration_refuses_banks_that_do_not_exist():
+    net, variables, mask = Net(), variables_of(), np.ones(len(ROWS), bool)
+    message = re.escape("`bank` must lie between 0 and 2, got [3].")
+    bank = np.where(np.arange(len(ROWS)) < 2, 3, 1).astype(np.int32)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        bnjax.recalibrate(net, variables, [{"x": ROWS, "bank": bank}])
+    mask[:2] = False
+    bnjax.recalibrate(net, variables, [{"x": ROWS, "bank": bank, "mask": mask}])

@@ -17,6 +17,7 @@ from bnjax._words import number_of
 from bnjax.core.checks import POOLED as POOLED
 from bnjax.core.checks import axis_of_banks as axis_of_banks
 from bnjax.core.checks import bank_of_examples as bank_of_examples
+from bnjax.core.checks import banks_exist as banks_exist
 from bnjax.core.checks import copies as copies
 from bnjax.core.checks import feature_axes as feature_axes
 from bnjax.core.checks import given as given

@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict, meta, unfreeze
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from bnjax import globs
 from bnjax.core.moments import Moments
+from bnjax.layers.conventions import rows
 from bnjax.models import checks
 from bnjax.models.accumulation import begin, population, run_and_add
 from bnjax.models.batches import Batch, Inputs, Layout, layout, on_all, shardings, tracked
@@ -177,6 +179,7 @@ class _Measurement:
                 with self.context():
                     new, notes = program(seen, self.others, placed)
             self._check(notes)
+            _check_banks(placed, notes["banks"])
             measured = {*(measured or ()), *notes["measured"]}
             # Other modules' statistics, such as spectral norms, are reset after each batch.
             seen = _with_layers_of(held, new)
@@ -236,10 +239,13 @@ def _program(
 
     def step(notes: dict[str, Any], stats: Any, others: Any, batch: Batch) -> Any:
         called, measured = notes.setdefault("called", {}), notes.setdefault("measured", {})
+        banks = notes.setdefault("banks", set())
 
         def norm(visit: Visit) -> Any:
             together, here = path is None and fits(visit.path), visit.path == path
             called[visit.path] = None
+            if visit.facts.banks is not None and "bank" not in visit.extra:
+                banks.update(rows(visit.facts))
             visit = visit.of(batch)
             if not visit.statistics or not (together or here):
                 return visit.run(running=True, here=True, plain=True)
@@ -254,6 +260,14 @@ def _program(
         return updates["batch_stats"]
 
     return Program(step)
+
+
+def _check_banks(batch: Batch, numbers: Iterable[int]) -> None:
+    """Check the banks of a batch, which the compiled program can't, by the layers' numbers."""
+    bank, counted = batch.get("bank"), batch.get("mask", True)
+    local = all(getattr(each, "is_fully_addressable", True) for each in (bank, counted))
+    for banks in numbers if bank is not None and local else ():
+        checks.banks_exist(bank, np.asarray(counted), banks)
 
 
 def _named(patterns: tuple[str, ...]) -> Callable[[Path], bool]:

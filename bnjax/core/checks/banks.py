@@ -108,13 +108,19 @@ def bank(
         if mask is not None and array.ndim:
             batch = next(axis for axis in range(len(shape)) if axis not in axes)
             counted = np.any(mask, tuple(axis for axis in range(mask.ndim) if axis != batch))
-        outside = counted & ((np.asarray(array) < 0) | (np.asarray(array) >= banks))
-        wrong = sorted({*np.broadcast_to(array, np.shape(outside))[outside].tolist()})
-        if wrong:
-            raise ValueError(f"`bank` must lie between 0 and {banks - 1}, got {wrong}.")
+        banks_exist(array, counted, banks)
     if array.shape == () and not isinstance(array, jax.Array):
         return int(array), banks
     return jnp.asarray(array, jnp.int32), banks
+
+
+def banks_exist(bank: Any, counted: Any, banks: int) -> None:
+    """Check that the banks of the examples that count are in range."""
+    bank = np.asarray(bank)
+    outside = counted & ((bank < 0) | (bank >= banks))
+    wrong = sorted({*np.broadcast_to(bank, np.shape(outside))[outside].tolist()})
+    if wrong:
+        raise ValueError(f"`bank` must lie between 0 and {banks - 1}, got {wrong}.")
 
 
 def bank_of_examples(bank: Any) -> None:
