@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import types
+from collections.abc import Iterator
 from typing import Any
 
 # Before importing jax: tests with several devices run on virtual ones.
@@ -65,6 +66,13 @@ def pytest_runtest_protocol(item: pytest.Item):
 def rng() -> np.random.Generator:
     """A random generator with a fixed seed."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Release the traces and programs of each file; kept, they grow to 10 GB."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
