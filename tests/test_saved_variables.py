@@ -106,7 +106,7 @@ def test_two_sets_of_statistics_beside_one_of_parameters_are_not_guessed():
 
 def test_copies_for_pmap_are_told():
     copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), trained().variables)
-    message = "Each array has a leading axis of 4, as copies of `pmap` do: pass one, as "
+    message = "Each array has a leading axis of 4, as copies for `pmap` do: pass one, as in "
     message += "flax.jax_utils.unreplicate(variables)."
     for tool in (
         lambda: bnjax.recalibrate(Net(), copies, [X]),

@@ -109,11 +109,13 @@ def present(names: Collection[str], held: Collection[str]) -> None:
 
 
 def copies(variables: Any) -> str:
-    """A hint, if all arrays have one leading axis, as copies for `pmap` do."""
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(variables)}
-    if len(sizes) > 1 or () in sizes:
+    """A hint, if all arrays have the same leading axis, as copies for `pmap` do."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(variables)]
+    sizes = {shape[:1] for shape in shapes}
+    # The scale and statistics of a batch norm have one axis, and by chance they may be as long.
+    if len(sizes) != 1 or min(map(len, shapes)) < 2:
         return ""
     return (
-        f" Each array has a leading axis of {sizes.pop()[0]}, as copies of `pmap` do: pass one, as "
-        "flax.jax_utils.unreplicate(variables)."
+        f" Each array has a leading axis of {sizes.pop()[0]}, as copies for `pmap` do: pass one, "
+        "as in flax.jax_utils.unreplicate(variables)."
     )
