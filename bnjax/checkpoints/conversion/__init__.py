@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 from bnjax import globs
-from bnjax.checkpoints.conversion import banked, flattened
+from bnjax.checkpoints.conversion import banked, flattened, repeated
 from bnjax.checkpoints.conversion.agreement import check_outputs, torch_outputs
 from bnjax.checkpoints.conversion.names import COUNTER, Name, Rename
 from bnjax.checkpoints.conversion.plan import Plan, exported, plan, state_arrays, without
@@ -215,6 +215,8 @@ def to_torch(
     """
     model, state = (variables, None) if isinstance(variables, nnx.Module) else (None, variables)
     leaves = tree(model, state).leaves
+    if like is None:
+        repeated.check_single(leaves, model)
     leaves = banked.apart(leaves)
     options = Options(rename, flatten, transposed, ignore)
     if like is None:
