@@ -256,7 +256,8 @@ def test_a_diagnosis_finds_a_policy_that_makes_evaluation_depend_on_the_batch():
         ),
         (
             (("banks", 2),),
-            "the batch norm has banks: fold the result of bnjax.select_bank(variables, bank)",
+            "the batch norm has banks: fold the same model without banks, with the variables that "
+            "bnjax.select_bank(variables, bank) returns",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """Banks to and from timm's `SplitBatchNorm2d`, which keeps each as a separate batch norm."""
 
+import re
 from typing import Any
 
 import jax
@@ -45,11 +46,12 @@ class Theirs(torch.nn.Module):
 
 class Ours(nn.Module):
     momentum: float | None = 0.1
+    affine: Any = "own"
 
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(4, (1, 1), name="conv")(x)
-        settings = {"banks": 3, "affine": "own", "momentum": self.momentum}
+        settings = {"banks": 3, "affine": self.affine, "momentum": self.momentum}
         return bnjax.BatchNorm2d(4, **settings, name="bn")(x)
 
 
@@ -136,3 +138,46 @@ def test_the_step_count_of_a_policy_converts_from_pytorch(trained):
     theirs["num_batches_tracked"] += 7
     new = bnjax.from_torch(theirs, layer, variables)
     assert int(new["batch_stats"]["count"]) == 7
+
+
+@pytest.mark.parametrize("affine", [True, "both"])
+def test_banks_that_share_scale_and_bias_convert_both_ways(trained, affine):
+    before, x, _, _ = trained
+    for name in ("bn.aux_bn.0", "bn.aux_bn.1"):
+        for leaf in ("weight", "bias"):
+            before[f"{name}.{leaf}"] = before[f"bn.{leaf}"]
+    net = Ours(affine=affine)
+    variables = net.init(jax.random.key(0), x)
+    new = bnjax.from_torch(before, net, variables)
+    np.testing.assert_array_equal(new["params"]["bn"]["scale"], before["bn.weight"])
+    assert not affine == "both" or not new["params"]["bn"]["bank_scale"].any()
+    for like in (before, None):
+        back = bnjax.to_torch(new, like)
+        assert all(torch.equal(back[name], before[name]) for name in before if "num" not in name)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x)
+    again = bnjax.from_torch(before, net, shapes)
+    jax.tree.map(np.testing.assert_array_equal, again, new)
+
+
+def test_what_banks_add_to_the_shared_scale_converts_both_ways(trained):
+    before, x, _, _ = trained
+    net = Ours(affine="both")
+    new = bnjax.from_torch(before, net, net.init(jax.random.key(0), x))
+    scale, added = new["params"]["bn"]["scale"], new["params"]["bn"]["bank_scale"]
+    np.testing.assert_array_equal(scale, before["bn.weight"])
+    expected = before["bn.aux_bn.1.weight"] - before["bn.weight"]
+    np.testing.assert_allclose(added[2], expected, atol=1e-7)
+    back = bnjax.to_torch(new, before)
+    for name in ("bn.weight", "bn.aux_bn.0.weight", "bn.aux_bn.1.bias"):
+        np.testing.assert_allclose(back[name], before[name], rtol=1e-6, atol=1e-7)
+
+
+def test_scales_that_differ_between_banks_do_not_fit_a_shared_one(trained):
+    before, x, _, _ = trained
+    net = Ours(affine=True)
+    message = (
+        "different in each bank: bn.weight, and its aux_bn, for params/bn/scale (4,), which they "
+        'share. Make the layer with affine="own"'
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bnjax.from_torch(before, net, net.init(jax.random.key(0), x))

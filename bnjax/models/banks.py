@@ -179,19 +179,6 @@ def select_bank(
     return new
 
 
-def with_own_affine(variables: Any) -> Any:
-    """Replace shared scales and biases plus each bank's addition by one scale and bias per bank."""
-
-    def own(path: str, arrays: Arrays) -> Arrays:
-        new = {name: value for name, value in arrays.items() if not name.startswith("bank_")}
-        for name in ("scale", "bias"):
-            if f"bank_{name}" in arrays:
-                new[name] = arrays[name] + arrays[f"bank_{name}"]
-        return new
-
-    return _map(own, variables, ())
-
-
 _NAMES = ("scale", "bias", "bank_scale", "bank_bias", "mean", "var", "count", *POOLED)
 
 

@@ -10,9 +10,8 @@ from flax import linen as nn
 from flax import nnx
 
 from bnjax import globs
-from bnjax.checkpoints.conversion import banked, flattened
+from bnjax.checkpoints.conversion import banked, flattened, repeated
 from bnjax.checkpoints.conversion.agreement import check_outputs, torch_outputs
-from bnjax.checkpoints.conversion.layouts import Layout
 from bnjax.checkpoints.conversion.names import COUNTER, Name, Rename
 from bnjax.checkpoints.conversion.plan import Plan, exported, plan, state_arrays, without
 from bnjax.checkpoints.conversion.problems import counted, is_count
@@ -21,7 +20,6 @@ from bnjax.checkpoints.conversion.trees import Leaf, tree
 from bnjax.checkpoints.conversion.words import few
 from bnjax.checkpoints.tensors import as_tensor
 from bnjax.core.moments import working_dtype
-from bnjax.models.banks import with_own_affine
 
 __all__ = ["from_torch", "to_torch", "torch_outputs"]
 
@@ -90,8 +88,9 @@ def from_torch(
     - `MultiheadAttention`, and attention with `qkv` and `proj` or with `q_proj`, `k_proj`, `v_proj`
       and `out_proj`, becomes Flax's `query`, `key`, `value` and `out`, whose kernels have a heads
       axis. A linear layer also fits any `DenseGeneral` whose axes multiply to the same sizes.
-    - A batch norm with `banks` and affine="own" is timm's `SplitBatchNorm2d`: the first bank is the
-      layer itself, the others are its `aux_bn`.
+    - A batch norm with `banks` is timm's `SplitBatchNorm2d`: the first bank is the layer itself,
+      the others are its `aux_bn`. With affine=True they must have the same weight and bias; with
+      "both", the first bank's are shared, and the others add their differences.
     - An array under several names, such as a tied weight, is read once, by the name Flax uses.
 
     Names are matched by module path: `layer1.0.bn1` is `layer1/0/bn1` or `layer1_0/bn1`, and the
@@ -150,15 +149,19 @@ def from_torch(
     [[1.0], [2.0]]
     """
     made = tree(model, variables)
-    arrays = banked.joined(state_arrays(state_dict, "state_dict"))
-    planned = plan(arrays, made.leaves, Options(rename, flatten, transposed, ignore), model)
+    given = state_arrays(state_dict, "state_dict")
+    arrays = banked.joined(given)
+    leaves = banked.apart(made.leaves, arrays.keys() != given.keys())
+    planned = plan(arrays, leaves, Options(rename, flatten, transposed, ignore), model)
     arrays = planned.split(arrays)
+    planned.problems += banked.unshared(arrays, planned.pairs, made.leaves)
     planned.check(arrays)
     suspects = _suspects(planned, flatten)
+    found = {name: placed.to_flax(arrays[key]) for key, (name, placed) in planned.pairs.items()}
     new = made.replaced(
         {
-            name: _converted(arrays[key], name, placed, made.leaves[name])
-            for key, (name, placed) in planned.pairs.items()
+            name: _converted(array, name, made.leaves[name])
+            for name, array in banked.shared(found, made.leaves).items()
         }
     )
     if check is not None:
@@ -212,8 +215,9 @@ def to_torch(
     """
     model, state = (variables, None) if isinstance(variables, nnx.Module) else (None, variables)
     leaves = tree(model, state).leaves
-    if any(name.leaf.startswith("bank_") for name in leaves):
-        leaves = tree(None, with_own_affine(nnx.state(model) if state is None else state)).leaves
+    if like is None:
+        repeated.check_single(leaves, model)
+    leaves = banked.apart(leaves)
     options = Options(rename, flatten, transposed, ignore)
     if like is None:
         leaves, arrays = without(leaves, ignore), {}
@@ -256,10 +260,10 @@ def _suspects(planned: Plan, flatten: Mapping[str, Any] | None) -> list[flattene
     return found
 
 
-def _converted(array: np.ndarray, name: Name, placed: Layout, leaf: Leaf) -> np.ndarray:
-    """The array in the model's layout and dtype, but running statistics at least in float32."""
+def _converted(array: np.ndarray, name: Name, leaf: Leaf) -> np.ndarray:
+    """The array in the model's dtype, but running statistics at least in float32."""
     dtype = leaf.value.dtype
     if name.statistic and jnp.issubdtype(dtype, jnp.inexact):
         dtype = working_dtype(dtype)
     array = counted(array) if is_count(name) else array
-    return placed.to_flax(array).astype(dtype, copy=False)
+    return array.astype(dtype, copy=False)

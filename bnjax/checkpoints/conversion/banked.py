@@ -4,9 +4,15 @@ The first bank has `bn.weight`, the second `bn.aux_bn.0.weight`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from bnjax.checkpoints.conversion.names import Name
+from bnjax.checkpoints.conversion.trees import Leaf
 
 _AUX = re.compile(r"(?P<path>.+\.)?aux_bn\.(?P<number>\d+)\.(?P<leaf>\w+)")
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -46,6 +52,78 @@ def parted(arrays: Mapping[str, np.ndarray], like: Iterable[str] | None) -> dict
         for number, row in enumerate(each[1:]):
             new[".".join(filter(None, (path, f"aux_bn.{number}", leaf)))] = row
     return new
+
+
+class _Affine(NamedTuple):
+    """A scale or bias that banks share, and what each adds to it, if it does."""
+
+    name: Name
+    added: Name
+    banks: int
+
+
+def apart(leaves: Mapping[Name, Leaf], several: bool = True) -> dict[Name, Leaf]:
+    """The arrays as if each bank had its own scale and bias; shapes only, if that is all given.
+
+    Without `several`, as for a state dict that has no `aux_bn`, only those of single banks.
+    """
+    new = dict(leaves)
+    for name, added, banks in _affine(leaves):
+        if banks > 1 and not several:
+            continue
+        values = [new.pop(each).value for each in (name, added) if each in leaves]
+        shape = (banks, *values[0].shape)
+        whole = lambda *each, to=shape: jnp.broadcast_to(sum(each), to)  # noqa: E731
+        known = all(isinstance(value, jax.Array | np.ndarray) for value in values)
+        new[name] = Leaf(leaves[name].path, (whole if known else _shape_of(whole))(*values))
+    return {name: new[name] for name in leaves if name in new}
+
+
+def unshared(
+    arrays: Mapping[str, np.ndarray], pairs: Mapping[str, Any], leaves: Mapping[Name, Leaf]
+) -> Iterator[str]:
+    """A line for each scale or bias that differs between banks, but is one array in Flax."""
+    keys = {name: key for key, (name, _) in pairs.items()}
+    for name, added, _ in _affine(leaves):
+        each = arrays[keys[name]] if name in keys else np.zeros(())
+        if added not in leaves and each.ndim > 1 and not _equal(each):
+            yield (
+                f"different in each bank: {keys[name]}, and its aux_bn, for {leaves[name].path} "
+                f"{tuple(leaves[name].value.shape)}, which they share. Make the layer with "
+                'affine="own"'
+            )
+
+
+def shared(
+    arrays: Mapping[Name, np.ndarray], leaves: Mapping[Name, Leaf]
+) -> dict[Name, np.ndarray]:
+    """The arrays with those of the first bank as the shared ones; others add the difference."""
+    new = dict(arrays)
+    for name, added, _ in _affine(leaves):
+        if name in new and new[name].ndim > len(leaves[name].value.shape):
+            each = new[name]
+            new[name] = each[0]
+            if added in leaves:
+                new[added] = each - each[0]
+    return new
+
+
+def _affine(leaves: Mapping[Name, Leaf]) -> Iterator[_Affine]:
+    """The scales and biases of layers with banks that have fewer axes than the statistics."""
+    for name, leaf in leaves.items():
+        mean = leaves.get(Name(name.module, "mean", True))
+        if name.leaf in ("scale", "bias") and mean is not None:
+            if len(mean.value.shape) == 2 and len(leaf.value.shape) == 1:
+                added = name._replace(leaf=f"bank_{name.leaf}")
+                yield _Affine(name, added, mean.value.shape[0])
+
+
+def _shape_of(function: Any) -> Any:
+    return lambda *values: jax.eval_shape(function, *values)
+
+
+def _equal(rows: np.ndarray) -> bool:
+    return all(np.array_equal(rows[0], row, equal_nan=True) for row in rows[1:])
 
 
 def _rows(names: Iterable[str]) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnjax.checkpoints.conversion import problems
+from bnjax.checkpoints.conversion import problems, repeated
 from bnjax.checkpoints.conversion.blocks import Block, Group, groups
 from bnjax.checkpoints.conversion.layouts import Layout
 from bnjax.checkpoints.conversion.names import COUNTER, Name, match, match_modules, renamed
@@ -174,6 +174,8 @@ def plan(torch: Arrays, leaves: Mapping[Name, Leaf], options: Options, model: An
     lines = problems.of_names(found, torch, leaves, ruled, options.rename, attempt)
     for key, (name, placed) in pairs.items():
         lines += problems.mismatches(key, arrays[key], leaves[name], name, placed)
+    if lines and (stack := repeated.stack(leaves, model)):
+        lines.append(f"stacked: {stack}, which PyTorch keeps apart. Convert one layer at a time")
     ignored = [key for key in torch if key not in {*found.torch_only, *found.converted}]
     return Plan(pairs, lines, found.stacks, found.twins, ignored, ruled)
 

@@ -11,6 +11,7 @@ from bnjax.checkpoints.conversion import hints
 from bnjax.checkpoints.conversion.blocks import ATTENTION
 from bnjax.checkpoints.conversion.layouts import Layout
 from bnjax.checkpoints.conversion.names import Name, Rename
+from bnjax.checkpoints.conversion.repeated import is_one_of
 from bnjax.checkpoints.conversion.trees import Leaf
 from bnjax.checkpoints.conversion.words import near
 
@@ -163,7 +164,7 @@ def mismatches(
     if array.shape != expected:
         yield (
             f"wrong shape: {key} {array.shape} for {leaf.path} {shape}, which is {expected} in "
-            f"PyTorch{_reason(array.shape, expected, name)}"
+            f"PyTorch{_reason(array.shape, expected, name, shape)}"
         )
     dtype = leaf.value.dtype
     kind, other = (
@@ -197,9 +198,18 @@ def counted(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _reason(shape: tuple[int, ...], expected: tuple[int, ...], name: Name) -> str:
+def _reason(
+    shape: tuple[int, ...], expected: tuple[int, ...], name: Name, flax: tuple[int, ...]
+) -> str:
     if name.leaf == "negative_slope" and expected == (1,):
         return ". Flax's PReLU has one slope for all channels"
+    if is_one_of(name, flax, shape):
+        if name.leaf == "kernel":
+            return f". Flax stacks {flax[0]} such layers (nn.scan, nnx.vmap): convert one at a time"
+        return (
+            f". Flax has {flax[0]}: layers stacked by nn.scan or nnx.vmap, or banks, which "
+            "bnjax.to_banks makes of one"
+        )
     if len(shape) < 3 or len(shape) != len(expected):
         return ""
     swapped = (expected[1], expected[0], *expected[2:])

@@ -61,7 +61,7 @@ def rules(leaves: Mapping[Name, Leaf], options: Options, model: Any) -> Rules:
     """The rules for the arrays of a Flax model."""
     shapes = {name: tuple(leaf.value.shape) for name, leaf in leaves.items()}
     found = blocks(shapes)
-    general = _general(shapes, found)
+    general = several_axes(shapes, found)
     convs = {
         "/".join(name.module)
         for name, shape in shapes.items()
@@ -83,13 +83,15 @@ def matching(argument: str, patterns: globs.Paths, paths: Iterable[str], what: s
 
 
 def _is_same_row(leaf: str, shape: Sequence[int], torch: Sequence[int]) -> bool:
-    """Whether it is a scalar in both, or the scale of a WeightNorm, (out, 1) in PyTorch."""
+    """Whether it is a scalar in both, a WeightNorm's scale, (out, 1) in PyTorch, or one bank."""
+    if leaf in ("scale", "bias", "mean", "var") and (*shape,) == (1, *torch):
+        return True
     if leaf.endswith("/scale"):
         return [*torch[:1]] == [*shape] and set(torch[1:]) <= {1}
     return {tuple(shape), tuple(torch)} <= {(), (1,)}
 
 
-def _general(shapes: Mapping[Name, tuple[int, ...]], found: Iterable[Block]) -> dict[Path, int]:
+def several_axes(shapes: Mapping[Name, tuple[int, ...]], found: Iterable[Block]) -> dict[Path, int]:
     """The layers, other than convs, whose kernels have several input or output axes."""
     general = {}
     for name, shape in shapes.items():

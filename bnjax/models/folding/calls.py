@@ -96,7 +96,8 @@ def norm_facts(visit: Visit) -> dict[str, Any]:
     elif does.by_batch:
         reason = f"the batch norm normalizes by its input in evaluation, with using={does.using}"
     elif does.banks is not None:
-        reason = "the batch norm has banks: fold the result of bnjax.select_bank(variables, bank)"
+        reason = "the batch norm has banks: fold the same model without banks, with the variables "
+        reason += "that bnjax.select_bank(variables, bank) returns"
     elif {"scale", "bias"} & visit.extra.keys():
         reason = "the batch norm is called with a scale or a bias for each example"
     axes = checks.feature_axes(does.axis, jnp.ndim(visit.x))
