@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
-from bnjax.training import history, init_state, train_step
+from bnjax.training import history, init_state, scalars, train_step
 
 pytestmark = pytest.mark.quick_compile
 
@@ -57,3 +57,59 @@ def test_batch_statistics_are_recovered_with_the_momentum_of_each_layer():
             np.asarray(lines["batch_var"]), wide.var(0, ddof=correction)[None], rtol=1e-3, atol=1e-3
         )
     assert "batch_mean" not in record["layers"]["average"]
+
+
+@pytest.mark.parametrize("affine", [True, "own", "both"])
+def test_each_bank_is_recorded_by_name_with_its_own_examples(affine):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            names = ("clean", "noisy")
+            return bnjax.BatchNorm1d(banks=names, affine=affine, name="bn")(x).sum(-1)
+
+    rng, record = np.random.default_rng(0), {}
+    step = history(train_step(lambda y, batch: y**2, donate=False), record, channels=2)
+    state = init_state(Net(), optax.sgd(0.01), jax.random.key(0), jnp.ones((2, 3)))
+    for bank in (np.array([0, 1, 1, 0, 1, 0, 1, 0], np.int32), np.zeros(8, np.int32)):
+        x = rng.normal(1, 2, (8, 3)).astype("f")
+        state, _ = step(state, {"x": x, "bank": bank})
+        for number, name in enumerate(("clean", "noisy")):
+            mine, layer = x[bank == number], record["layers"][f"bn[{name}]"]
+            found = [layer[f"batch_{which}"][-1] for which in ("mean", "var")]
+            expected = [mine.mean(0), mine.var(0, ddof=1)] if len(mine) else [[np.nan] * 3] * 2
+            np.testing.assert_allclose(found, np.stack(expected)[:, :2], rtol=1e-4, atol=1e-5)
+    assert bnjax.diagnose(Net(), state, [{"x": x, "bank": bank}], history=record) is not None
+    stats = state.batch_stats["bn"]
+    np.testing.assert_allclose(record["layers"]["bn[noisy]"]["mean"][-1], stats["mean"][1, :2])
+    numbers = scalars(state)
+    assert (numbers["bn/bn/dead"], len(scalars(record))) == (0, 4)
+
+
+def test_a_diagnosis_uses_the_record_of_each_bank():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = bnjax.BatchNorm1d(banks=("clean", "noisy"), name="bn")(nn.Dense(8)(x))
+            return nn.Dense(1)(nn.relu(x))[:, 0]
+
+    rng, record = np.random.default_rng(0), {}
+    step = history(train_step(lambda y, batch: (y - batch["x"][:, 0]) ** 2, donate=False), record)
+    state = init_state(Net(), optax.adam(1e-3), jax.random.key(0), jnp.ones((2, 5)))
+
+    def batch() -> dict:
+        bank = (np.arange(64) % 2).astype(np.int32)
+        return {"x": rng.normal(size=(64, 5)).astype("f") + bank[:, None], "bank": bank}
+
+    for _ in range(60):
+        state, _ = step(state, batch())
+    data = [batch() for _ in range(8)]
+    assert bnjax.diagnose(Net(), state, data, history=record).healthy
+    shifted = [{**each, "x": each["x"] + 2 * each["bank"][:, None]} for each in data]
+    (finding,) = bnjax.diagnose(Net(), state, shifted, history=record).findings
+    assert (finding.kind, finding.layers) == ("data differ from training data", ("bn[noisy]",))
+    assert (
+        finding.cause == "These inputs differ in mean, scale or content from the training inputs."
+    )
+    other = {"bn": {k: v.at[1].multiply(1.5) for k, v in state.batch_stats["bn"].items()}}
+    report = bnjax.diagnose(Net(), {**state.variables, "batch_stats": other}, data, history=record)
+    assert {finding.kind for finding in report.findings} == {"statistics belong to other weights"}

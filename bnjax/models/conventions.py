@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.typing import Axes
 
+from bnjax.core.checks import axis_of_banks
 from bnjax.core.devices import AxisName, Groups
 from bnjax.core.policies import Policy
 from bnjax.layers import conventions
@@ -190,3 +191,23 @@ class Frozen(nnx.Module):
 def own_type(layer: Any) -> type:
     """The type that a layer was created with, before it was frozen."""
     return next(kind for kind in type(layer).__mro__ if not issubclass(kind, Frozen))
+
+
+def banks_of(facts: Facts) -> Sequence[int | None]:
+    """The banks of a layer by number, each of which counts as a layer; None if it has none."""
+    return range(*conventions.rows(facts)) if facts.banks is not None else (None,)
+
+
+def place_of_bank(bank: int | None, shape: tuple[int, ...], facts: Facts) -> tuple[Any, ...]:
+    """The index of a bank in statistics of this shape, perhaps of layers that are stacked."""
+    axis = None
+    if bank is not None:
+        axis = axis_of_banks(shape, *conventions.rows(facts), path=facts.layer)
+    return () if axis is None else (slice(None),) * axis + (bank,)
+
+
+def label_of_bank(bank: int | None, facts: Facts) -> str:
+    """The suffix that a bank adds to the path of its layer."""
+    if bank is None:
+        return ""
+    return f"[{bank if isinstance(facts.banks, int | None) else facts.banks[bank]}]"

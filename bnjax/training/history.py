@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from bnjax import globs
 from bnjax.models.batches import DEFAULT, Layout
+from bnjax.models.conventions import banks_of, label_of_bank, place_of_bank
 from bnjax.models.statistics import layers_of
 
 AnyStep = TypeVar("AnyStep", bound=Callable[..., Any])
@@ -38,7 +39,8 @@ def history(
         record: `{}`, or the record of earlier steps. Each recorded step appends `"step"`,
             `"examples"` (the batch size) and `"params_norm"`; and in `"layers"`, for each path, the
             running `"mean"` and `"var"` after the step and those of the batch alone,
-            `"batch_mean"` and `"batch_var"`, each a list of C numbers.
+            `"batch_mean"` and `"batch_var"`, each a list of C numbers. Each bank is recorded as a
+            layer, such as `bn[clean]`; the batch's are NaN if it had no example.
         momentum: weight of the new batch in the running statistics (PyTorch's convention), used to
             recover the batch's own statistics; None leaves those out. By default each layer's own
             momentum, as seen when the step was traced.
@@ -54,7 +56,7 @@ def history(
 
     def statistics(batch_stats: Any) -> dict[str, dict[str, np.ndarray]]:
         def read(value: Any) -> np.ndarray:  # a copy, as the step may reuse the memory
-            return np.array(np.ravel(meta.unbox(value))[:channels], np.float64)
+            return np.array(meta.unbox(value), np.float64)
 
         layers = {"/".join(path): stats for path, stats in layers_of(batch_stats).items()}
         return {
@@ -78,14 +80,15 @@ def history(
             ("params_norm", float(_norm(now["params"]))),
         ):
             record.setdefault(name, []).append(value)
-        for name, after in statistics(now["batch_stats"]).items():
-            lines = record.setdefault("layers", {}).setdefault(name, {})
-            for key, value in after.items():
-                lines.setdefault(key, []).append(value.tolist())
-                if weight := _weight(step, name, momentum):
-                    # running = (1 - weight) * old + weight * batch, solved for the batch
-                    alone = before[name][key] + (value - before[name][key]) / weight
-                    lines.setdefault(f"batch_{key}", []).append(alone.tolist())
+        for path, after in statistics(now["batch_stats"]).items():
+            weight = _weight(step, path, momentum)
+            for label, at in _banks(step, path, after["mean"].shape).items():
+                lines = record.setdefault("layers", {}).setdefault(path + label, {})
+                old, new = (
+                    {key: np.ravel(a[at])[:channels] for key, a in stats.items()}
+                    for stats in (before[path], after)
+                )
+                _append(lines, old, new, weight, bool(label))
         return found
 
     return cast(AnyStep, recorded)
@@ -109,6 +112,29 @@ def held(trained: Any) -> dict[str, Any]:
     optimizer = others[0]
     step = None if optimizer is None else optimizer.step.get_value()
     return {"params": of(nnx.Param), "batch_stats": of(nnx.BatchStat), "step": step}
+
+
+def _append(
+    lines: dict[str, list[Any]], before: Any, after: Any, weight: float | None, bank: bool
+) -> None:
+    """Add the running statistics after a step to the record, and those of the batch alone."""
+    absent = bank and all(np.array_equal(before[key], after[key]) for key in after)
+    for key, value in after.items():
+        lines.setdefault(key, []).append(value.tolist())
+        if weight:
+            # running = (1 - weight) * old + weight * batch, solved for the batch
+            alone = before[key] + (value - before[key]) / weight
+            alone = np.full_like(alone, np.nan) if absent else alone
+            lines.setdefault(f"batch_{key}", []).append(alone.tolist())
+
+
+def _banks(step: Any, path: str, shape: tuple[int, ...]) -> dict[str, tuple[Any, ...]]:
+    """The suffix of each bank's path, and its place in statistics of this shape."""
+    met = getattr(step, "met", {}).get(path)
+    if met is None:
+        return {"": ()}
+    facts = met.facts
+    return {label_of_bank(b, facts): place_of_bank(b, shape, facts) for b in banks_of(facts)}
 
 
 def _weight(step: Any, path: str, momentum: float | str | None) -> float | None:

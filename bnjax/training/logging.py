@@ -116,9 +116,18 @@ def _layers(trained: Any) -> dict[str, Arrays]:
         for name in path:
             node = node.get(name, {}) if isinstance(node, Mapping) else {}
         if isinstance(node, Mapping) and "scale" in node:
-            arrays["scale"] = _array(node["scale"])
+            arrays["scale"] = _scale(node, np.shape(meta.unbox(stats["mean"])))
         found["/".join(path)] = arrays
     return found
+
+
+def _scale(params: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+    """The scales of a layer, one for each of its statistics, even if banks share them."""
+    scale = np.asarray(meta.unbox(params["scale"]))
+    if scale.ndim < len(shape):
+        scale = np.expand_dims(scale, 0 if scale.shape == shape[1:] else -2)
+    scale = scale + np.asarray(meta.unbox(params.get("bank_scale", 0)))
+    return _array(np.broadcast_to(scale, shape))
 
 
 def _array(value: Any) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,10 +13,9 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import meta
 
-from bnjax.layers.conventions import rows
 from bnjax.models import checks
 from bnjax.models.batches import Layout, LossFn
-from bnjax.models.diagnosis import passes as of_passes
+from bnjax.models.conventions import banks_of, label_of_bank, place_of_bank
 from bnjax.models.diagnosis.devices import readings
 from bnjax.models.diagnosis.passes import Kind, Passes, Seen, compare, passes_of
 from bnjax.models.freezing import batch_norms
@@ -224,8 +223,8 @@ class _Run:
                 self.moved.add(jax.tree_util.keystr(path[:-1], simple=True, separator="/"))
         layers: dict[Part, Seen] = {}
         for path, seen in found["layers"].items():
-            for bank in _banks(self.kinds[path]):
-                at = of_passes.place_of_bank(bank, np.shape(seen.mean), self.kinds[path])
+            for bank in banks_of(self.kinds[path]):
+                at = place_of_bank(bank, np.shape(seen.mean), self.kinds[path])
                 layers[path, bank] = Seen(*(part[at] for part in seen))
         for path, bank in layers.keys() - self.sums:
             self.sums[path, bank] = _Sums(self.kinds[path].correction)
@@ -247,7 +246,7 @@ class _Run:
             layers=tuple(
                 self._layer(path, bank)
                 for path, kind in self.kinds.items()
-                for bank in _banks(kind)
+                for bank in banks_of(kind)
                 if (path, bank) in self.sums
             ),
             untracked=tuple(path for path, kind in kinds.items() if not kind.tracked),
@@ -280,12 +279,12 @@ class _Run:
         stats, params, kind = held("batch_stats"), held("params"), self.kinds[path]
         scale = params.get("scale")
         if bank is not None:
-            at = of_passes.place_of_bank(bank, stats["mean"].shape, kind)
+            at = place_of_bank(bank, stats["mean"].shape, kind)
             scale = scale[at] if scale is not None and scale.ndim == stats["mean"].ndim else scale
             scale = scale + params["bank_scale"][at] if "bank_scale" in params else scale
             stats = {name: value[at] for name, value in stats.items()}
         return Layer(
-            path="/".join(path) + _label(kind, bank),
+            path="/".join(path) + label_of_bank(bank, kind),
             kind=kind,
             dtype=stats["var"].dtype,
             mean=wide(stats["mean"]),
@@ -381,18 +380,6 @@ class _Sums:
 
 def _asked(kind: Kind) -> bool:
     return kind.using is not None and kind.using.by_batch(False)
-
-
-def _banks(kind: Kind) -> Sequence[int | None]:
-    """The banks of a layer by number, each of which is diagnosed separately."""
-    return range(*rows(kind)) if kind.banks is not None else (None,)
-
-
-def _label(kind: Kind, bank: int | None) -> str:
-    """The suffix that a bank adds to the path of its layer."""
-    if bank is None:
-        return ""
-    return f"[{bank if isinstance(kind.banks, int | None) else kind.banks[bank]}]"
 
 
 def _ratio(squares: float, scale: float) -> float:

@@ -34,8 +34,9 @@ GONE, LAGGING = 0.01, 0.05
 # the lag explains little.
 CONSISTENT = 0.12
 # How much of the squared distance the lag must explain. A real lag explains 0.6 and more, even with
-# fast weights; with other weights, whose layers may agree, it explains less than 0.5.
-EXPLAINED = 0.6
+# fast weights; with other weights, whose layers may agree, it explains less than 0.5. A single
+# layer follows the weights before it more directly, so that its lag may explain 0.57.
+EXPLAINED, EXPLAINED_ALONE = 0.6, 0.55
 # Targets at least this far from the start, in deviations, show how far statistics have come.
 INFORMATIVE = 0.1
 # Statistics trail the weights by 1/momentum steps. The first weights, five deviations away at most,
@@ -222,12 +223,13 @@ def data_differ(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer
 def other_weights(evidence: Evidence, far: Sequence[Layer], layers: Sequence[Layer]) -> Finding:
     """Statistics that were gathered with other parameters."""
     worst, first = farthest(far), layers[0].distance
+    others = "" if len(layers) > 1 else ", or the data are others"
     causes = {
         True: "The weights moved faster than the statistics follow.",
         False: "Either weights or statistics are not those at the end of the record: the weights "
         "are an average (EMA, SWA), or the two are of different steps.",
         None: "The weights are an average (EMA, SWA), of another step, or moved faster than the "
-        "statistics follow. Pass `history=` of the training to find out.",
+        f"statistics follow{others}. Pass `history=` of the training to find out.",
     }
     return Finding(
         "statistics belong to other weights",
@@ -248,15 +250,18 @@ def _data_are_to_blame(
 ) -> bool:
     """Whether the data, rather than the weights, do not belong to the statistics."""
     start, same = far[0], evidence.same_weights
-    # A distance that trailing explains, given the known steps, is no sign of other data.
-    reach = FAR if evidence.steps is None else _reach(left[start.path])
+    others = [x.distance for x in layers if x is not start]
+    # A distance that trailing explains is no sign of other data. Without the steps, the distances
+    # of other layers show what trailing does; a single layer may trail as far as any.
+    reach = FAR if others else _reach(LAGGING)
+    if evidence.steps is not None:
+        reach = _reach(left[start.path])
     if same is False or start.distance <= reach:
         return False
     trailed = _trailed(evidence, start)
     if same and trailed is not None:
         return not trailed
     before = layers[: layers.index(start)]
-    others = [x.distance for x in layers if x is not start]
     quiet = all(x.distance < FAR / 4 for x in before)
     return quiet and start.distance >= DOMINANT * max(others, default=0)
 
@@ -264,9 +269,11 @@ def _data_are_to_blame(
 def _trailed(evidence: Evidence, layer: Layer) -> bool | None:
     """Whether they were as far from the training's last batch; None if that is not recorded."""
     kept = evidence.recorded(layer)
-    if not kept.get("batch_mean"):
+    both = zip(kept.get("batch_mean", ()), kept.get("batch_var", ()), strict=True)
+    last = [np.asarray(rows) for rows in both if np.isfinite(rows).all()][-1:]
+    if not last:
         return None
-    mean, var = (np.asarray(kept[name][-1]) for name in ("batch_mean", "batch_var"))
+    mean, var = last[0]
     some, std = slice(mean.size), layer.std[: mean.size]
 
     def off(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
@@ -289,13 +296,18 @@ def _left(evidence: Evidence, layer: Layer, layers: Sequence[Layer]) -> float:
     if evidence.steps is not None:
         return float((1 - pace) ** evidence.steps)
     # Layers that have caught up count, too: a lag affects all layers of the same momentum.
-    shares = [share for x in layers if x.kind.weight == pace for share in _shares(x)]
+    alike = [x for x in layers if x.kind.weight == pace]
+    shares = [share for x in alike for share in _shares(x)]
     if len(shares) < 2:
         return 0.0
     values, weights = np.array(sorted(shares)).T
     share = values[np.searchsorted(np.cumsum(weights), weights.sum() / 2)]
-    consistent = np.average(np.abs(values - share), weights=weights) < CONSISTENT
-    return float(1 - share) if 0 <= share < 1 and consistent else 0.0
+    differ = np.average(np.abs(values - share), weights=weights)
+    if len(alike) == 1:  # its mean and its variance must agree, however long the way of one is
+        differ = np.ptp(values)
+    consistent = differ < CONSISTENT
+    # One step already goes that far, but for noise.
+    return float(1 - share) if pace / 2 <= share < 1 and consistent else 0.0
 
 
 def _lagging(
@@ -310,7 +322,8 @@ def _lagging(
     lagging = [x for x in far if left[x.path] > LAGGING]
     # If the steps are unknown, the distances themselves must show it.
     doubtful = evidence.steps is None and lagging
-    if doubtful and np.median([explained[x.path] for x in lagging]) <= EXPLAINED:
+    needed = EXPLAINED if len(evidence.layers) > 1 else EXPLAINED_ALONE
+    if doubtful and np.median([explained[x.path] for x in lagging]) <= needed:
         lagging = []
     small = [x for x in far if 0 < left[x.path] <= LAGGING and explained[x.path] > EXPLAINED]
     others = [x for x in far if x not in lagging and x not in small]

@@ -255,9 +255,3 @@ def _with_room(path: Path, stats: Mapping[str, Any]) -> dict[str, Any]:
     mean, real = jnp.zeros_like(wide["mean"]), jnp.zeros_like(wide["var"])
     room = Seen(calls=real, mean=mean, var=real, between=real, values=real, limited=real)
     return {**stats, **wide, **dict(zip(_ROOM, room, strict=True))}
-
-
-def place_of_bank(bank: int | None, shape: tuple[int, ...], kind: Kind) -> tuple[Any, ...]:
-    """The index of a bank in statistics of this shape, perhaps of layers that are stacked."""
-    axis = None if bank is None else checks.axis_of_banks(shape, *rows(kind), path=kind.layer)
-    return () if axis is None else (slice(None),) * axis + (bank,)
