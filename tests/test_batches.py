@@ -61,6 +61,22 @@ def test_a_batch_must_be_an_array_or_a_dict_with_x(tool):
         tool(NET, VARIABLES, [{"image": X}], apply_kwargs={"train": False})
 
 
+@each_tool
+def test_tensors_of_pytorch_are_refused(tool):
+    torch = pytest.importorskip("torch")
+    for batch, name in ((torch.tensor(X), "x"), ({"x": {"image": torch.tensor(X)}}, "x/image")):
+        sentence = (
+            f"A batch must hold arrays of NumPy or JAX, got a torch.Tensor as `{name}`. Convert "
+            "it, as with np.asarray, where the batches are loaded."
+        )
+        with refused(TypeError, sentence):
+            tool(NET, VARIABLES, [batch], apply_kwargs={"train": False})
+    state = init_state(NET, optax.sgd(0.1), jax.random.key(0), X, train=True)
+    step = train_step(lambda y, batch: jnp.mean(y**2, -1), apply_kwargs={"train": True})
+    with refused(TypeError, sentence.replace("x/image", "y")):
+        step(state, {"x": X, "y": torch.zeros(4)})
+
+
 def test_a_training_step_refuses_a_tuple():
     state = init_state(NET, optax.sgd(0.1), jax.random.key(0), X, train=True)
     step = train_step(lambda y, batch: jnp.mean(y**2), apply_kwargs={"train": True})

@@ -59,6 +59,7 @@ class Layout:
     def named(self, batch: Any) -> dict[str, Any]:
         """The batch as a dict, after checks; a bare array becomes its `x`."""
         batch = checks.batch_as_dict(batch)
+        checks.arrays_of_batch(batch)
         if not callable(self.inputs):
             checks.batch_holds(batch, self._names)
         if self.per_example is not None:

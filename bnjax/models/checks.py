@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from bnjax._names import nearest
 from bnjax._words import number_of
 from bnjax.core.checks import POOLED as POOLED
+from bnjax.core.checks import arrays_of_batch as arrays_of_batch
 from bnjax.core.checks import axis_of_banks as axis_of_banks
 from bnjax.core.checks import bank_of_examples as bank_of_examples
 from bnjax.core.checks import banks_exist as banks_exist

@@ -19,6 +19,7 @@ from bnjax.core.checks.banks import (
 from bnjax.core.checks.collections import POOLED, copies, held, present, shapes, trees, where
 from bnjax.core.checks.inputs import (
     affine_of_examples,
+    arrays_of_batch,
     classes,
     feature_axes,
     floating,
@@ -53,6 +54,7 @@ from bnjax.core.checks.settings import (
 __all__ = [
     "POOLED",
     "affine_of_examples",
+    "arrays_of_batch",
     "axis_of_banks",
     "bank",
     "bank_by_name",
