@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 Paths = str | Sequence[str]
 
+BRIDGES = ("ToLinen", "ToNNX")  # their names, since this room does not import Flax
+REPAIR = "use the tool on the wrapped module itself, with its own variables"
 _MANY = 8  # paths in a message
 
 
@@ -63,7 +65,8 @@ def check_fits(
     """
     unseen = {path: kind for path, kind in (unknown or {}).items() if matcher(pattern)(path)}
     if unseen and what == "batch norm":
-        raise ValueError(f"The pattern {pattern!r} matches unknown classes: {strangers(unseen)}.")
+        what = "what can't be handled" if {*unseen.values()} <= {*BRIDGES} else "unknown classes"
+        raise ValueError(f"The pattern {pattern!r} matches {what}: {strangers(unseen)}.")
     if fits:
         return
     there = sorted(paths)
@@ -90,8 +93,19 @@ def _listed(pattern: str, paths: Sequence[str]) -> str:
 
 def strangers(unknown: Mapping[str, str]) -> str:
     """Describe modules that keep statistics but are no known batch norms."""
-    named = ", ".join(f"'{path}' ({kind})" for path, kind in sorted(unknown.items()))
-    return (
-        f"{named} keep a mean and a variance, but are not batch norms of bnjax or Flax, or "
-        f"subclasses of these: make them known with bnjax.register({min(unknown.values())}, ...)"
-    )
+    bridges = {path: kind for path, kind in unknown.items() if kind in BRIDGES}
+    others = {path: kind for path, kind in unknown.items() if kind not in BRIDGES}
+    found = []
+    if others:
+        found.append(
+            f"{_named(others)} keep a mean and a variance, but are not batch norms of bnjax or "
+            "Flax, or subclasses of these: make them known with "
+            f"bnjax.register({min(others.values())}, ...)"
+        )
+    if bridges:
+        found.append(f"{_named(bridges)} can't be reached through flax.nnx.bridge: {REPAIR}")
+    return "; ".join(found)
+
+
+def _named(unknown: Mapping[str, str]) -> str:
+    return ", ".join(f"'{path}' ({kind})" for path, kind in sorted(unknown.items()))

@@ -133,27 +133,65 @@ def test_an_unknown_nnx_batch_norm_is_named():
     assert "not diagnosed" in [finding.kind for finding in findings]
 
 
+class OfLinen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True, name="bn")(nn.Dense(3, name="fc")(x))
+
+
+class OfNNX(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.fc = nnx.Linear(3, 3, rngs=rngs)
+        self.bn = nnx.BatchNorm(3, use_running_average=True, rngs=rngs)
+
+    def __call__(self, x):
+        return self.bn(self.fc(x))
+
+
 class ToLinen(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return bridge.to_linen(bnjax.nnx.BatchNorm1d, 3, name="bn")(nn.BatchNorm(True)(x))
+        return bridge.to_linen(OfNNX, name="inner")(x)
 
 
-def test_layers_that_a_bridge_hides_are_named():
-    net = ToLinen()
-    variables = net.init(jax.random.key(0), X)
-    flax_sees_more = pytest.warns(UserWarning, match="Found unknown module paths")
-    message = re.escape(stranger("bn", "ToLinen"))
-    with flax_sees_more, pytest.raises(ValueError, match=message):
-        bnjax.recalibrate(net, variables, PARTS)
+class ToNNX(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.inner = bridge.ToNNX(OfLinen(), rngs=rngs)
 
-    class Hides(nnx.Module):
-        def __init__(self) -> None:
-            layer = nn.BatchNorm(use_running_average=True)
-            self.bn = bridge.ToNNX(layer, rngs=nnx.Rngs(0)).lazy_init(X)
+    def __call__(self, x):
+        return self.inner(x)
 
-        def __call__(self, x):
-            return self.bn(x)
 
-    with pytest.raises(ValueError, match="must call a batch norm"):
-        bnjax.recalibrate(Hides(), None, PARTS)
+@pytest.mark.filterwarnings("ignore:Found unknown module paths")  # Flax sees those of a visit
+@pytest.mark.parametrize("tool", [bnjax.recalibrate, bnjax.diagnose, bnjax.fold])
+@pytest.mark.parametrize("kind", ["ToLinen", "ToNNX"])
+def test_layers_that_a_bridge_hides_are_named(tool, kind):
+    if kind == "ToLinen":
+        net, variables = ToLinen(), ToLinen().init(jax.random.key(0), X)
+    else:
+        net, variables = bridge.lazy_init(ToNNX(nnx.Rngs(0)), X), None
+    data = X if tool is bnjax.fold else PARTS
+    why = rf"({kind}\) can't be reached through|{kind} of) flax.nnx.bridge"
+    repair = "use the tool on the wrapped module itself, with its own variables"
+    with pytest.raises(ValueError, match=f"(?s)inner/bn.*{why}.*{repair}"):
+        tool(net, variables, data)
+
+
+class Noisy(nnx.Module):
+    """A model that draws random numbers in evaluation, too."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.bn, self.rngs = nnx.BatchNorm(3, rngs=rngs), rngs
+
+    def __call__(self, x):
+        return self.bn(x + 1e-4 * jax.random.normal(self.rngs.noise(), x.shape))
+
+
+def test_a_model_may_draw_random_numbers_in_evaluation():
+    model = Noisy(nnx.Rngs(0, noise=1))
+    state: Any = bnjax.recalibrate(model, None, PARTS)
+    np.testing.assert_allclose(state["bn"]["mean"][...], X.mean(0), rtol=1e-3)
+    nnx.update(model, state)
+    model.eval()
+    assert bnjax.diagnose(model, None, PARTS).healthy
+    assert model.rngs.noise.count[...] == 0

@@ -293,6 +293,15 @@ def some_batch_norm(some: bool, unknown: Mapping[str, str] | None = None) -> Non
         raise ValueError(f"`model` must call a batch norm of bnjax or Flax, but calls none.{but}")
 
 
+def reachable(paths: Collection[Any], modules: Collection[Any], unknown: Mapping[str, str]) -> None:
+    """Require that each of these layers is a module of an nnx model."""
+    if missing := sorted("/".join(path) for path in {*paths} - {*modules}):
+        why = f": {strangers(unknown)}" if unknown else ""
+        raise ValueError(
+            f"Batch norms must be modules of the nnx model, but {missing} are not{why}."
+        )
+
+
 def none_unknown(unknown: Mapping[str, str]) -> None:
     """Require that all modules that keep statistics are known."""
     if unknown:

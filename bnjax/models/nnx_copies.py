@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import bridge
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import (
     DictKey,
@@ -28,7 +29,7 @@ from bnjax.models.compat import modules_of, plain_arrays
 from bnjax.models.conventions import LINEAR_NNX, NNX, is_rewritten
 from bnjax.models.freezing import fitting
 from bnjax.models.programs import kept_with
-from bnjax.models.statistics import Path
+from bnjax.models.statistics import Path, layers_of
 from bnjax.models.visits import mark
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
@@ -70,6 +71,9 @@ class Copy:
                 self.norms[path] = module
             elif len(kept) == 2:
                 self.strangers["/".join(path)] = type(module).__name__
+            elif isinstance(module, bridge.ToNNX):
+                hidden = layers_of(nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
+                self.strangers |= {"/".join((*path, *inner)): "ToNNX" for inner in hidden}
             if isinstance(module, (NNX, *LINEAR_NNX)):
                 mark(module, path)
 
@@ -88,7 +92,7 @@ class Copy:
 
         def filled(keys: tuple[Any, ...], leaf: Any) -> Any:
             if keys not in held:
-                return leaf
+                return leaf.replace(leaf.get_raw_value())
             structure = tree_structure(leaf.get_raw_value())
             return leaf.replace(structure.unflatten([flat[key] for key in held[keys]]))
 
@@ -113,6 +117,7 @@ class Copy:
         """The model with exactly these variables: new ones become attributes, missing ones None."""
         copy, flat = Copy(self.model, training=self._training), flatten_dict(variables)
         modules, own = copy._modules(), self.flat(self.model)
+        checks.reachable({key[1:-1] for key in own.keys() ^ flat}, modules, self.strangers)
         for _, *path, name in own.keys() - flat:
             setattr(modules[tuple(path)], name, nnx.data(None))
         for collection, *path, name in flat.keys() - own:

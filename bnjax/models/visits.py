@@ -13,6 +13,7 @@ from typing import Any
 import chex
 from flax import linen as nn
 from flax import nnx
+from flax.nnx import bridge
 
 from bnjax.core.policies import Policy
 from bnjax.layers.conventions import as_written, is_torch
@@ -32,7 +33,7 @@ from bnjax.models.conventions import (
 )
 from bnjax.models.frames import Examples, Met, Settings, Visitor, Watch
 from bnjax.models.registered import Bound
-from bnjax.models.statistics import Path, is_layer
+from bnjax.models.statistics import Path, is_layer, layers_of
 from bnjax.models.visit import Visit
 
 
@@ -126,12 +127,19 @@ def _intercept(
     if is_call(layer, function):
         return _meet(layer, call, args, kwargs)
     y = call(*args, **kwargs)
-    if context.method_name == "__call__" and is_layer(layer.variables.get(COLLECTION, {})):
-        path = "/".join(layer.path)
-        for frame in active():
-            if path not in frame.known:  # including subclasses that do not call the known code
-                frame.strangers[path] = type(layer).__name__
+    if context.method_name == "__call__":
+        for path in _kept(layer):
+            for frame in active():
+                if path not in frame.known:  # including subclasses that do not call the known code
+                    frame.strangers[path] = type(layer).__name__
     return y
+
+
+def _kept(layer: nn.Module) -> list[str]:
+    """The paths of the statistics that a module keeps, by itself or in an nnx module it wraps."""
+    held = layer.variables.get(COLLECTION, {})
+    inside = layers_of(held) if isinstance(layer, bridge.ToLinen) else [()] * is_layer(held)
+    return ["/".join((*layer.path, *path)) for path in inside]
 
 
 @functools.cache

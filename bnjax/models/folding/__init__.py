@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 from flax.core import meta
 
+from bnjax import globs
 from bnjax.models import checks
 from bnjax.models.batches import Inputs, layout
 from bnjax.models.folding.edits import Edits, Quantize
@@ -110,8 +111,7 @@ def _fold(
     checks.some_batch_norm(any(call.norm for call in program.calls), unknown)
     flat = flat_of(variables)
     edits, rows, branches = plan(program, Numbers(flat, np))
-    why = "{0} is not a known batch norm class: register it with bnjax.register({0}, ...)".format
-    rows += [Row("", path, why(kind)) for path, kind in sorted(unknown.items())]
+    rows += [Row("", path, _why(kind)) for path, kind in sorted(unknown.items())]
     if not edits:
         lines = [f"\n  {row.layer or '-'}, {row.batch_norm or '-'}: {row.reason}." for row in rows]
         lines += [f"\n  {each.branch} + {each.into}: {each.reason}." for each in branches]
@@ -136,6 +136,12 @@ def _fold(
     edits = dataclasses.replace(exact, quantize=quantize)
     nested = traverse_util.unflatten_dict(edits.fold(flat, np))
     return dataclasses.replace(folded, variables=nested, _edits=edits, _key=object())
+
+
+def _why(kind: str) -> str:
+    if kind in globs.BRIDGES:
+        return f"{kind} of flax.nnx.bridge hides it: {globs.REPAIR}"
+    return f"{kind} is not a known batch norm class: register it with bnjax.register({kind}, ...)"
 
 
 def _tolerance(program: Program, edits: Edits, flat: Mapping[Any, Any]) -> float:
