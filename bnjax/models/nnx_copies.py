@@ -92,7 +92,8 @@ class Copy:
 
         def filled(keys: tuple[Any, ...], leaf: Any) -> Any:
             if keys not in held:
-                return leaf.replace(leaf.get_raw_value())
+                new = isinstance(leaf, nnx.RngState)  # of this trace, where a count may move
+                return leaf.replace(leaf.get_raw_value()) if new else leaf
             structure = tree_structure(leaf.get_raw_value())
             return leaf.replace(structure.unflatten([flat[key] for key in held[keys]]))
 
