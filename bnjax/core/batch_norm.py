@@ -227,5 +227,5 @@ def _steps(
         )
 
     if sharing.bank is not None:  # the rows of each example may be as large as x: not kept
-        normalized = jax.checkpoint(normalized, prevent_cse=True)
+        normalized = jax.checkpoint(normalized)
     return normalized(chosen, first, learned, given), bank_rows.put(batch_stats, bank, moved)

@@ -4,8 +4,8 @@
 deviation of the mean. Each function here takes it from elsewhere, and returns origin, mean minus
 origin, and biased variance:
 
-- `_from_typical`: a median of 27 values. It costs no pass over x and is never far, but the sums
-  must wait for x, and if a batch is split over devices, it costs a message.
+- `_from_typical`: a median of 27 values, or of 9. It costs no pass over x and is never far, but the
+  sums must wait for x, and if a batch is split over devices, it costs a message.
 - `_from_chunks`: a value of each chunk. It costs no pass and is never far. If a batch is split, it
   needs one message, which grows with the number of devices.
 - `_from_running`: the running mean, known before x is. It is close once training has settled; in
@@ -15,6 +15,7 @@ origin, and biased variance:
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ _FEW = 32  # devices
 _HUGE = 2.0**64  # squares of larger numbers overflow in float32
 
 Centred = tuple[jax.Array, jax.Array, jax.Array]
+Chosen = Callable[[jax.Array, Axes], jax.Array]  # some values of each channel
 
 
 # Under jit, it is traced and lowered once for all layers of the same shape.
@@ -74,7 +76,7 @@ def centred(
         return _from_running(x, None, n, origin, reduced)
 
     def on_cpu(x: jax.Array, n: jax.Array, origin: jax.Array) -> Centred:
-        alone = functools.partial(_from_typical, x, n, reduced)
+        alone = functools.partial(_from_typical, x, n, reduced, _twenty_seven)
         return lax.cond(devices == 1, alone, functools.partial(from_running, x, n, origin))
 
     def on_gpu(x: jax.Array, n: jax.Array, origin: jax.Array) -> Centred:
@@ -85,12 +87,12 @@ def centred(
     return lax.platform_dependent(x, n, origin, cpu=on_cpu, default=from_running, **gpu)
 
 
-def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes, chosen: Any = None) -> Centred:
-    """From a median of 27 values, or of those that `chosen` returns.
+def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes, chosen: Chosen) -> Centred:
+    """From a median of the values that `chosen` returns.
 
     Rare outliers do not affect the median.
     """
-    middle = (chosen or _twenty_seven)(x, reduced).astype(working_dtype(x.dtype))
+    middle = chosen(x, reduced).astype(working_dtype(x.dtype))
     while middle.shape[0] > 3:
         middle = _median_of_3(middle)
     # A matrix product, because XLA would recompute a plain sum for each value of x.

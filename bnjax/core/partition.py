@@ -104,9 +104,9 @@ def virtual(parts: Parts, size: int) -> Parts:
 
 def join(y: jax.Array, parts: Parts, shape: Axes) -> jax.Array:
     """Join the output of all parts to an array with the original shape."""
-    if parts.group is None or y.shape == shape:
-        return y
     axis = parts.group
+    if axis is None or y.shape == shape:
+        return y
     merged = y.reshape(*y.shape[:axis], y.shape[axis] * y.shape[axis + 1], *y.shape[axis + 2 :])
     return merged if merged.shape == shape else lax.slice_in_dim(merged, 0, shape[axis], axis=axis)
 

@@ -3,6 +3,7 @@
 The first bank has `bn.weight`, the second `bn.aux_bn.0.weight`.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -72,10 +73,10 @@ def apart(leaves: Mapping[Name, Leaf], several: bool = True) -> dict[Name, Leaf]
         if banks > 1 and not several:
             continue
         values = [new.pop(each).value for each in (name, added) if each in leaves]
-        shape = (banks, *values[0].shape)
-        whole = lambda *each, to=shape: jnp.broadcast_to(sum(each), to)  # noqa: E731
+        rows = functools.partial(_in_each, shape=(banks, *values[0].shape))
         known = all(isinstance(value, jax.Array | np.ndarray) for value in values)
-        new[name] = Leaf(leaves[name].path, (whole if known else _shape_of(whole))(*values))
+        value = rows(*values) if known else jax.eval_shape(rows, *values)
+        new[name] = Leaf(leaves[name].path, value)
     return {name: new[name] for name in leaves if name in new}
 
 
@@ -118,8 +119,8 @@ def _affine(leaves: Mapping[Name, Leaf]) -> Iterator[_Affine]:
                 yield _Affine(name, added, mean.value.shape[0])
 
 
-def _shape_of(function: Any) -> Any:
-    return lambda *values: jax.eval_shape(function, *values)
+def _in_each(*values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.broadcast_to(sum(values), shape)
 
 
 def _equal(rows: np.ndarray) -> bool:

@@ -4,6 +4,7 @@ Their arrays have one more axis, so a dense kernel looks like that of a conv, an
 a batch norm look like banks.
 """
 
+import itertools
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,23 +59,13 @@ def stack(leaves: Mapping[Name, Leaf], model: Any) -> str | None:
     """
     shapes = _shapes(leaves)
     known = isinstance(model, nnx.Module)
-    name = next(
-        (
-            name
-            for rule in (
-                _by_type(shapes, model) if known else (),
-                _by_bias(shapes),
-                (
-                    n
-                    for n, shape in shapes.items()
-                    if n.statistic and n.leaf == "mean" and shape[2:]
-                ),
-                () if known else _by_scope(shapes),
-            )
-            for name in rule
-        ),
-        None,
+    signs = (
+        _by_type(shapes, model) if known else (),
+        _by_bias(shapes),
+        (name for name, shape in shapes.items() if name[1:] == ("mean", True) and len(shape) > 2),
+        () if known else _by_scope(shapes),
     )
+    name = next(itertools.chain.from_iterable(signs), None)
     if name is None:
         return None
     return (
