@@ -8,7 +8,6 @@ from bnjax.core.checks.banks import (
     bank,
     bank_by_name,
     bank_names,
-    bank_of_examples,
     banks_exist,
     no_bank,
     no_banks_yet,
@@ -16,10 +15,9 @@ from bnjax.core.checks.banks import (
     one_bank,
     some_banks,
 )
-from bnjax.core.checks.collections import POOLED, copies, held, present, shapes, trees, where
+from bnjax.core.checks.collections import POOLED, held, present, shapes, trees, where
 from bnjax.core.checks.inputs import (
     affine_of_examples,
-    arrays_of_batch,
     classes,
     feature_axes,
     floating,
@@ -54,15 +52,12 @@ from bnjax.core.checks.settings import (
 __all__ = [
     "POOLED",
     "affine_of_examples",
-    "arrays_of_batch",
     "axis_of_banks",
     "bank",
     "bank_by_name",
     "bank_names",
-    "bank_of_examples",
     "banks_exist",
     "classes",
-    "copies",
     "correction",
     "devices",
     "eps",

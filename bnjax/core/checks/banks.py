@@ -123,18 +123,6 @@ def banks_exist(bank: Any, counted: Any, banks: int) -> None:
         raise ValueError(f"`bank` must lie between 0 and {banks - 1}, got {wrong}.")
 
 
-def bank_of_examples(bank: Any) -> None:
-    """Check the bank in a batch, which is passed to a compiled program."""
-    listed = isinstance(bank, list | tuple) and all(isinstance(each, str | int) for each in bank)
-    if isinstance(bank, str) or listed:
-        name = bank if isinstance(bank, str) else "target"
-        raise TypeError(
-            "The `bank` of a batch must be a number or an array of int32, one for each example, "
-            f"got {bank!r}. Convert it, as in np.array(bank), or give a name for all examples: "
-            f'`with bnjax.bank("{name}"):` around the call.'
-        )
-
-
 def no_banks_yet(ndim: int, path: str) -> None:
     """Check that a layer to which banks are added has a single set of statistics."""
     if ndim > 1:

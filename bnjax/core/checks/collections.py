@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from bnjax.core.repairs import COUNT, other_keys
@@ -106,16 +105,3 @@ def present(names: Collection[str], held: Collection[str]) -> None:
             f"The layer must have the statistics {sorted(names)}, but {missing} are gone, as after "
             "`nnx.pop(model, nnx.BatchStat)`. Put them back with `nnx.update(model, statistics)`."
         )
-
-
-def copies(variables: Any) -> str:
-    """A hint, if all arrays have the same leading axis, as copies for `pmap` do."""
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(variables)]
-    sizes = {shape[:1] for shape in shapes}
-    # The scale and statistics of a batch norm have one axis, and by chance they may be as long.
-    if len(sizes) != 1 or min(map(len, shapes)) < 2:
-        return ""
-    return (
-        f" Each array has a leading axis of {sizes.pop()[0]}, as copies for `pmap` do: pass one, "
-        "as in flax.jax_utils.unreplicate(variables)."
-    )

@@ -17,20 +17,6 @@ def floating(value: Any) -> jax.Array:
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 
-def arrays_of_batch(batch: Any) -> None:
-    """Check that JAX accepts the arrays of a batch, unlike tensors of other frameworks."""
-    for keys, leaf in jax.tree.leaves_with_path(batch):
-        known = isinstance(leaf, jax.Array | np.ndarray | np.generic)
-        if not known and hasattr(leaf, "__array__") and not hasattr(leaf, "__jax_array__"):
-            kind = type(leaf)
-            raise TypeError(
-                "A batch must hold arrays of NumPy or JAX, got a "
-                f"{kind.__module__.partition('.')[0]}.{kind.__name__} as "
-                f"`{jax.tree_util.keystr(keys, simple=True, separator='/')}`. Convert it, as with "
-                "np.asarray, where the batches are loaded."
-            )
-
-
 def output_dtype(dtype: Any, x: jax.Array) -> jnp.dtype:
     """The dtype of the output; by default that of the input."""
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
