@@ -49,7 +49,8 @@ def platform(request):
             patch.setattr("bnjax.core.sums._CHUNKS", 16)
             tree = sums._in_one_reading
             patch.setattr(
-                "bnjax.core.origins.at_once", lambda v, axes: tree(*v, reduced=axes, devices=1)
+                "bnjax.core.origins.at_once",
+                lambda v, axes: tree(*v, reduced=axes, sources=1, devices=1),
             )
         jax.clear_caches()
         on_cpu = request.param == "cpu"

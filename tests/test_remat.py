@@ -99,7 +99,8 @@ def test_outputs_gradients_and_statistics_are_the_same(norm):
     [
         (None, BLOCKS),
         (bnjax.remat_policy(), BLOCKS),
-        (jax.checkpoint_policies.nothing_saveable, 2 * BLOCKS),
+        # XLA merges those of the last block, which is differentiated at once.
+        (jax.checkpoint_policies.nothing_saveable, 2 * BLOCKS - 1),
     ],
     ids=["plain", "bnjax", "nothing_saveable"],
 )

@@ -48,12 +48,12 @@ def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str = "float32
 
 
 @each_case
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize(("number", "sources"), [(1, 1), (2, 1), (2, 2), (3, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 @pytest.mark.parametrize("wrap", [jax.jit, lambda function: function], ids=["jit", "eager"])
-def test_each_sum_is_that_of_float64(rng, shape, reduced, number, dtype, wrap):
+def test_each_sum_is_that_of_float64(rng, shape, reduced, number, sources, dtype, wrap):
     values = [draw(rng, shape, dtype) for _ in range(number)]
-    found = wrap(lambda *values: sums(values, reduced))(*values)
+    found = wrap(lambda *values: sums(values, reduced, sources))(*values)
     exact = tuple(np.asarray(value, "complex128").sum(reduced) for value in values)
     tolerance = (5e-6 if dtype == "complex64" else 2e-6) * np.prod(
         [shape[a] for a in reduced]
@@ -78,7 +78,7 @@ def test_they_are_each_others_transposes(rng, shape, reduced):
     forth = jax.linear_transpose(lambda *v: sums(v, reduced), *values)(vectors)
     np.testing.assert_array_equal(forth, spread(vectors, shape, reduced))
     back = jax.linear_transpose(lambda *v: spread(v, shape, reduced), *vectors)(values)
-    assert_close(back, sums(values, reduced), rtol=1e-6)
+    assert_close(back, sums(values, reduced, sources=2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("modes", [("fwd",), ("rev",)], ids=str)
@@ -149,7 +149,9 @@ def test_the_sums_by_chunks_of_gpus_are_those_of_float64(rng, shape, channels_la
     last = len(shape) - 1
     reduced = tuple(range(last)) if channels_last else tuple(a for a in range(last + 1) if a != 1)
     x = rng.standard_normal(shape).astype(np.float32)
-    found = jax.jit(functools.partial(_in_chunks, reduced=reduced, devices=devices))(x, x * x)
+    found = jax.jit(functools.partial(_in_chunks, reduced=reduced, sources=1, devices=devices))(
+        x, x * x
+    )
     wide = x.astype(np.float64)
     for one, expected in zip(found, (wide, wide * wide), strict=True):
         assert_close(one, expected.sum(reduced), rtol=3e-6)
@@ -163,6 +165,27 @@ def test_a_size_that_is_not_known_yet(rng):
     exported = export.export(jax.jit(pair))(jax.ShapeDtypeStruct((rows, 50, 30), "float32"))
     x = draw(rng, (20, 50, 30))
     assert_close(exported.call(x), pair(x), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", ["b, 50", "b, 50, 30"])
+def test_gradients_of_a_size_that_is_not_known_yet(rng, shape):
+    def loss(x):
+        axes = tuple(range(x.ndim - 1))
+        first, second = sums((x, x * x), axes)
+        return jnp.sum(spread((first, second), x.shape, axes)[1] * x)
+
+    struct = jax.ShapeDtypeStruct(export.symbolic_shape(shape), "float32")
+    exported = export.export(jax.jit(jax.grad(loss)))(struct)
+    x = draw(rng, (5, 50, 30)[: struct.ndim])
+    assert_close(exported.call(x), jax.grad(loss)(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38, 2e-38, -0.0, 0.0, 1.5])
+def test_a_spread_keeps_every_bit(value):
+    vectors = [jnp.full(3, value, jnp.float32), jnp.arange(3, dtype=jnp.float32)]
+    for one, vector in zip(spread(vectors, (64, 3), (0,)), vectors, strict=True):
+        found, wanted = (np.asarray(each).view("int32") for each in (one, vector))
+        np.testing.assert_array_equal(found, np.broadcast_to(wanted, (64, 3)))
 
 
 def test_a_part_that_has_no_derivative(rng):

@@ -96,7 +96,7 @@ def linear(
         default = functools.partial(function, **static)
         return lax.platform_dependent(*arrays, default=default, **bound)
 
-    made.def_impl(jax.jit(eager, static_argnames=("reduced", "shape", "banks")))
+    made.def_impl(jax.jit(eager, static_argnames=("reduced", "sources", "shape", "banks")))
     made.def_abstract_eval(
         lambda *avals, **static: list(
             jax.make_jaxpr(functools.partial(function, **static))(*avals).out_avals

@@ -140,7 +140,7 @@ def _tangent_of_banks(parts: Parts, bank, found: Moments, dx, number: int):
     origin, offset = (jnp.moveaxis(each, 0, batch) for each in rows)
     dx = where(mask, dx)
     from_mean = where(mask, deviations(x, origin, reduced) - jnp.expand_dims(offset, reduced))
-    each = sums((dx, jnp.real(jnp.conj(from_mean) * dx)), reduced)
+    each = sums((dx, jnp.real(jnp.conj(from_mean) * dx)), reduced, sources=2)
     d_sum, d_squares = banks.totals([jnp.moveaxis(a, batch, 0) for a in each], bank, number)
     return d_sum / jnp.maximum(found.count, 1), 2 * d_squares
 
@@ -156,5 +156,5 @@ def _batch(parts: Parts) -> int:
 def _tangent(x, mask, n, origin, offset, dx, reduced: Axes):
     dx = where(mask, dx)
     from_mean = where(mask, deviations(x, origin, reduced) - jnp.expand_dims(offset, reduced))
-    d_sum, d_squares = sums((dx, jnp.real(jnp.conj(from_mean) * dx)), reduced)
+    d_sum, d_squares = sums((dx, jnp.real(jnp.conj(from_mean) * dx)), reduced, sources=2)
     return d_sum / n, 2 * d_squares / n

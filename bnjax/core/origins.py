@@ -245,12 +245,13 @@ def _around(
     origin: jax.Array, x: jax.Array, mask: jax.Array | None, n: jax.Array, reduced: Axes
 ) -> tuple[jax.Array, jax.Array]:
     """Mean minus origin, and variance, in one pass."""
-    by = jnp.where(jnp.abs(origin) > _HUGE, 1 / _HUGE, 1.0)  # squared rounding errors overflow too
+    huge = jnp.abs(origin) > _HUGE  # even its squared rounding errors overflow
+    by, back = jnp.where(huge, 1 / _HUGE, 1.0), jnp.where(huge, _HUGE, 1.0)
     distance = where(mask, deviations(x, origin, reduced))
     squares = abs2(distance * jnp.expand_dims(by, reduced))
     total, squares = sums((distance, squares), reduced)
     offset = total * (1 / n)
-    return offset, (squares * (1 / n) - abs2(offset * by)) * (1 / by) * (1 / by)
+    return offset, (squares * (1 / n) - abs2(offset * by)) * back * back
 
 
 def _put_right(origin: jax.Array, offset: jax.Array, var: jax.Array) -> Centred:

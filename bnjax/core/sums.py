@@ -18,18 +18,23 @@ from bnjax.core.sharding import varying_alike
 
 Axes = tuple[int, ...]
 
-# XLA unrolls the inner loop over this many terms, and vectorizes the one around it.
-_TERMS = 16
-_LONG = 512  # adjacent values
+# XLA unrolls the inner loop over this many terms, and vectorizes the one around it. A CPU reads
+# fewer at once fast if they come from two arrays, or are _FAR apart.
+_TERMS, _FEWER = 16, 8
+_LONG, _FAR = 512, 2**14  # adjacent values
 _SMALL = 2**12
+_MANY = 8  # values for each number that is repeated
 _CHUNKS, _ROWS = 512, 128  # at most, and at least: a GPU block sums one chunk or more
 
 
-def sums(values: Sequence[jax.Array], reduced: Axes) -> tuple[jax.Array, ...]:
-    """Sum each of several arrays of the same shape over the axes `reduced`."""
+def sums(values: Sequence[jax.Array], reduced: Axes, sources: int = 1) -> tuple[jax.Array, ...]:
+    """Sum each of several arrays of the same shape over the axes `reduced`.
+
+    `sources` is the number of arrays in memory that they are computed from.
+    """
     if compat.plain.value:
         return tuple(_each_by_itself(*values, reduced=reduced))
-    return tuple(_sums.bind(*values, reduced=tuple(reduced)))
+    return tuple(_sums.bind(*values, reduced=tuple(reduced), sources=sources))
 
 
 def spread(vectors: Sequence[jax.Array], shape: Axes, reduced: Axes) -> tuple[jax.Array, ...]:
@@ -44,7 +49,7 @@ def spread(vectors: Sequence[jax.Array], shape: Axes, reduced: Axes) -> tuple[ja
     return tuple(_spread.bind(*vectors, shape=tuple(shape), reduced=tuple(reduced)))
 
 
-def _each_by_itself(*values: jax.Array, reduced: Axes) -> list[jax.Array]:
+def _each_by_itself(*values: jax.Array, reduced: Axes, sources: int = 1) -> list[jax.Array]:
     return [jnp.sum(value, reduced) for value in values]
 
 
@@ -52,7 +57,26 @@ def _repeated(*vectors: jax.Array, shape: Axes, reduced: Axes) -> list[jax.Array
     return [jnp.broadcast_to(jnp.expand_dims(vector, reduced), shape) for vector in vectors]
 
 
-def _in_one_reading(*arrays: jax.Array, reduced: Axes, devices: int) -> Sequence[jax.Array]:
+def _settled_and_repeated(
+    *vectors: jax.Array, shape: Axes, reduced: Axes, devices: int
+) -> list[jax.Array]:
+    """For CPUs: compute the vectors once.
+
+    XLA would compute them again for each value, along with all that they are computed from, but not
+    what it takes to be expensive, such as this division by 1.
+    """
+    dtypes = {vector.dtype for vector in vectors}
+    known = all(isinstance(size, int) for size in shape)
+    alike = len(dtypes) == 1 and not jnp.iscomplexobj(vectors[0])
+    if known and alike and math.prod(shape) >= _MANY * vectors[0].size:
+        ones = [jnp.minimum(jnp.abs(vector) + 1, 1) for vector in vectors]
+        vectors = tuple(jnp.stack(vectors) / jnp.stack(ones))
+    return _repeated(*vectors, shape=shape, reduced=reduced)
+
+
+def _in_one_reading(
+    *arrays: jax.Array, reduced: Axes, sources: int, devices: int
+) -> Sequence[jax.Array]:
     """For CPUs: sum all arrays in a short inner loop along one axis, then the rest of each alone.
 
     XLA has fast and exact kernels for a single sum of a large array. Its loop over several arrays
@@ -68,10 +92,11 @@ def _in_one_reading(*arrays: jax.Array, reduced: Axes, devices: int) -> Sequence
         return _each_by_itself(*values, reduced=reduced)
     if len(values) == 1:  # XLA would fuse the sums of sums of one array, but not those of two
         pair = values[0], -values[0]
-        plus, minus = _in_one_reading(*pair, reduced=reduced, devices=devices)
+        plus, minus = _in_one_reading(*pair, reduced=reduced, sources=sources, devices=devices)
         return [plus / 2 - minus / 2]
+    most = _TERMS if sources == 1 else _FEWER
     while math.prod(shape[axis] for axis in reduced) > _TERMS:
-        axis, parts, terms = _division(shape, reduced, devices)
+        axis, parts, terms = _division(shape, reduced, most, devices)
         if terms == 1:
             return _each_by_itself(*values, reduced=reduced)
         values = at_once([_split(value, axis, parts, terms) for value in values], (axis + 1,))
@@ -88,7 +113,9 @@ def _large(shape: Axes, reduced: Axes) -> bool:
     return math.prod(shape) > _SMALL and math.prod(shape) > rows
 
 
-def _in_chunks(*values: jax.Array, reduced: Axes, devices: int) -> Sequence[jax.Array]:
+def _in_chunks(
+    *values: jax.Array, reduced: Axes, sources: int, devices: int
+) -> Sequence[jax.Array]:
     """For GPUs: sum each chunk, then all the chunks' sums at once.
 
     XLA gives a sum over up to 4,096 rows to a few blocks only and writes the summands first, and it
@@ -136,26 +163,29 @@ def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array,
     return tuple(map(lax.add, a, b))
 
 
-def _division(shape: Axes, reduced: Axes, devices: int) -> tuple[int, int, int]:
+def _division(shape: Axes, reduced: Axes, most: int, devices: int) -> tuple[int, int, int]:
     """The axis to sum along, the number of its parts, and the number of terms per sum."""
+
+    def adjacent(axis: int) -> int:
+        return math.prod(shape[axis + 1 :])
 
     def part(axis: int) -> int:
         # An axis may be split over the devices: then its parts can be, too.
         return shape[axis] // (devices if shape[axis] % devices == 0 else 1)
 
     def terms(axis: int) -> int:
-        return max((k for k in range(1, _TERMS + 1) if part(axis) % k == 0), default=1)
-
-    def long(axis: int) -> bool:  # what the loop around the terms is vectorized over
-        return math.prod(shape[axis + 1 :]) >= _LONG
+        limit = most if adjacent(axis) < _FAR else _FEWER
+        return max((k for k in range(1, limit + 1) if part(axis) % k == 0), default=1)
 
     order = (*reduced[1:], reduced[0])  # the batch axis last
-    good = [axis for axis in order if terms(axis) >= _TERMS // 2]
-    axis = next(filter(long, good), good[0] if good else max(order, key=terms))
+    good = [axis for axis in order if terms(axis) >= most // 2]
+    # The loop around the terms is vectorized over the adjacent values.
+    long = (axis for axis in good if adjacent(axis) >= _LONG)
+    axis = next(long, good[0] if good else max(order, key=terms))
     if terms(axis) > 1:
         return axis, shape[axis] // part(axis), terms(axis)
     axis = max(order, key=part)  # nothing divides it, so it must be padded
-    fewest = min(range(_TERMS, _TERMS // 2, -1), key=lambda k: -part(axis) % k)
+    fewest = min(range(most, most // 2, -1), key=lambda k: -part(axis) % k)
     return axis, shape[axis] // part(axis), fewest if part(axis) > 1 else 1
 
 
@@ -170,15 +200,15 @@ def _split(value: jax.Array, axis: int, parts: int, terms: int) -> jax.Array:
 
 
 _sums = compat.linear("sums", _each_by_itself, on_cpu=_in_one_reading, on_gpu=_in_chunks)
-_spread = compat.linear("spread", _repeated)
+_spread = compat.linear("spread", _repeated, on_cpu=_settled_and_repeated)
 compat.transposed(
     _sums,
-    lambda cotangents, shape, reduced: spread(cotangents, shape, reduced),
-    lambda values, reduced: sums(values, _shifted(reduced)),
+    lambda cotangents, shape, reduced, sources: spread(cotangents, shape, reduced),
+    lambda values, reduced, sources: sums(values, _shifted(reduced), sources),
 )
 compat.transposed(
     _spread,
-    lambda cotangents, _, shape, reduced: sums(cotangents, reduced),
+    lambda cotangents, _, shape, reduced: sums(cotangents, reduced, sources=2),
     lambda vectors, shape, reduced: spread(
         vectors, (vectors[0].shape[0], *shape), _shifted(reduced)
     ),
