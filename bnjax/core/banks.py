@@ -103,7 +103,7 @@ def totals(values: Sequence[jax.Array], bank: jax.Array, banks: int) -> list[jax
     return _totals.bind(bank, *values, banks=banks)
 
 
-def _rows(bank: jax.Array, *values: jax.Array, banks: int) -> list[jax.Array]:
+def _rows(bank: jax.Array, *values: jax.Array, banks: int, devices: int = 1) -> list[jax.Array]:
     def rows(values: jax.Array) -> jax.Array:
         if not values.size:
             return jnp.zeros((*bank.shape, *values.shape[1:]), values.dtype)
@@ -113,7 +113,9 @@ def _rows(bank: jax.Array, *values: jax.Array, banks: int) -> list[jax.Array]:
     return [rows(each) for each in values]
 
 
-def _by_comparison(bank: jax.Array, *values: jax.Array, banks: int) -> list[jax.Array]:
+def _by_comparison(
+    bank: jax.Array, *values: jax.Array, banks: int, devices: int = 1
+) -> list[jax.Array]:
     """Sum by comparison, which fuses with its inputs, and all-reduces sharded arrays."""
     if banks > _FEW:
         return [_added(each, bank, banks) for each in values]
@@ -196,8 +198,8 @@ def _batched(
     return [each.reshape(size, -1, *each.shape[1:]) for each in found], 0
 
 
-_to_examples = compat.linear("rows_of_banks", _rows)
-_totals = compat.linear("totals_of_banks", _by_comparison, on_cpu=_by_place)
+_to_examples = compat.primitive("rows_of_banks", _rows, default=_rows)
+_totals = compat.primitive("totals_of_banks", _by_comparison, default=_by_comparison, cpu=_by_place)
 compat.each_others_transpose(_to_examples, _totals, _batched)
 
 
@@ -232,9 +234,7 @@ def _nearby(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) ->
     """
     if not isinstance(bank.shape[0], int) or compat.plain.value:
         return _first(origin, count, bank, banks)
-    of_parts, of_first = (functools.partial(f, banks=banks) for f in (_of_parts, _first))
-    alone = compat.devices_of_program() == 1
-    return lax.cond(alone, of_parts, of_first, origin, count, bank)
+    return _typical(*varying_alike((origin, count, bank)), banks=banks)[0]
 
 
 def _of_parts(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
@@ -258,6 +258,19 @@ def _of_parts(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) 
 def _first(origin: jax.Array, count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:
     """The value of the first example that counts."""
     return _taken(origin, jnp.argmax(_known(count, bank, banks), 1)[:, None])[:, 0]
+
+
+def _types(origin: jax.Array, count: jax.Array, bank: jax.Array, *, banks: int) -> list[jax.Array]:
+    return [_first(origin, count, bank, banks)]
+
+
+def _by_devices(
+    origin: jax.Array, count: jax.Array, bank: jax.Array, *, banks: int, devices: int
+) -> list[jax.Array]:
+    return [(_of_parts if devices == 1 else _first)(origin, count, bank, banks)]
+
+
+_typical = compat.by_platform("values_of_banks", _types, default=_by_devices)
 
 
 def _known(count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:

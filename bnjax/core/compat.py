@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 Function = Callable[..., Any]
+
+_STATIC = "reduced", "sources", "shape", "banks", "mapped"
 
 # A thread-local setting whose value is part of JAX's cache keys; call it to get a context.
 context = jax.make_user_context
@@ -61,63 +62,73 @@ def split_over(context: Any) -> int:
     return getattr(axes, "num_devices", None) or jax.device_count()
 
 
-_devices_of_program = Primitive("devices_of_program")
-_devices_of_program.def_impl(jax.device_count)
-_devices_of_program.def_abstract_eval(lambda: jax.typeof(np.int32(0)))
-mlir.register_lowering(
-    _devices_of_program, lambda context: [mlir.ir_constant(np.int32(split_over(context)))]
-)
+def implementation(name: str, functions: dict[str, Function], platform: str) -> Function:
+    """The one of a primitive's functions that serves a platform; tests put others here."""
+    return functions.get(platform, functions["default"])
 
 
-def devices_of_program() -> jax.Array:
-    """`split_over`, as a number that becomes known when a program is lowered."""
-    return _devices_of_program.bind()
-
-
-def linear(
-    name: str, function: Function, *, on_cpu: Function | None = None, on_gpu: Function | None = None
-) -> Primitive:
-    """Create a primitive for a linear function from several arrays to several.
+def primitive(name: str, types: Function, *, default: Function, **platforms: Function) -> Primitive:
+    """Create a primitive whose implementation is traced when it is lowered, for that platform.
 
     Args:
         name: its name in a program.
-        function: its implementation, which takes arrays and static keywords.
-        on_cpu: another implementation for CPUs, which also takes `devices`, the number of devices
-            over which arrays may be split.
-        on_gpu: another implementation for GPUs, likewise.
+        types: a function of several arrays and static keywords that is quick to trace and returns
+            arrays of the same types.
+        default: its implementation, which also takes `devices`, the number of devices over which
+            arrays may be split.
+        **platforms: other implementations, by JAX's names of platforms.
     """
-    made = Primitive(name)
+    made, functions = Primitive(name), {"default": default, **platforms}
     made.multiple_results = True
-    specials = {"cpu": on_cpu, "cuda": on_gpu, "rocm": on_gpu}
-    specials = {platform: f for platform, f in specials.items() if f is not None}
+
+    def on(platform: str) -> Function:
+        return implementation(name, functions, platform)
 
     def eager(*arrays: jax.Array, **static: Any) -> Any:
-        bound = {name: functools.partial(f, devices=1, **static) for name, f in specials.items()}
-        default = functools.partial(function, **static)
-        return lax.platform_dependent(*arrays, default=default, **bound)
+        bound = {p: functools.partial(on(p), devices=1, **static) for p in functions}
+        return lax.platform_dependent(*arrays, **bound)
 
-    made.def_impl(jax.jit(eager, static_argnames=("reduced", "sources", "shape", "banks")))
-    made.def_abstract_eval(
-        lambda *avals, **static: list(
-            jax.make_jaxpr(functools.partial(function, **static))(*avals).out_avals
-        )
-    )
-    mlir.register_lowering(made, mlir.lower_fun(function, multiple_results=True))
+    def result_types(*avals: Any, **static: Any) -> list[Any]:
+        return list(jax.make_jaxpr(functools.partial(types, **static))(*avals).out_avals)
 
-    def register(special: Function, platform: str) -> None:
-        def lower(context: Any, *arrays: Any, **static: Any) -> Any:
-            bound = functools.partial(special, devices=split_over(context))
-            return mlir.lower_fun(bound, multiple_results=True)(context, *arrays, **static)
+    def lower(platform: str, context: Any, *arrays: Any, **static: Any) -> Any:
+        bound = functools.partial(on(platform), devices=split_over(context))
+        return mlir.lower_fun(bound, multiple_results=True)(context, *arrays, **static)
 
-        mlir.register_lowering(made, lower, platform=platform)
-
-    for platform, special in specials.items():
-        register(special, platform)
+    made.def_impl(jax.jit(eager, static_argnames=_STATIC))
+    made.def_abstract_eval(result_types)
+    for platform in functions:
+        key = None if platform == "default" else platform
+        mlir.register_lowering(made, functools.partial(lower, platform), platform=key)
     return made
 
 
+def by_platform(
+    name: str, types: Function, *, default: Function, **platforms: Function
+) -> Function:
+    """Create a function from `primitive` that has no derivative; `vmap` maps what is lowered."""
+
+    def under_vmaps(function: Function) -> Function:
+        def run(*arrays: Any, mapped: Sequence[Sequence[int | None]], **static: Any) -> Any:
+            call = functools.partial(function, **static)
+            for dims in mapped:  # the innermost first
+                call = jax.vmap(call, dims)
+            return call(*arrays)
+
+        return run
+
+    def batched(arrays: Sequence[Any], dims: Sequence[Any], mapped: Any, **static: Any) -> Any:
+        results = made.bind(*arrays, mapped=(*mapped, tuple(dims)), **static)
+        return results, [0] * len(results)
+
+    mapped = {platform: under_vmaps(function) for platform, function in platforms.items()}
+    made = primitive(name, under_vmaps(types), default=under_vmaps(default), **mapped)
+    batching.primitive_batchers[made] = batched
+    return functools.partial(made.bind, mapped=())
+
+
 def transposed(made: Primitive, transpose: Function, batched: Function) -> None:
-    """Define the derivatives and `vmap` of a primitive from `linear`.
+    """Define the derivatives and `vmap` of a linear primitive.
 
     Args:
         made: the primitive.
@@ -149,7 +160,7 @@ def transposed(made: Primitive, transpose: Function, batched: Function) -> None:
 
 
 def each_others_transpose(first: Primitive, second: Primitive, batched: Function) -> None:
-    """Teach two primitives of `linear` that each is the other's transpose, given an index.
+    """Teach two linear primitives that each is the other's transpose, given an index.
 
     Args:
         first: a primitive of an index, which has no derivative, and of arrays.

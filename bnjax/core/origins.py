@@ -70,21 +70,40 @@ def centred(
     origin = origin.astype(working_dtype(x.dtype))
     if mask is not None or not known:
         return _from_running(x, mask, n, origin, reduced)
-    devices = compat.devices_of_program()
+    arrays = sharding.varying_alike((x, n, origin))
+    return tuple(_by_platform(*arrays, reduced=reduced))
 
-    def from_running(x: jax.Array, n: jax.Array, origin: jax.Array) -> Centred:
-        return _from_running(x, None, n, origin, reduced)
 
-    def on_cpu(x: jax.Array, n: jax.Array, origin: jax.Array) -> Centred:
-        alone = functools.partial(_from_typical, x, n, reduced, _twenty_seven)
-        return lax.cond(devices == 1, alone, functools.partial(from_running, x, n, origin))
+def _on_cpu(
+    x: jax.Array, n: jax.Array, origin: jax.Array, *, reduced: Axes, devices: int
+) -> Centred:
+    if devices == 1:
+        return _from_typical(x, n, reduced, _twenty_seven)
+    return _from_running(x, None, n, origin, reduced)
 
-    def on_gpu(x: jax.Array, n: jax.Array, origin: jax.Array) -> Centred:
-        few = functools.partial(_from_chunks, x, n, reduced)
-        return lax.cond(devices <= _FEW, few, functools.partial(from_running, x, n, origin))
 
-    gpu = {"cuda": on_gpu, "rocm": on_gpu}
-    return lax.platform_dependent(x, n, origin, cpu=on_cpu, default=from_running, **gpu)
+def _on_gpu(
+    x: jax.Array, n: jax.Array, origin: jax.Array, *, reduced: Axes, devices: int
+) -> Centred:
+    if devices <= _FEW:
+        return _from_chunks(x, n, reduced)
+    return _from_running(x, None, n, origin, reduced)
+
+
+def _elsewhere(
+    x: jax.Array, n: jax.Array, origin: jax.Array, *, reduced: Axes, devices: int
+) -> Centred:
+    return _from_running(x, None, n, origin, reduced)
+
+
+def _types(x: jax.Array, n: jax.Array, origin: jax.Array, *, reduced: Axes) -> Centred:
+    mean = lax.reduce_sum(x.astype(origin.dtype), reduced)
+    return mean, mean, jnp.real(mean)
+
+
+_by_platform = compat.by_platform(
+    "centred", _types, default=_elsewhere, cpu=_on_cpu, cuda=_on_gpu, rocm=_on_gpu
+)
 
 
 def _from_typical(x: jax.Array, n: jax.Array, reduced: Axes, chosen: Chosen) -> Centred:

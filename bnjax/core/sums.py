@@ -49,11 +49,13 @@ def spread(vectors: Sequence[jax.Array], shape: Axes, reduced: Axes) -> tuple[ja
     return tuple(_spread.bind(*vectors, shape=tuple(shape), reduced=tuple(reduced)))
 
 
-def _each_by_itself(*values: jax.Array, reduced: Axes, sources: int = 1) -> list[jax.Array]:
-    return [jnp.sum(value, reduced) for value in values]
+def _each_by_itself(
+    *values: jax.Array, reduced: Axes, sources: int = 1, devices: int = 1
+) -> list[jax.Array]:
+    return [lax.reduce_sum(value, reduced) for value in values]
 
 
-def _repeated(*vectors: jax.Array, shape: Axes, reduced: Axes) -> list[jax.Array]:
+def _repeated(*vectors: jax.Array, shape: Axes, reduced: Axes, devices: int = 1) -> list[jax.Array]:
     return [jnp.broadcast_to(jnp.expand_dims(vector, reduced), shape) for vector in vectors]
 
 
@@ -199,8 +201,15 @@ def _split(value: jax.Array, axis: int, parts: int, terms: int) -> jax.Array:
     return value.reshape(*before, size // terms, terms, *after)
 
 
-_sums = compat.linear("sums", _each_by_itself, on_cpu=_in_one_reading, on_gpu=_in_chunks)
-_spread = compat.linear("spread", _repeated, on_cpu=_settled_and_repeated)
+_sums = compat.primitive(
+    "sums",
+    _each_by_itself,
+    default=_each_by_itself,
+    cpu=_in_one_reading,
+    cuda=_in_chunks,
+    rocm=_in_chunks,
+)
+_spread = compat.primitive("spread", _repeated, default=_repeated, cpu=_settled_and_repeated)
 compat.transposed(
     _sums,
     lambda cotangents, shape, reduced, sources: spread(cotangents, shape, reduced),

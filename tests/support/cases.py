@@ -11,19 +11,21 @@ import numpy as np
 import pytest
 
 import bnjax
+from bnjax.core import compat
 from tests.support.oracle import Outcome
 
 
 @contextlib.contextmanager
 def as_on_accelerators(platform: str = "default") -> Iterator[None]:
     """A context in which programs are traced as for another platform than the CPU."""
+    find = compat.implementation
+
+    def there(name: str, functions: dict[str, Callable[..., Any]], here: str) -> Any:
+        return find(name, functions, platform if name == "centred" else here)
+
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            jax.lax,
-            "platform_dependent",
-            lambda *args, **by_platform: by_platform[platform](*args),
-        )
+        patch.setattr(compat, "implementation", there)
         yield
     jax.clear_caches()
 
