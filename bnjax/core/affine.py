@@ -40,7 +40,7 @@ def normalize(
     """`(x - origin) * scale + shift` as `dtype`; each broadcasts against x or its parts."""
     if parts.group is not None:  # some may be shared by all parts
         scale, shift = (jnp.broadcast_to(each, parts.features) for each in (scale, shift))
-    apply = _affine.fun if compat.plain.value else _affine
+    apply = _affine.fun if compat.plain.value else _jitted
     return apply(parts, origin, scale, shift, dtype)
 
 
@@ -96,6 +96,9 @@ def _affine_jvp(dtype, primals, tangents):  # pyright: ignore[reportUnusedFuncti
     return y, _tangent(
         parts.x, parts.mask, origin, scale, dx, d_scale, d_shift, parts.reduced, dtype
     )
+
+
+_jitted = jax.jit(_affine, static_argnums=4, inline=True)  # traced once for all such layers
 
 
 # The plain product rule, arranged for its transpose, where `spread` becomes one pass for both sums.

@@ -65,7 +65,7 @@ def moments_of(parts: Parts, running: jax.Array | None = None) -> Moments:
         empty = jnp.zeros(parts.features, working)
         return Moments(jnp.zeros((), real), empty, empty, jnp.zeros(parts.features, real))
     count = _count(parts, real)
-    find = _centred.fun if compat.plain.value else _centred
+    find = _centred.fun if compat.plain.value else _jitted
     return _moments(count, *find(parts, count, running))
 
 
@@ -110,6 +110,9 @@ def _centred_jvp(primals, tangents):  # pyright: ignore[reportUnusedFunction]
     n, dx = jnp.maximum(count, 1), tangents[0].wide
     d_offset, d_var = _tangent(parts.x, parts.mask, n, origin, offset, dx, parts.reduced)
     return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)
+
+
+_jitted = jax.jit(_centred, inline=True)  # traced once, yet a policy sees its names
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
