@@ -97,10 +97,10 @@ def test_outputs_gradients_and_statistics_are_the_same(norm):
 @pytest.mark.parametrize(
     ("policy", "gathers"),
     [
-        (None, BLOCKS),
-        (bnjax.remat_policy(), BLOCKS),
-        # XLA merges those of the last block, which is differentiated at once.
-        (jax.checkpoint_policies.nothing_saveable, 2 * BLOCKS - 1),
+        (None, {BLOCKS}),
+        (bnjax.remat_policy(), {BLOCKS}),
+        # XLA may merge the two of the last block, which is differentiated at once.
+        (jax.checkpoint_policies.nothing_saveable, {2 * BLOCKS - 1, 2 * BLOCKS}),
     ],
     ids=["plain", "bnjax", "nothing_saveable"],
 )
@@ -114,7 +114,7 @@ def test_devices_do_not_talk_again_in_the_backward_pass(policy, gathers):
         out_specs=((P(), P(AXIS)), P()),
     )
     found = [kind for kind, _ in collectives(jax.jit(step), (params, x))]
-    assert found.count("all-gather") == gathers
+    assert found.count("all-gather") in gathers
     assert found.count("all-reduce") == BLOCKS + 1  # and one of the parameters' gradients
 
 

@@ -40,7 +40,7 @@ def normalize(
     """`(x - origin) * scale + shift` as `dtype`; each broadcasts against x or its parts."""
     if parts.group is not None:  # some may be shared by all parts
         scale, shift = (jnp.broadcast_to(each, parts.features) for each in (scale, shift))
-    apply = _affine.fun if compat.plain.value else _jitted
+    apply = _affine.fun if compat.plain.value else _affine
     return apply(parts, origin, scale, shift, dtype)
 
 
@@ -92,13 +92,14 @@ def _affine_jvp(dtype, primals, tangents):  # pyright: ignore[reportUnusedFuncti
     parts, origin, scale, shift = primals
     d_parts, d_origin, d_scale, d_shift = tangents
     dx, d_shift = d_parts.wide, d_shift - d_origin * scale
-    y = _affine(parts, origin, scale, shift, dtype)
+    y = _traced_once(parts, origin, scale, shift, dtype)
     return y, _tangent(
         parts.x, parts.mask, origin, scale, dx, d_scale, d_shift, parts.reduced, dtype
     )
 
 
-_jitted = jax.jit(_affine, static_argnums=4, inline=True)  # traced once for all such layers
+# For all layers of the same shape.
+_traced_once = jax.jit(_affine, static_argnums=4, inline=True)
 
 
 # The plain product rule, arranged for its transpose, where `spread` becomes one pass for both sums.

@@ -65,7 +65,7 @@ def moments_of(parts: Parts, running: jax.Array | None = None) -> Moments:
         empty = jnp.zeros(parts.features, working)
         return Moments(jnp.zeros((), real), empty, empty, jnp.zeros(parts.features, real))
     count = _count(parts, real)
-    find = _centred.fun if compat.plain.value else _jitted
+    find = _centred.fun if compat.plain.value else _centred
     return _moments(count, *find(parts, count, running))
 
 
@@ -106,13 +106,14 @@ def _centred(
 def _centred_jvp(primals, tangents):  # pyright: ignore[reportUnusedFunction]
     parts, count, running = primals
     # Named here, because a policy of jax 0.12 does not see names inside a jit.
-    origin, offset, var = map(kept, _centred(parts, count, running))
+    origin, offset, var = map(kept, _traced_once(parts, count, running))
     n, dx = jnp.maximum(count, 1), tangents[0].wide
     d_offset, d_var = _tangent(parts.x, parts.mask, n, origin, offset, dx, parts.reduced)
     return (origin, offset, var), (jnp.zeros_like(origin), d_offset, d_var)
 
 
-_jitted = jax.jit(_centred, inline=True)  # traced once, yet a policy sees its names
+# For all layers of the same shape.
+_traced_once = jax.jit(_centred, inline=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
