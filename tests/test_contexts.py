@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bnjax
+from bnjax.core import compat
 from bnjax.models import contexts
 from tests.support.compilers import quickly
 
@@ -281,6 +282,23 @@ def test_a_model_is_freed_with_its_last_reference(tool, kind):
     gc.collect()
     assert [model() for model in models] == [None] * 5
     assert len(jax.live_arrays()) <= before
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.parametrize("tool", ["freeze", "recalibrate", "diagnose", "fold"])
+def test_jax_keeps_no_trace_of_a_tool_that_is_done(tool, kind):
+    """Of its caches, the one of traces is the only one that it does not bound."""
+
+    def traces():
+        gc.collect()
+        return compat.jax_partial_eval.trace_to_jaxpr.cache_info().currsize
+
+    for _ in range(2):
+        use(tool, kind)
+    before = traces()
+    for _ in range(3):
+        use(tool, kind)
+    assert 0 < traces() <= before
 
 
 def test_a_models_cache_is_neither_copied_nor_pickled():

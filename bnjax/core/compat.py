@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax._src.interpreters import partial_eval as jax_partial_eval
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, partial_eval
@@ -23,6 +24,20 @@ context = jax.make_user_context
 # reads x more often, and serves transformations without rules for these, such as
 # `jax.experimental.jet`, which in jax 0.10 fails at any `custom_jvp`, even that of `jax.nn.relu`.
 plain: Any = context(False)
+
+
+def forget(key: object) -> None:
+    """Drop the traces that JAX keeps under a part of a context's value that won't occur again.
+
+    JAX bounds all its caches but this one. Functions that are needed again are traced again.
+    """
+    cache: Any = getattr(jax_partial_eval, "trace_to_jaxpr", None)
+    if not hasattr(cache, "evict_weakref"):
+        return
+    for reference, values, *_ in cache.cache_keys():
+        function = reference()
+        if function and any(key in value for value in values if isinstance(value, tuple)):
+            cache.evict_weakref(function)
 
 
 def plain_for(x: jax.Array) -> Any:

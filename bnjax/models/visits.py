@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.nnx import bridge
 
+from bnjax.core import compat
 from bnjax.core.policies import Policy
 from bnjax.layers.conventions import as_written, is_torch
 from bnjax.layers.modes import asked_to_train
@@ -56,7 +57,7 @@ def visiting(
         Classes, by path, of unknown modules that keep a mean and a variance.
     """
     visitor = Visitor(norm, linear, object() if key is None else key)
-    with applying(visitor):
+    with applying(visitor) if key is not None else _applying_once(visitor):
         yield visitor.strangers
 
 
@@ -69,7 +70,7 @@ def counting(examples: chex.Array | None, bank: chex.Array | None = None) -> Ite
         bank: the bank of each, int32 (N,), or a single number, for layers with banks.
     """
     known = examples is not None or bank is not None
-    with applying(Examples(examples, bank)) if known else contextlib.nullcontext():
+    with _applying_once(Examples(examples, bank)) if known else contextlib.nullcontext():
         yield
 
 
@@ -77,7 +78,7 @@ def counting(examples: chex.Array | None, bank: chex.Array | None = None) -> Ite
 def watching(step: chex.Array) -> Iterator[dict[str, Met]]:
     """A context for a training step that records, by path, how batch norms with statistics ran."""
     watch = Watch(step)
-    with applying(watch):
+    with _applying_once(watch):
         yield watch.met
 
 
@@ -86,6 +87,16 @@ def applying(*frames: Frame, outermost: bool = False) -> Iterator[None]:
     """A context in which frames apply to the layers that are called."""
     with holding(*frames, outermost=outermost), nn.intercept_methods(_intercept):
         yield
+
+
+@contextlib.contextmanager
+def _applying_once(frame: Frame) -> Iterator[None]:
+    """A context in which a frame applies that is not used again, so no trace of it is kept."""
+    try:
+        with applying(frame):
+            yield
+    finally:
+        compat.forget(frame.key)
 
 
 def listen_to(kind: type[nnx.Module]) -> None:
