@@ -62,10 +62,10 @@ def _repeated(*vectors: jax.Array, shape: Axes, reduced: Axes, devices: int = 1)
 def _settled_and_repeated(
     *vectors: jax.Array, shape: Axes, reduced: Axes, devices: int
 ) -> list[jax.Array]:
-    """For CPUs: compute the vectors once.
+    """For CPUs: compute the vectors once, before the loop over the values.
 
-    XLA would compute them again for each value, along with all that they are computed from, but not
-    what it takes to be expensive, such as this division by 1.
+    XLA moves cheap arithmetic into that loop and repeats it for each value, but nothing that it
+    takes to be expensive, such as this division by 1.
     """
     dtypes = {vector.dtype for vector in vectors}
     known = all(isinstance(size, int) for size in shape)
