@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax import export
 from jax.experimental import checkify, jet
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -286,6 +287,17 @@ def test_the_program_of_accelerators_runs_without_compilation(rng):
     with as_on_accelerators(), jax.disable_jit():
         found = everything(NHWC, {"mutable": True}, *given)
     assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_export_serves_all_platforms(rng):
+    """Each has its own implementation in it, inside `vmap` too."""
+    *given, dy = arrays(NHWC, {}, rng)
+    step = functools.partial(everything, NHWC, {"mutable": True})
+    mapped = jax.jit(jax.vmap(step, (None, None, 0, 0)))
+    arguments = (*given[:2], jnp.stack([given[2], 3 - given[2]]), jnp.stack([dy, dy]))
+    program = export.export(mapped, platforms=("cpu", "cuda", "tpu"))(*arguments)
+    again = export.deserialize(program.serialize())
+    assert_close(again.call(*arguments), mapped(*arguments), rtol=1e-6)
 
 
 def test_what_moves_in_jax_is_used_in_one_module_of_the_core_alone():
