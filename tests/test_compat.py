@@ -45,7 +45,7 @@ def doubling():
     def twice(x, y, devices=1):
         return [x + y, x - y]
 
-    made = compat.primitive("twice", twice, default=twice, cpu=twice)
+    made = compat.primitive("twice", twice, cpu=twice)
     compat.transposed(
         made, lambda cotangents, shape: made.bind(*cotangents), lambda arrays: made.bind(*arrays)
     )
@@ -66,23 +66,23 @@ def test_a_primitive_is_run_differentiated_and_batched(wrap):
 def test_the_platform_decides_how_a_primitive_is_lowered():
     made = compat.primitive(
         "here",
-        lambda x: [x],
-        default=lambda x, devices: [x * 1],
+        lambda x, devices=1: [x * 1],
         cpu=lambda x, devices: [-x],
         cuda=lambda x, devices: [jnp.sin(x)],
+        rocm=lambda x, devices: [jnp.sin(x)],
     )
     x, function = jnp.ones(2), jax.jit(made.bind)
     assert_close(function(x), [-x])
-    found = [operations(function, x, platform=name) for name in ("cpu", "cuda", "tpu")]
-    assert [each["negate"] for each in found] == [1, 0, 0]
-    assert [each["sine"] for each in found] == [0, 1, 0]
+    found = [operations(function, x, platform=name) for name in ("cpu", "cuda", "rocm", "tpu")]
+    assert [each["negate"] for each in found] == [1, 0, 0, 0]
+    assert [each["sine"] for each in found] == [0, 1, 1, 0]
 
 
 def test_a_program_knows_over_how_many_devices_its_arrays_may_be_split():
     def number(x, devices):
         return [jnp.full_like(x, devices)]
 
-    count = compat.by_platform("count", lambda x: [x], default=number)
+    count = compat.by_platform("count", number, lambda x: [x])
     rows, split = jnp.zeros((8, 2)), jax.sharding.NamedSharding(MESH, P("rows"))
     assert_close(jax.jit(count)(rows), [rows + 1])
     assert_close(jax.jit(count)(jax.device_put(rows, split)), [rows + MESH.size])
@@ -99,7 +99,7 @@ def test_vmap_maps_what_a_platform_implements(rng, wrap, inner, outer):
     def plain(x, y):
         return [x + jnp.sum(y)]
 
-    added = compat.by_platform("added", plain, default=lambda x, y, devices: plain(x, y))
+    added = compat.by_platform("added", lambda x, y, devices: plain(x, y), plain)
     x, y = (jnp.asarray(rng.standard_normal((3, 3, 3)), "float32") for _ in range(2))
     found, expected = (jax.vmap(jax.vmap(f, inner), outer)(x, y) for f in (wrap(added), plain))
     assert_close(found, expected, rtol=1e-6)

@@ -291,7 +291,7 @@ def test_jax_keeps_no_trace_of_a_tool_that_is_done(tool, kind):
 
     def traces():
         gc.collect()
-        return compat.jax_partial_eval.trace_to_jaxpr.cache_info().currsize
+        return compat.traces().cache_info().currsize
 
     for _ in range(2):
         use(tool, kind)

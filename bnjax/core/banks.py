@@ -198,8 +198,8 @@ def _batched(
     return [each.reshape(size, -1, *each.shape[1:]) for each in found], 0
 
 
-_to_examples = compat.primitive("rows_of_banks", _rows, default=_rows)
-_totals = compat.primitive("totals_of_banks", _by_comparison, default=_by_comparison, cpu=_by_place)
+_to_examples = compat.primitive("rows_of_banks", _rows)
+_totals = compat.primitive("totals_of_banks", _by_comparison, cpu=_by_place)
 compat.each_others_transpose(_to_examples, _totals, _batched)
 
 
@@ -270,7 +270,7 @@ def _by_devices(
     return [(_of_parts if devices == 1 else _first)(origin, count, bank, banks)]
 
 
-_typical = compat.by_platform("values_of_banks", _types, default=_by_devices)
+_typical = compat.by_platform("values_of_banks", _by_devices, _types)
 
 
 def _known(count: jax.Array, bank: jax.Array, banks: int) -> jax.Array:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax._src.interpreters import partial_eval as jax_partial_eval
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, partial_eval
@@ -26,13 +25,20 @@ context = jax.make_user_context
 plain: Any = context(False)
 
 
+def traces() -> Any:
+    """JAX's cache of traces, or None where this version has another one."""
+    module = sys.modules.get("jax._src.interpreters.partial_eval")
+    cache = getattr(module, "trace_to_jaxpr", None)
+    return cache if hasattr(cache, "evict_weakref") else None
+
+
 def forget(key: object) -> None:
     """Drop the traces that JAX keeps under a part of a context's value that won't occur again.
 
     JAX bounds all its caches but this one. Functions that are needed again are traced again.
     """
-    cache: Any = getattr(jax_partial_eval, "trace_to_jaxpr", None)
-    if not hasattr(cache, "evict_weakref"):
+    cache = traces()
+    if cache is None:
         return
     for reference, values, *_ in cache.cache_keys():
         function = reference()
@@ -82,15 +88,17 @@ def implementation(name: str, functions: dict[str, Function], platform: str) -> 
     return functions.get(platform, functions["default"])
 
 
-def primitive(name: str, types: Function, *, default: Function, **platforms: Function) -> Primitive:
+def primitive(
+    name: str, default: Function, types: Function | None = None, **platforms: Function
+) -> Primitive:
     """Create a primitive whose implementation is traced when it is lowered, for that platform.
 
     Args:
         name: its name in a program.
-        types: a function of several arrays and static keywords that is quick to trace and returns
-            arrays of the same types.
-        default: its implementation, which also takes `devices`, the number of devices over which
-            arrays may be split.
+        default: its implementation, a function of several arrays and static keywords, of which one
+            is `devices`, the number of devices over which arrays may be split.
+        types: a function without `devices` that is quick to trace and returns arrays of the same
+            types; by default the implementation.
         **platforms: other implementations, by JAX's names of platforms.
     """
     made, functions = Primitive(name), {"default": default, **platforms}
@@ -104,7 +112,7 @@ def primitive(name: str, types: Function, *, default: Function, **platforms: Fun
         return lax.platform_dependent(*arrays, **bound)
 
     def result_types(*avals: Any, **static: Any) -> list[Any]:
-        return list(jax.make_jaxpr(functools.partial(types, **static))(*avals).out_avals)
+        return list(jax.make_jaxpr(functools.partial(types or default, **static))(*avals).out_avals)
 
     def lower(platform: str, context: Any, *arrays: Any, **static: Any) -> Any:
         bound = functools.partial(on(platform), devices=split_over(context))
@@ -118,9 +126,7 @@ def primitive(name: str, types: Function, *, default: Function, **platforms: Fun
     return made
 
 
-def by_platform(
-    name: str, types: Function, *, default: Function, **platforms: Function
-) -> Function:
+def by_platform(name: str, default: Function, types: Function, **platforms: Function) -> Function:
     """Create a function from `primitive` that has no derivative; `vmap` maps what is lowered."""
 
     def under_vmaps(function: Function) -> Function:
@@ -137,7 +143,7 @@ def by_platform(
         return results, [0] * len(results)
 
     mapped = {platform: under_vmaps(function) for platform, function in platforms.items()}
-    made = primitive(name, under_vmaps(types), default=under_vmaps(default), **mapped)
+    made = primitive(name, under_vmaps(default), under_vmaps(types), **mapped)
     batching.primitive_batchers[made] = batched
     return functools.partial(made.bind, mapped=())
 

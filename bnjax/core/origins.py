@@ -102,7 +102,7 @@ def _types(x: jax.Array, n: jax.Array, origin: jax.Array, *, reduced: Axes) -> C
 
 
 _by_platform = compat.by_platform(
-    "centred", _types, default=_elsewhere, cpu=_on_cpu, cuda=_on_gpu, rocm=_on_gpu
+    "centred", _elsewhere, _types, cpu=_on_cpu, cuda=_on_gpu, rocm=_on_gpu
 )
 
 

@@ -202,14 +202,9 @@ def _split(value: jax.Array, axis: int, parts: int, terms: int) -> jax.Array:
 
 
 _sums = compat.primitive(
-    "sums",
-    _each_by_itself,
-    default=_each_by_itself,
-    cpu=_in_one_reading,
-    cuda=_in_chunks,
-    rocm=_in_chunks,
+    "sums", _each_by_itself, cpu=_in_one_reading, cuda=_in_chunks, rocm=_in_chunks
 )
-_spread = compat.primitive("spread", _repeated, default=_repeated, cpu=_settled_and_repeated)
+_spread = compat.primitive("spread", _repeated, cpu=_settled_and_repeated)
 compat.transposed(
     _sums,
     lambda cotangents, shape, reduced, sources: spread(cotangents, shape, reduced),
